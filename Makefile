@@ -1,0 +1,48 @@
+# make demo   train, evaluate and draw on the mini dataset      make test   run the tests
+# make env    only build .venv                                 make lint   ruff
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BUILT := $(VENV)/.built
+DEMO := output/demo
+DEMO_CONFIG := configs/mini/faster_rcnn_R_18_FPN.yaml
+
+.PHONY: help env demo test lint format clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+env: $(BUILT)
+
+$(BUILT): requirements.txt requirements-detectron2.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d; give one \
+	of 3.10 to 3.12, for example: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  --python-version 3.10 --only-binary=:all: --require-hashes -r requirements-detectron2.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(BUILT)
+	$(RUN) tools/train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO)
+	$(RUN) tools/demo.py --config-file $(DEMO)/config.yaml --ground-truth mini_val \
+	  --max-images 12 --output $(DEMO)/pictures MODEL.WEIGHTS $(DEMO)/model_final.pth
+	@echo; cat $(DEMO)/results.md
+	@echo "pictures of detections beside ground truth: $(DEMO)/pictures/"
+	@echo "losses of the training:                     $(DEMO)/loss_curve.png"
+
+test: $(BUILT)
+	$(RUN) -m pytest
+
+lint: $(BUILT)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(BUILT)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf output build *.egg-info

@@ -1,0 +1,44 @@
+"""fpn_plugin: the feature pyramid of Lin et al., CVPR 2017, as a Detectron2 extension.
+
+Importing it registers its backbone, RoI heads and datasets with Detectron2.
+"""
+
+try:
+    import detectron2 as _detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "fpn_plugin extends Detectron2, which is not installed (or does not import: "
+        f"{error}). From source:  pip install --no-build-isolation "
+        "'git+https://github.com/facebookresearch/detectron2.git'  ; without a compiler:  "
+        "make env  in a checkout of fpn_plugin"
+    ) from error
+
+from . import model_zoo
+from .config import add_fpn_config
+from .data import register_mini as _register_mini
+from .errors import UserError
+from .modeling import (
+    FeaturePyramidNetwork,
+    FPNCascadeROIHeads,
+    FPNROIHeads,
+    PyramidROIPooler,
+    assign_levels,
+    build_fpn_backbone,
+)
+
+__all__ = [
+    "FPNCascadeROIHeads",
+    "FPNROIHeads",
+    "FeaturePyramidNetwork",
+    "PyramidROIPooler",
+    "UserError",
+    "__version__",
+    "add_fpn_config",
+    "assign_levels",
+    "build_fpn_backbone",
+    "model_zoo",
+]
+
+__version__ = "0.1.0"
+
+_register_mini()

@@ -1,0 +1,42 @@
+"""Config keys of the plugin: ``add_fpn_config`` puts them beside Detectron2's under MODEL.FPN."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+__all__ = ["add_fpn_config"]
+
+
+def add_fpn_config(cfg: CfgNode) -> None:
+    """Adds the plugin's keys, with their defaults, to ``cfg.MODEL.FPN``.
+
+    Detectron2's own keys (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they are. Calling
+    it again changes nothing, so values that were set in between are kept.
+
+    Args:
+        cfg: what :func:`detectron2.config.get_cfg` returns; changed in place.
+    """
+    defaults = {
+        # Bottom-up pathway (section 3): any name in the BACKBONE registry.
+        "BOTTOM_UP": "build_resnet_backbone",
+        # False: no top-down pathway, the "bottom-up pyramid" of Tables 1 and 2, row (d).
+        "TOP_DOWN": True,
+        # False: top-down pathway without lateral connections, row (e).
+        "LATERAL": True,
+        # False: P5 is the 1x1 convolution of C5 itself. True: a 3x3 convolution on P5 too, the
+        # reading of Detectron2, which checkpoints of its model zoo need.
+        "COARSEST_OUTPUT_CONV": False,
+        # What follows the coarsest level: "maxpool" (P6 by stride-2 subsampling, footnote 1),
+        # "p6p7_c5" or "p6p7_p5" (RetinaNet's convolutions on C5 or on P5), "none".
+        "TOP_BLOCK": "maxpool",
+        # True: upsample to the lateral map's exact size, so that input needs no padding to a
+        # multiple of the coarsest stride.
+        "MATCH_LATERAL_SIZE": False,
+        # Eq. (1), k = floor(k0 + log2(sqrt(w h) / s0)): s0, in pixels of the network's input ...
+        "CANONICAL_BOX_SIZE": 224,
+        # ... and k0, the level that a box of that size is pooled from.
+        "CANONICAL_LEVEL": 4,
+    }
+    for key, default in defaults.items():
+        if key not in cfg.MODEL.FPN:
+            cfg.MODEL.FPN[key] = default

@@ -1,0 +1,16 @@
+"""Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
+
+from .coco import check_coco, check_config_datasets, check_datasets, register_datasets
+from .mapper import ReadableImageMapper, read_image_or_say
+from .mini import ensure_mini, register_mini
+
+__all__ = [
+    "ReadableImageMapper",
+    "check_coco",
+    "check_config_datasets",
+    "check_datasets",
+    "ensure_mini",
+    "read_image_or_say",
+    "register_datasets",
+    "register_mini",
+]

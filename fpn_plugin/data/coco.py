@@ -1,0 +1,147 @@
+"""A user's own COCO-format data, checked and registered without writing code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from fpn_plugin.errors import UserError, near_names
+
+from .mini import MINI_NAMES
+
+__all__ = ["check_coco", "check_config_datasets", "check_datasets", "register_datasets"]
+
+
+def register_datasets(specs: Iterable[str]) -> None:
+    """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
+
+    Args:
+        specs: for example ``"cells=data/cells.json:data/images"``. A name that is registered
+            already with the same files is left as it is.
+
+    Raises:
+        UserError: a spec of another form, a name that is taken, a JSON or folder that is not
+            there, a JSON that is not COCO.
+    """
+    for spec in specs:
+        name, equals, files = spec.partition("=")
+        json_file, colon, images = files.rpartition(":")
+        if not (name and equals and json_file and colon and images):
+            raise UserError(f"--dataset {spec!r}: give NAME=JSON:IMAGES")
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) == (json_file, images):
+                continue
+            raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
+        if not Path(images).is_dir():
+            raise UserError(f"--dataset {spec!r}: no folder {images!r}")
+        check_coco(json_file)
+        register_coco_instances(name, {}, json_file, images)
+
+
+def check_datasets(names: Iterable[str], key: str) -> None:
+    """Refuses datasets that are not registered or whose files are not there.
+
+    Args:
+        names: of datasets.
+        key: the config key that names them, for the message.
+
+    Raises:
+        UserError: says which, and how to make it be there.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            raise UserError(
+                f"{key} names dataset {name!r}, which is not registered: "
+                f"{near_names(name, DatasetCatalog.list())} Your own COCO-format data: "
+                "--dataset NAME=JSON:IMAGES"
+            )
+        json_file = MetadataCatalog.get(name).get("json_file")
+        made_on_demand = name in MINI_NAMES
+        if json_file and not made_on_demand and not Path(json_file).is_file():
+            raise UserError(
+                f"{key} names dataset {name!r}, but {json_file} is not there: put it there, or "
+                "set DETECTRON2_DATASETS to the folder that holds it"
+            )
+
+
+def check_config_datasets(cfg: CfgNode, training: bool) -> None:
+    """:func:`check_datasets` for those that a config trains and evaluates on."""
+    if training:
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+
+
+def check_coco(json_file: str) -> None:
+    """Refuses a JSON that Detectron2 could not load as COCO instances.
+
+    Args:
+        json_file: path of the annotation file.
+
+    Raises:
+        UserError: names the file and the record.
+    """
+    try:
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {json_file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{json_file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{json_file} is not COCO: it holds a {type(content).__name__}, not an object with "
+            "images, annotations and categories"
+        )
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(content.get(part), list):
+            raise UserError(
+                f"{json_file} is not COCO: it has no list {part!r}; it has {', '.join(content)}"
+            )
+    if not content["categories"]:
+        raise UserError(f"{json_file} has no categories")
+    categories = _ids(json_file, "categories", content["categories"], {"name": str})
+    image_keys = {"file_name": str, "width": int, "height": int}
+    images = _ids(json_file, "images", content["images"], image_keys)
+    _ids(json_file, "annotations", content["annotations"], {})
+    for annotation in content["annotations"]:
+        _check_annotation(json_file, annotation, images, categories)
+
+
+def _ids(json_file: str, part: str, records: list[Any], keys: dict[str, type]) -> set[Any]:
+    """The ids of records, known to be there once each, beside keys of the types given."""
+    ids = set()
+    for number, record in enumerate(records):
+        where = f"{json_file}: {part}[{number}]"
+        if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
+            raise UserError(f"{where} has no id")
+        if record["id"] in ids:
+            raise UserError(f"{where}: id {record['id']!r} is there twice")
+        ids.add(record["id"])
+        for key, kind in keys.items():
+            if not isinstance(record.get(key), kind):
+                raise UserError(
+                    f"{where} (id {record['id']!r}): {key!r} is {record.get(key)!r}, expected "
+                    f"{kind.__name__}"
+                )
+    return ids
+
+
+def _check_annotation(
+    json_file: str, annotation: dict[str, Any], images: set[Any], categories: set[Any]
+) -> None:
+    where = f"{json_file}: annotation {annotation['id']!r}"
+    for key, known in (("image_id", images), ("category_id", categories)):
+        given = annotation.get(key)
+        if not isinstance(given, int | str) or given not in known:
+            raise UserError(f"{where}: no {key.removesuffix('_id')} has id {given!r}")
+    box = annotation.get("bbox")
+    numbers = isinstance(box, list) and all(isinstance(v, int | float) for v in box)
+    # NaN and infinity are no JSON, but Python reads them.
+    if not numbers or len(box) != 4 or not all(abs(v) < float("inf") for v in box):
+        raise UserError(f"{where}: bbox is {box!r}, expected [x, y, width, height] in pixels")

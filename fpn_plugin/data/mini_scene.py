@@ -1,0 +1,270 @@
+"""One image of the mini dataset: photograph, panels, discs and digits, drawn from a seed.
+
+Two groups of categories ask for two different things of a pyramid. A *digit* is told by its own
+pixels and may have any size from 10 to 150 px. A *disc* is 12-22 px wide and looks the same in
+each of its four categories: only the outline of the panel it lies in, 120-220 px wide, tells
+them apart. Its class can be read at the finest level only if coarser levels were added to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = ["CATEGORIES", "IMAGE_SIZE", "Scene", "SceneObject", "draw_scene"]
+
+IMAGE_SIZE = 256  # pixels, both sides
+PANEL_SHAPES = ("circle", "square", "triangle", "diamond")
+CATEGORIES = tuple(
+    [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} for digit in range(10)]
+    + [
+        {"id": 11 + i, "name": f"disc in {shape}", "supercategory": "disc"}
+        for i, shape in enumerate(PANEL_SHAPES)
+    ]
+)
+
+_DIGIT_PX = (10.0, 150.0)  # square root of the box's area, log-uniform
+_DIGITS_PER_IMAGE = (2, 5)
+_PANEL_PX = (120.0, 220.0)
+_PAIRED_PANEL_PX = (120.0, 124.0)  # as wide as two panels side by side can be
+_DISC_PX = (12.0, 22.0)
+_DISC_CLEARANCE_PX = 4.0  # between a disc and its panel's outline
+_MOST_OVERLAP = 0.05  # of the smaller of two boxes
+_ATTEMPTS = 40
+_SUPERSAMPLE = 2  # shapes are drawn at twice the size and averaged down, for smooth edges
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+
+
+@dataclass
+class SceneObject:
+    """A labelled object: ``mask`` is bool ``(IMAGE_SIZE, IMAGE_SIZE)``, its visible pixels."""
+
+    category_id: int
+    mask: np.ndarray
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """``(x, y, width, height)`` in pixels, tight around the visible pixels."""
+        ys, xs = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
+        return int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)
+
+
+@dataclass
+class Stamp:
+    """Opacity, float32 in [0, 1], of something whose upper left pixel lies at ``(x, y)``."""
+
+    alpha: np.ndarray
+    x: int
+    y: int
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """The image's rows and columns that the stamp covers."""
+        height, width = self.alpha.shape
+        return slice(self.y, self.y + height), slice(self.x, self.x + width)
+
+
+@dataclass
+class Scene:
+    """``image``: uint8 RGB ``(IMAGE_SIZE, IMAGE_SIZE, 3)``; ``objects``: what is labelled in it."""
+
+    image: np.ndarray
+    objects: list[SceneObject] = field(default_factory=list)
+    taken: list[Box] = field(default_factory=list)  # boxes that later objects keep clear of
+
+    def paint(self, stamp: Stamp, color: np.ndarray) -> None:
+        """Lays a colour, float32 ``(3,)`` in 0-255, over the image where the stamp is opaque."""
+        under = self.image[stamp.window].astype(np.float32)
+        self.image[stamp.window] = np.rint(under + (color - under) * stamp.alpha[..., None])
+
+    def add(self, category_id: int, stamp: Stamp, color: np.ndarray, box: Box) -> None:
+        """Paints an object and labels it; what it covers of earlier ones is theirs no more."""
+        self.paint(stamp, color)
+        mask = np.zeros(self.image.shape[:2], bool)
+        mask[stamp.window] = stamp.alpha >= 0.5
+        for earlier in self.objects:
+            earlier.mask &= ~mask
+        self.objects.append(SceneObject(category_id, mask))
+        self.taken.append(box)
+
+    def has_room(self, box: Box) -> bool:
+        """Whether a box overlaps each of those taken by at most 5% of the smaller of the two."""
+        for other in self.taken:
+            width = min(box[2], other[2]) - max(box[0], other[0])
+            height = min(box[3], other[3]) - max(box[1], other[1])
+            smaller = min((b[2] - b[0]) * (b[3] - b[1]) for b in (box, other))
+            if width > 0 and height > 0 and width * height > _MOST_OVERLAP * smaller:
+                return False
+        return True
+
+
+def draw_scene(seed: int, split: str, index: int) -> Scene:
+    """Draws image ``index`` of a split; the same arguments give the same pixels.
+
+    Args:
+        seed: the dataset's seed.
+        split: ``"train"`` or ``"val"``. The two share neither a handwritten digit nor a part of
+            a photograph.
+        index: which image.
+    """
+    rng = np.random.default_rng([seed, ("train", "val").index(split), index])
+    scene = Scene(_background(rng, split))
+    for center, size in _panel_places(rng):
+        _add_panel(scene, rng, center, size)
+    count = rng.integers(_DIGITS_PER_IMAGE[0], _DIGITS_PER_IMAGE[1] + 1)
+    sizes = np.exp(rng.uniform(*np.log(_DIGIT_PX), count))
+    for size in sorted(sizes, reverse=True):  # the large ones first, while there is room for them
+        _add_digit(scene, rng, split, size)
+    scene.objects = [thing for thing in scene.objects if thing.mask.any()]
+    return scene
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+@lru_cache(maxsize=2)
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits of a split: uint8 ``(N, 8, 8)`` in 0-16, and their values ``(N,)``."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    in_val = np.arange(len(digits.target)) % 6 == 0
+    chosen = in_val if split == "val" else ~in_val
+    return digits.images[chosen].astype(np.uint8), digits.target[chosen]
+
+
+def _background(rng: np.random.Generator, split: str) -> np.ndarray:
+    """A square crop of a photograph: its left two thirds for training, the rest for validation."""
+    photos = _photographs()
+    photo = photos[rng.integers(len(photos))]
+    border = photo.width * 2 // 3
+    left, right = (0, border) if split == "train" else (border, photo.width)
+    side = int(rng.integers(100, min(photo.height, right - left) - 10))
+    x = int(rng.integers(left, right - side + 1))
+    y = int(rng.integers(0, photo.height - side + 1))
+    crop = photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BILINEAR, box=(x, y, x + side, y + side))
+    pixels = np.asarray(crop)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.rint(pixels * rng.uniform(0.6, 1.0)).astype(np.uint8)
+
+
+def _contrasting_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarray:
+    """A random colour whose brightness is well apart from that of the pixels under a box."""
+    x0, y0, x1, y1 = (int(v) for v in box)
+    under = float(scene.image[y0 : y1 + 1, x0 : x1 + 1].mean())
+    for _ in range(_ATTEMPTS):
+        color = rng.integers(0, 256, 3)
+        if abs(float(color.mean()) - under) >= 60:
+            return color.astype(np.float32)
+    return np.full(3, 255 if under < 128 else 0, np.float32)
+
+
+def _shape_stamp(shape: str, box: Box, outline: float | None = None) -> Stamp:
+    """A shape that fills a box; only its outline, of that many pixels, where one is given."""
+    s = _SUPERSAMPLE
+    pad = 0 if outline is None else int(outline) + 1
+    x0, y0 = int(box[0]) - pad, int(box[1]) - pad
+    x1, y1 = int(np.ceil(box[2])) + pad, int(np.ceil(box[3])) + pad
+    canvas = Image.new("L", ((x1 - x0) * s, (y1 - y0) * s))
+    draw = ImageDraw.Draw(canvas)
+    left, top, right, bottom = ((v - o) * s for v, o in zip(box, (x0, y0, x0, y0), strict=True))
+    width = 0 if outline is None else round(outline * s)
+    if shape == "circle":
+        bounds = (left, top, right, bottom)
+        draw.ellipse(bounds, **({"outline": 255, "width": width} if width else {"fill": 255}))
+    else:
+        x, y = (left + right) / 2, (top + bottom) / 2
+        corners = {
+            "square": [(left, top), (right, top), (right, bottom), (left, bottom)],
+            "triangle": [(x, top), (right, bottom), (left, bottom)],
+            "diamond": [(x, top), (right, y), (x, bottom), (left, y)],
+        }[shape]
+        draw.line([*corners, *corners[:2]], fill=255, width=width, joint="curve")
+    alpha = np.asarray(canvas.resize((x1 - x0, y1 - y0), Image.BOX), np.float32) / 255
+    # What juts out of the image is cut off.
+    cut_x, cut_y = max(0, -x0), max(0, -y0)
+    alpha = alpha[cut_y : IMAGE_SIZE - y0, cut_x : IMAGE_SIZE - x0]
+    return Stamp(alpha, x0 + cut_x, y0 + cut_y)
+
+
+def _inside_panel(shape: str, dx: float, dy: float, half: float, margin: float) -> bool:
+    """Whether a point, as an offset from the panel's centre, is ``margin`` px off its outline."""
+    if shape == "circle":
+        return bool(np.hypot(dx, dy) <= half - margin)
+    if shape == "square":
+        return max(abs(dx), abs(dy)) <= half - margin
+    if shape == "diamond":
+        return abs(dx) + abs(dy) <= half - margin * np.sqrt(2)
+    # The triangle's sides fall 2 px for each px outward; its base lies at +half.
+    return dy <= half - margin and 2 * abs(dx) - dy <= half - margin * np.sqrt(5)
+
+
+def _panel_places(rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
+    """Centre and size of one panel, or of two side by side or one above the other."""
+
+    def anywhere(size: float, low: float = 0, high: float = IMAGE_SIZE) -> float:
+        return rng.uniform(low + size / 2 + 1, high - size / 2 - 1)
+
+    if rng.random() < 0.5:
+        size = rng.uniform(*_PANEL_PX)
+        return [((anywhere(size), anywhere(size)), size)]
+    places = []
+    upright = rng.random() < 0.5
+    for low in (0, IMAGE_SIZE / 2):
+        size = rng.uniform(*_PAIRED_PANEL_PX)
+        along, across = anywhere(size, low, low + IMAGE_SIZE / 2), anywhere(size)
+        places.append(((across, along) if upright else (along, across), size))
+    return places
+
+
+def _add_panel(
+    scene: Scene, rng: np.random.Generator, center: tuple[float, float], size: float
+) -> None:
+    """Adds an outline that is not labelled, and in it one or two discs that are."""
+    shape_index = int(rng.integers(len(PANEL_SHAPES)))
+    shape = PANEL_SHAPES[shape_index]
+    x, y = center
+    outline = rng.uniform(3, 6)
+    bounds = (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
+    stamp = _shape_stamp(shape, bounds, outline)
+    scene.paint(stamp, _contrasting_color(scene, rng, bounds))
+    for _ in range(rng.integers(1, 3)):
+        radius = rng.uniform(*_DISC_PX) / 2
+        for _ in range(_ATTEMPTS):
+            dx, dy = rng.uniform(-size / 2, size / 2, 2)
+            box = (x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius)
+            margin = radius + outline + _DISC_CLEARANCE_PX
+            if _inside_panel(shape, dx, dy, size / 2, margin) and scene.has_room(box):
+                color = _contrasting_color(scene, rng, box)
+                scene.add(11 + shape_index, _shape_stamp("circle", box), color, box)
+                break
+
+
+def _add_digit(scene: Scene, rng: np.random.Generator, split: str, size: float) -> None:
+    """Adds a handwritten digit; ``size`` is the square root of its box's area, in pixels."""
+    images, values = _digits(split)
+    which = int(rng.integers(len(values)))
+    strokes = images[which]
+    strokes = strokes[np.flatnonzero(strokes.any(axis=1))][:, np.flatnonzero(strokes.any(axis=0))]
+    scale = size / np.sqrt(strokes.size)
+    height, width = (min(IMAGE_SIZE, max(3, round(side * scale))) for side in strokes.shape)
+    for _ in range(_ATTEMPTS):
+        x = int(rng.integers(0, IMAGE_SIZE - width + 1))
+        y = int(rng.integers(0, IMAGE_SIZE - height + 1))
+        box = (x, y, x + width, y + height)
+        if scene.has_room(box):
+            ink = Image.fromarray(strokes * 15).resize((width, height), Image.BICUBIC)
+            # Enlarging 8 x 8 pixels leaves wide grey borders; a steeper ramp gives them an edge.
+            sharp = np.clip((np.asarray(ink, np.float32) / 240 - 0.5) * 3 + 0.6, 0, 1)
+            color = _contrasting_color(scene, rng, box)
+            scene.add(int(values[which]) + 1, Stamp(sharp, x, y), color, box)
+            return

@@ -1,0 +1,192 @@
+"""What tools/demo.py does: images in, pictures with boxes and a JSON of detections out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode, Instances
+from PIL import Image
+from tqdm import tqdm
+
+from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
+from fpn_plugin.engine.settings import load_config, names_device, settle_device
+from fpn_plugin.errors import UserError
+from fpn_plugin.inference import Detector
+from fpn_plugin.visualization import DrawnBox, draw_detections
+
+__all__ = ["argument_parser", "demo_main"]
+
+_EXAMPLES = """
+Examples:
+  demo.py --config-file output/demo/config.yaml --input photos/ MODEL.WEIGHTS model_final.pth
+  demo.py --config-file output/demo/config.yaml --ground-truth mini_val --max-images 12 \\
+      MODEL.WEIGHTS output/demo/model_final.pth
+"""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image to detect in; ``annotations`` are a dataset's, None where there is none."""
+
+    path: Path
+    annotations: list[dict[str, Any]] | None = None
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/demo.py."""
+    parser = argparse.ArgumentParser(
+        description="Draw detections, each box tinted by the pyramid level it was pooled from.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, or folders of images")
+    source.add_argument(
+        "--ground-truth", metavar="DATASET", help="images of a dataset, its labels drawn beside"
+    )
+    parser.add_argument("--output", default="output/pictures", help="folder to write to")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score to draw; the JSON has all"
+    )
+    parser.add_argument("--max-images", type=int, help="take only the first so many")
+    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def demo_main(argv: Sequence[str] | None = None) -> None:
+    """Writes a picture for each image and detections.json.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used. An image that cannot be read among others that
+            can is reported at the end.
+    """
+    args = argument_parser().parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    settle_device(cfg, names_device(args.config_file, args.opts))
+    register_datasets(args.dataset)
+    jobs = list(_jobs(args))[: args.max_images]
+    names = _class_names(cfg)
+    detector = Detector(cfg)
+    output = Path(args.output)
+    records, unreadable = [], []
+    for job in tqdm(jobs, desc="detecting", unit="image"):
+        try:
+            image = read_image_or_say(job.path)
+        except UserError as error:
+            unreadable.append(str(error))
+            continue
+        found = detector(image)
+        detections = _describe(found, names)
+        picture = _free_name(job.path.stem, {record["picture"] for record in records})
+        truth = None if job.annotations is None else _drawn_truth(job.annotations, names)
+        drawn = [_drawn(d) for d in detections if d["score"] >= args.threshold]
+        draw_detections(image[:, :, ::-1], drawn, output / picture, truth)
+        records.append(
+            {
+                "file": str(job.path),
+                "picture": picture,
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "detections": detections,
+            }
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "detections.json").write_text(json.dumps(records, indent=1))
+    print(f"{len(records)} pictures and detections.json in {output}")
+    if unreadable:
+        raise UserError(f"{len(unreadable)} of {len(jobs)} images left out: {unreadable[0]}")
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[_Job]:
+    if args.ground_truth:
+        check_datasets([args.ground_truth], "--ground-truth")
+        for record in DatasetCatalog.get(args.ground_truth):
+            yield _Job(Path(record["file_name"]), record.get("annotations", []))
+        return
+    for given in map(Path, args.input):
+        if given.is_dir():
+            suffixes = Image.registered_extensions()
+            found = sorted(p for p in given.iterdir() if p.suffix.lower() in suffixes)
+            if not found:
+                raise UserError(f"--input {str(given)!r} is a folder without images")
+            yield from map(_Job, found)
+        elif given.is_file():
+            yield _Job(given)
+        else:
+            raise UserError(f"--input {str(given)!r} is neither a file nor a folder")
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    """Names of the model's classes, as far as its datasets tell them."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is None and name in DatasetCatalog.list():
+            # A JSON tells its categories when it is loaded.
+            if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
+                continue
+            DatasetCatalog.get(name)
+            names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None:
+            return list(names)
+    return []
+
+
+def _class_name(index: int, names: Sequence[str]) -> str:
+    return names[index] if index < len(names) else f"class {index}"
+
+
+def _describe(found: Instances, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Detections as JSON has them, best first; boxes XYWH in pixels, as COCO's."""
+    levels = found.pyramid_level.tolist() if found.has("pyramid_level") else [None] * len(found)
+    rows = zip(
+        found.pred_boxes.tensor.tolist(),
+        found.scores.tolist(),
+        found.pred_classes.tolist(),
+        levels,
+        strict=True,
+    )
+    return [
+        {
+            "category": _class_name(index, names),
+            "class": index,
+            "score": round(score, 5),
+            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+            "level": level,
+        }
+        for (x0, y0, x1, y1), score, index, level in rows
+    ]
+
+
+def _drawn(detection: dict[str, Any]) -> DrawnBox:
+    x, y, width, height = detection["bbox"]
+    text = f"{detection['category']} {detection['score']:.2f}"
+    return DrawnBox((x, y, x + width, y + height), text, detection["level"])
+
+
+def _drawn_truth(annotations: Sequence[dict[str, Any]], names: Sequence[str]) -> list[DrawnBox]:
+    drawn = []
+    for annotation in annotations:
+        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        drawn.append(DrawnBox(tuple(box), _class_name(annotation["category_id"], names)))
+    return drawn
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    """A file name for a picture; images of one name in several folders get numbers."""
+    number, name = 1, f"{stem}.png"
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}.png"
+    return name

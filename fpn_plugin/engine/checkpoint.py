@@ -1,0 +1,114 @@
+"""Loading weights, and saying plainly where they do not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from fpn_plugin.errors import UserError
+
+__all__ = ["FittingCheckpointer"]
+
+# Where in a model a tensor lies, and the keys that decide whether it is there and its shape.
+_MENDED_BY = {
+    "fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
+    "top_block": "MODEL.FPN.TOP_BLOCK",
+    "bottom_up": "MODEL.RESNETS.DEPTH, NORM; MODEL.FPN.BOTTOM_UP",
+    "proposal_generator": "MODEL.ANCHOR_GENERATOR, MODEL.RPN",
+    "predictor": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "box_head": "MODEL.ROI_BOX_HEAD, MODEL.FPN.OUT_CHANNELS",
+    "mask_head": "MODEL.MASK_ON, MODEL.ROI_MASK_HEAD",
+    "keypoint_head": "MODEL.KEYPOINT_ON, MODEL.ROI_KEYPOINT_HEAD",
+}
+
+
+class FittingCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer that refuses weights which would leave a model half random.
+
+    Starting a training from weights that lack parts (a backbone's, or a detector's of other
+    classes) is ordinary and goes on as in Detectron2, with its warnings. What is refused: a file
+    of which nothing fits; a tensor of another shape anywhere but in a predictor; and, where
+    ``complete`` is asked for, any parameter that the file does not give.
+
+    Args:
+        model: the model to load into.
+        save_dir: where checkpoints are kept.
+        complete: whether a file must give every parameter, as for evaluation.
+        checkpointables: see :class:`fvcore.common.checkpoint.Checkpointer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        complete: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self._complete = complete
+        self._path = ""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint; see :meth:`DetectionCheckpointer.load`.
+
+        Raises:
+            UserError: the file is not there, is not a checkpoint, or does not fit.
+        """
+        self._path = path
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
+            raise UserError(
+                f"no weights file {path!r}: MODEL.WEIGHTS names a file, or a URL that Detectron2 "
+                "knows"
+            )
+        if not path and self._complete:
+            raise UserError(
+                "there are no weights to evaluate: set MODEL.WEIGHTS, or give --resume and the "
+                "OUTPUT_DIR of a run"
+            )
+        try:
+            return super().load(path, *args, **kwargs)
+        except OSError as error:
+            raise UserError(f"cannot read weights {path!r}: {error}") from error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self._path!r} is not a checkpoint: {first_line}") from error
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        given = set(checkpoint["model"])
+        incompatible = super()._load_model(checkpoint)
+        wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
+        missing = [key for key in incompatible.missing_keys if key not in wrong]
+        parameters = self.model.state_dict()
+        if len(missing) + len(wrong) == len(parameters):
+            raise UserError(
+                f"none of the {len(given)} tensors of {self._path!r} fits this model; the file "
+                f"begins with {sorted(given)[:2]}, the model with {sorted(parameters)[:2]}"
+            )
+        for key, (saved, built) in wrong.items():
+            if self._complete or "predictor" not in key:
+                raise UserError(
+                    f"{self._path!r} does not fit in {len(wrong)} tensors: {key} is {saved} in "
+                    f"the file and {built} in the model; see {_mended_by(key)}"
+                )
+        if self._complete and missing:
+            raise UserError(
+                f"{self._path!r} lacks {len(missing)} of the model's {len(parameters)} tensors, "
+                f"{', '.join(missing[:3])} among them; see {_mended_by(missing[0])}"
+            )
+        return incompatible
+
+
+def _mended_by(key: str) -> str:
+    for part, config_keys in _MENDED_BY.items():
+        if part in key:
+            return config_keys
+    return "the config that the weights were trained with"

@@ -1,0 +1,125 @@
+"""Starting processes, and ending them in one clear line where the user has something to mend."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as spawn
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from fpn_plugin.errors import UserError
+
+__all__ = ["launch", "quiet_third_parties", "run_tool"]
+
+_USER_ERROR_STATUS = 2
+_INTERRUPTED_STATUS = 130  # what a shell reports for SIGINT
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Runs a tool's main function; a :class:`UserError` becomes one line and exit status 2.
+
+    Errors of other kinds are defects and keep their traceback.
+    """
+    quiet_third_parties()
+    try:
+        main()
+    except UserError as error:
+        _exit_with(error)
+    except ProcessExitedException as error:  # of a process that has said why
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(_INTERRUPTED_STATUS)
+
+
+def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tuple) -> None:
+    """Runs ``worker(*worker_args)`` in every process that the command line asks for.
+
+    Under torchrun the processes are there already. Otherwise Detectron2's launcher starts
+    ``args.num_gpus`` of them on this machine. On the CPU they talk through gloo.
+
+    Args:
+        worker: importable by name; each process calls it.
+        args: of Detectron2's argument parser.
+        device: the config's MODEL.DEVICE.
+        worker_args: can be pickled.
+    """
+    on_cpu = not device.startswith("cuda")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun(on_cpu)
+        try:
+            _guarded(worker, *worker_args)
+        finally:
+            dist.destroy_process_group()
+        return
+    processes = args.num_gpus * args.num_machines
+    if on_cpu and processes > 1:
+        # Detectron2's launcher takes NCCL wherever it sees a GPU, whatever the model's device.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    spawn(
+        _guarded,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(worker, *worker_args),
+    )
+
+
+def _join_torchrun(on_cpu: bool) -> None:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if not on_cpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(backend="gloo" if on_cpu else "nccl")
+    if not hasattr(comm, "create_local_process_group"):
+        raise UserError("torchrun needs Detectron2 0.7 or later; start with --num-gpus instead")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
+    """A worker whose user errors are one line; runs in processes of their own as well."""
+    quiet_third_parties()
+    try:
+        worker(*worker_args)
+    except UserError as error:
+        _exit_with(error)
+
+
+def _exit_with(error: UserError) -> None:
+    # A data loader's worker hands its error on wrapped in a traceback, as text.
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1].partition(f"{UserError.__name__}: ")[2] or text
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(_USER_ERROR_STATUS)
+
+
+class _WithoutUserErrors(logging.Filter):
+    """Drops Detectron2's log of a traceback where the error is told in one line elsewhere."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+def quiet_third_parties() -> None:
+    """Keeps what other libraries tell their own developers out of what a user sees."""
+    for category, module, message in (
+        (FutureWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
+        (DeprecationWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
+        (UserWarning, r"pkg_resources.*", ""),
+        (UserWarning, r"torch\.utils\.data.*", r".*pin_memory.*"),
+        (UserWarning, r"torch\.functional", r"torch\.meshgrid.*"),
+        (FutureWarning, r"detectron2\..*", ""),
+        (DeprecationWarning, r"detectron2\..*", ""),
+        (FutureWarning, r"fvcore\..*", ""),
+    ):
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_WithoutUserErrors())

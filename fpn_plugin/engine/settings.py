@@ -1,0 +1,133 @@
+"""From a config file and command-line options to a config, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from fpn_plugin import model_zoo
+from fpn_plugin.config import add_fpn_config
+from fpn_plugin.errors import UserError, near_names
+
+__all__ = ["find_config_file", "load_config", "names_device", "settle_device"]
+
+
+def find_config_file(name: str) -> str:
+    """Path of a config: a path as it is or, failing that, the packaged config of that name.
+
+    Raises:
+        UserError: there is neither; says which packaged configs have near names.
+    """
+    if Path(name).is_file():
+        return name
+    # "configs/mini/x.yaml" means the packaged one as well when it is typed outside a checkout.
+    packaged = name.removeprefix("./").removeprefix("configs/")
+    if packaged in model_zoo.names():
+        return model_zoo.get_config_file(packaged)
+    raise UserError(
+        f"no config file {name!r}, neither as a path nor in the package: "
+        f"{near_names(packaged, model_zoo.names())}"
+    )
+
+
+def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults, the plugin's keys, a config file and options, in this order.
+
+    Args:
+        config_file: see :func:`find_config_file`; "" for none.
+        opts: ``["KEY", "value", ...]`` as typed on a command line.
+
+    Returns:
+        The config, not frozen.
+
+    Raises:
+        UserError: a key that does not exist, with near ones; a value of another type than the
+            key's; a file that is not there or not a config.
+    """
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    if config_file:
+        path = find_config_file(config_file)
+        try:
+            # Tags that would run code while a file is read are refused.
+            cfg.merge_from_file(path, allow_unsafe=False)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: its _BASE_ is not there: {error.filename}") from error
+        except yaml.YAMLError as error:
+            told = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read as plain YAML: {told}") from error
+        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{path}: {_explain(error, cfg)}") from error
+    _check_opts(cfg, opts)
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(_explain(error, cfg)) from error
+    return cfg
+
+
+def names_device(config_file: str, opts: Sequence[str]) -> bool:
+    """Whether the user said MODEL.DEVICE, in the config file or on the command line."""
+    if "MODEL.DEVICE" in opts[::2]:
+        return True
+    if not config_file:
+        return False
+    content = CfgNode.load_yaml_with_base(find_config_file(config_file))
+    return "DEVICE" in (content.get("MODEL") or {})
+
+
+def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
+    """Puts the model on the CPU where there is no GPU and the user did not ask for one.
+
+    Args:
+        cfg: changed in place; says so in one line where it is.
+        named: whether the user named MODEL.DEVICE, see :func:`names_device`.
+        num_gpus: processes asked for on this machine.
+
+    Raises:
+        UserError: GPUs were asked for and are not there.
+    """
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there >= num_gpus:
+        return
+    if there or named or num_gpus > 1:
+        asked = f"--num-gpus {num_gpus}" if num_gpus > 1 else f"MODEL.DEVICE {cfg.MODEL.DEVICE}"
+        raise UserError(
+            f"{asked} asks for more GPUs than the {there} found here; MODEL.DEVICE cpu runs "
+            f"{'as many processes' if num_gpus > 1 else 'it'} on the CPU"
+        )
+    cfg.MODEL.DEVICE = "cpu"
+    print("no GPU found: running on the CPU", flush=True)
+
+
+def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    known = set(_flat_keys(cfg))
+    for key in opts[::2]:
+        if key not in known:
+            raise UserError(f"no config key {key!r}: {near_names(key, known)}")
+    if len(opts) % 2:
+        raise UserError(f"config key {opts[-1]!r} has no value; give pairs: KEY VALUE")
+
+
+def _explain(error: Exception, cfg: CfgNode) -> str:
+    """What yacs or Detectron2 meant, with near keys where a key does not exist."""
+    told = " ".join(str(error.args[0] if error.args else error).split())
+    unknown = re.match(r"Non-existent config key: (\S+)", told)
+    if unknown:
+        key = unknown.group(1)
+        return f"no config key {key!r}: {near_names(key, _flat_keys(cfg))}"
+    return told or f"not a config ({type(error).__name__})"

@@ -1,0 +1,151 @@
+"""Detectron2's trainer with what FPN's tools add: COCO evaluation, checked weights and images."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from tabulate import tabulate
+
+from fpn_plugin.data import ReadableImageMapper
+from fpn_plugin.errors import UserError
+from fpn_plugin.visualization import plot_losses
+
+from .checkpoint import FittingCheckpointer
+
+__all__ = ["FPNTrainer", "results_table", "save_results"]
+
+
+class FPNTrainer(DefaultTrainer):
+    """DefaultTrainer that evaluates COCO-format datasets and also trains in processes on the CPU.
+
+    Detection is evaluated with COCOEvaluator; a model that gives proposals alone (RPN) is
+    evaluated by their recall. An image that cannot be read and weights that do not fit are a
+    :class:`UserError`. When training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
+
+    Args:
+        cfg: the config.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        with _ddp_that_takes(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks and the loss curve."""
+        # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
+        # use it.
+        self.checkpointer = FittingCheckpointer(
+            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        hooks = super().build_hooks()
+        if comm.is_main_process():
+            hooks.append(_LossCurve(Path(self.cfg.OUTPUT_DIR)))
+        return hooks
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's training loader, whose unreadable images are named."""
+        return build_detection_train_loader(cfg, mapper=ReadableImageMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's test loader, whose unreadable images are named."""
+        mapper = ReadableImageMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCOEvaluator, which infers from predictions whether to evaluate boxes or proposals.
+
+        Raises:
+            UserError: the dataset is evaluated by other means.
+        """
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        if kind != "coco":
+            raise UserError(
+                f"dataset {dataset_name!r} is evaluated as {kind!r}; this tool evaluates "
+                "COCO-format detection datasets"
+            )
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Metrics of the last evaluation, by task; empty where there was none."""
+        return getattr(self, "_last_eval_results", None) or {}
+
+
+class _LossCurve(HookBase):
+    """Draws the losses when training ends."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir = output_dir
+
+    def after_train(self) -> None:
+        metrics = self._output_dir / "metrics.json"
+        if metrics.is_file():
+            picture = plot_losses(metrics, self._output_dir / "loss_curve.png")
+            logging.getLogger(__name__).info("Loss curve in %s", picture)
+
+
+@contextmanager
+def _ddp_that_takes(device: str) -> Iterator[None]:
+    """DefaultTrainer wraps models for distributed training as if each had a GPU of its own;
+    torch wants ``device_ids=None`` for models on the CPU.
+    """
+    if device.startswith("cuda"):
+        yield
+        return
+    on_cpu = functools.partial(defaults.create_ddp_model, device_ids=None)
+    with mock.patch.object(defaults, "create_ddp_model", on_cpu):
+        yield
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The metrics of an evaluation as a Markdown table a task, categories left out.
+
+    Args:
+        results: ``{task: {metric: value}}``, or that by dataset where there are several.
+    """
+    tables = []
+    for name, metrics in _tasks(results):
+        overall = {key: value for key, value in metrics.items() if "-" not in key}
+        table = tabulate(
+            [list(overall.values())], headers=list(overall), tablefmt="github", floatfmt=".1f"
+        )
+        tables.append(f"{name}\n\n{table}\n")
+    return "\n".join(tables)
+
+
+def _tasks(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    for name, content in results.items():
+        if content and all(isinstance(value, dict) for value in content.values()):
+            yield from _tasks(content, f"{prefix}{name} ")
+        elif content:
+            yield prefix + name, content
+
+
+def save_results(results: dict[str, Any], output_dir: str) -> None:
+    """Writes results.json and results.md to a folder and prints the latter."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    table = results_table(results)
+    (folder / "results.md").write_text(table)
+    print(f"\n{table}", flush=True)

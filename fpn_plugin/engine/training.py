@@ -1,0 +1,93 @@
+"""What tools/train_net.py does: arguments in, a trained and evaluated model out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+
+from fpn_plugin.data import check_config_datasets, ensure_mini, register_datasets
+from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.errors import UserError
+
+from .checkpoint import FittingCheckpointer
+from .launch import launch
+from .settings import find_config_file, load_config, names_device, settle_device
+from .trainer import FPNTrainer, save_results
+
+__all__ = ["argument_parser", "train_main"]
+
+_EXAMPLES = """
+Examples:
+  train_net.py --config-file mini/faster_rcnn_R_18_FPN.yaml
+  train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus 8
+  train_net.py --config-file my.yaml --dataset cells=cells.json:images DATASETS.TRAIN "('cells',)"
+  train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS model_final.pth
+  torchrun --nproc-per-node 8 train_net.py --config-file my.yaml
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and --dataset."""
+    parser = default_argument_parser(epilog=_EXAMPLES)
+    for action in parser._actions:
+        if action.dest == "config_file":
+            action.help = "path of a config, or name of a packaged one"
+        if action.dest == "num_gpus":
+            action.help = "GPUs on this machine; with MODEL.DEVICE cpu, processes"
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=JSON:IMAGES",
+        help="register COCO-format data under a name; may be given several times",
+    )
+    return parser
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """Trains, or evaluates with --eval-only, what the command line says.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used. All that can be checked is checked before the
+            first process starts.
+    """
+    args = argument_parser().parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    named = names_device(args.config_file, args.opts)
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
+    settle_device(cfg, named, args.num_gpus)
+    register_datasets(args.dataset)
+    check_config_datasets(cfg, training=not args.eval_only)
+    if not args.eval_only and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    if set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) & set(MINI_NAMES):
+        ensure_mini()
+    cfg.freeze()
+    launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
+
+
+def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """One process of a training or an evaluation."""
+    register_datasets(args.dataset)  # started processes begin with what an import registers
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = FPNTrainer.build_model(cfg)
+        FittingCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = FPNTrainer.test(cfg, model)
+    else:
+        trainer = FPNTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results = trainer.results
+    if results and comm.is_main_process():
+        save_results(results, cfg.OUTPUT_DIR)

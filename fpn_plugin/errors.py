@@ -1,0 +1,40 @@
+"""Errors that speak to the user, and the near names they suggest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "near_names"]
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used: a key, a file, a name, a value.
+
+    The message is one line that says what was given, what was expected and which key or command
+    mends it. The tools print it without a traceback and exit with status 2; code that catches
+    ``ValueError`` catches it too.
+    """
+
+
+def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Says which of the known names the user may have meant.
+
+    Args:
+        name: what the user wrote.
+        known: the names there are.
+        most: how many names to suggest at most.
+
+    Returns:
+        ``"did you mean A or B?"`` where some name is near, else ``"known: A, B, ..."`` with all
+        of them, or the first twenty and a count where there are more.
+    """
+    known = sorted(set(known))
+    lowered = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(lowered[match] for match in near)}?"
+    if not known:
+        return "there are none"
+    shown = ", ".join(known[:20])
+    return f"known: {shown}" + (f" and {len(known) - 20} more" if len(known) > 20 else "")

@@ -1,0 +1,104 @@
+"""Running a trained detector on images, and knowing which level each detection was pooled from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+from torch import nn
+
+from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.errors import UserError
+from fpn_plugin.modeling import PyramidROIPooler, assign_levels
+
+__all__ = ["Detector", "recorded_levels"]
+
+
+class Detector:
+    """Detectron2's DefaultPredictor whose detections say the pyramid level they were pooled from.
+
+    Args:
+        cfg: the config; MODEL.WEIGHTS must give every parameter of its model.
+
+    Raises:
+        UserError: the weights are not there or do not fit, or the model detects nothing (RPN).
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        weights = cfg.MODEL.WEIGHTS
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
+        self._predictor = DefaultPredictor(cfg)
+        FittingCheckpointer(self._predictor.model, complete=True).load(weights)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        return self._predictor.model
+
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detects objects in an image.
+
+        Args:
+            image: uint8 BGR ``(H, W, 3)``, of any size.
+
+        Returns:
+            ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``, and,
+            for R-CNN models that pool from a pyramid, ``pyramid_level``: int64, k of Eq. (1) for
+            the proposal that each detection came from.
+        """
+        with recorded_levels(self.model):
+            output = self._predictor(image)
+        if "instances" not in output:
+            raise UserError(
+                "the config's model gives proposals, not detections: evaluate it with "
+                "tools/train_net.py --eval-only"
+            )
+        return output["instances"].to("cpu")
+
+
+@contextmanager
+def recorded_levels(model: nn.Module) -> Iterator[None]:
+    """Within it, detections of an R-CNN model carry ``pyramid_level``; other models are untouched.
+
+    A detection's final box is not the box it was pooled for; its proposal is. Which proposal that
+    was, only the box predictor knows, so its ``inference`` is wrapped for the time being.
+
+    Args:
+        model: in evaluation mode.
+    """
+    heads = getattr(model, "roi_heads", None)
+    pooler = getattr(heads, "box_pooler", None)
+    predictor = getattr(heads, "box_predictor", None)
+    # A cascade pools three times, for boxes that its predictors do not pass on.
+    if not isinstance(pooler, PyramidROIPooler) or not hasattr(predictor, "inference"):
+        yield
+        return
+    inference = predictor.inference
+
+    def inference_with_levels(
+        predictions: Any, proposals: list[Instances]
+    ) -> tuple[list[Instances], list[torch.Tensor]]:
+        instances, kept = inference(predictions, proposals)
+        for found, proposed, indices in zip(instances, proposals, kept, strict=True):
+            found.pyramid_level = assign_levels(
+                proposed.proposal_boxes.tensor[indices],
+                pooler.min_level,
+                pooler.max_level,
+                pooler.canonical_box_size,
+                pooler.canonical_level,
+            )
+        return instances, kept
+
+    predictor.inference = inference_with_levels
+    try:
+        yield
+    finally:
+        del predictor.inference

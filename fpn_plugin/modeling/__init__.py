@@ -1,0 +1,16 @@
+"""What runs in a forward pass. Importing it registers the classes with Detectron2."""
+
+from .bottom_up import build_fpn_backbone
+from .levels import assign_levels
+from .neck import FeaturePyramidNetwork
+from .pooler import PyramidROIPooler
+from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
+
+__all__ = [
+    "FPNCascadeROIHeads",
+    "FPNROIHeads",
+    "FeaturePyramidNetwork",
+    "PyramidROIPooler",
+    "assign_levels",
+    "build_fpn_backbone",
+]

@@ -1,0 +1,89 @@
+"""The bottom-up pathway, and the registered backbone that puts a pyramid on it (section 3)."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+
+from fpn_plugin.errors import UserError, near_names
+
+from .neck import FeaturePyramidNetwork, build_top_block
+
+__all__ = ["build_fpn_backbone"]
+
+_RESNET_STAGES = {"res2", "res3", "res4", "res5"}
+
+
+@BACKBONE_REGISTRY.register()
+def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNetwork:
+    """Builds a :class:`FeaturePyramidNetwork` over the builder that MODEL.FPN.BOTTOM_UP names.
+
+    Args:
+        cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
+        input_shape: channels of the input image.
+
+    Raises:
+        UserError: the plugin's keys are missing, the builder is unknown, or what it builds does
+            not fit the pyramid that was asked for.
+    """
+    fpn = cfg.MODEL.FPN
+    if "BOTTOM_UP" not in fpn:
+        raise UserError(
+            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
+            "cfg.merge_from_file(...)"
+        )
+    bottom_up = _build_bottom_up(cfg, input_shape)
+    # Names that are not there are reported by FeaturePyramidNetwork, with what is.
+    shapes = bottom_up.output_shape()
+    coarsest = fpn.IN_FEATURES[-1] if fpn.IN_FEATURES else None
+    top_block = None
+    if coarsest in shapes:
+        top_block = build_top_block(
+            fpn.TOP_BLOCK,
+            coarsest_stage=coarsest,
+            coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+            in_channels=shapes[coarsest].channels,
+            out_channels=fpn.OUT_CHANNELS,
+        )
+    return FeaturePyramidNetwork(
+        bottom_up,
+        fpn.IN_FEATURES,
+        fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
+        top_block=top_block,
+        fuse_type=fpn.FUSE_TYPE,
+        coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
+        top_down=fpn.TOP_DOWN,
+        lateral=fpn.LATERAL,
+        match_lateral_size=fpn.MATCH_LATERAL_SIZE,
+    )
+
+
+def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    name = cfg.MODEL.FPN.BOTTOM_UP
+    if name not in BACKBONE_REGISTRY:
+        known = [builder for builder, _ in BACKBONE_REGISTRY]
+        raise UserError(
+            f"MODEL.FPN.BOTTOM_UP names {name!r}, which is not in the BACKBONE registry: "
+            f"{near_names(name, known)} A module that registers it must be imported first"
+        )
+    if name == build_fpn_backbone.__name__:
+        raise UserError(
+            "MODEL.FPN.BOTTOM_UP names the pyramid itself; name the network under it, for "
+            "example build_resnet_backbone"
+        )
+    if set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
+        # A ResNet is built up to the coarsest stage that is read: deeper ones would hold
+        # parameters without gradients, which distributed training refuses.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.RESNETS.OUT_FEATURES = list(cfg.MODEL.FPN.IN_FEATURES)
+    bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+    if not isinstance(bottom_up, Backbone):
+        raise UserError(
+            f"MODEL.FPN.BOTTOM_UP {name!r} builds a {type(bottom_up).__name__}; it must build a "
+            "detectron2.modeling.Backbone"
+        )
+    return bottom_up

@@ -1,0 +1,276 @@
+"""FeaturePyramidNetwork: laterals, top-down pathway, output convolutions (paper, section 3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from fpn_plugin.errors import UserError, near_names
+
+__all__ = ["TOP_BLOCKS", "FeaturePyramidNetwork", "build_top_block"]
+
+_FUSE_TYPES = ("sum", "avg")
+_NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+TOP_BLOCKS = ("maxpool", "p6p7_c5", "p6p7_p5", "none")
+
+
+class FeaturePyramidNetwork(Backbone):
+    """The feature pyramid of section 3, over any bottom-up pathway.
+
+    For each level k of the bottom-up pathway, finest to coarsest C2 ... C5::
+
+        M5 = lateral(C5)                    1x1 to out_channels
+        Mk = lateral(Ck) + upsample(Mk+1)   nearest neighbour, x2
+        Pk = output(Mk)                     3x3; P5 = M5 unless coarsest_output_conv
+
+    There is no non-linearity in it. Convolutions are named ``fpn_lateral{k}`` and
+    ``fpn_output{k}`` and initialised as in :class:`detectron2.modeling.FPN`, so checkpoints pass
+    both ways. A convolution that the forward pass would not use is not built.
+
+    Args:
+        bottom_up: the network whose stages are C2 ... C5.
+        in_features: names of its stages to build on, finest first, each with twice the stride of
+            the one before; any contiguous run will do, for example ``["res3", "res4", "res5"]``.
+        out_channels: d, channels of every level.
+        norm: a normalization that Detectron2 knows, after each convolution; "" for none.
+        top_block: adds levels after the coarsest, see :func:`build_top_block`. Any module with
+            ``num_levels``, ``in_feature`` (a stage or a level) and a list of maps as its output.
+        fuse_type: "sum", or "avg" to halve each sum.
+        coarsest_output_conv: whether the coarsest level has a 3x3 convolution as well, as in
+            Detectron2. The paper can be read both ways; this project's reading is that it has not.
+        top_down: False leaves the top-down pathway out, row (d) of Tables 1 and 2: Mk =
+            lateral(Ck).
+        lateral: False leaves the lateral connections below the coarsest out, row (e): Mk =
+            upsample(Mk+1).
+        match_lateral_size: upsample to the lateral map's exact size instead of by 2, so that
+            input sides need not be multiples of the coarsest stride.
+
+    Raises:
+        UserError: stages that are not there or not a pyramid, an unknown norm or one that
+            out_channels does not fit, a top block whose input is not there.
+
+    Example::
+
+        >>> neck = FeaturePyramidNetwork(resnet, ["res2", "res3", "res4", "res5"], 256)
+        >>> {name: tuple(p.shape) for name, p in neck(torch.rand(1, 3, 64, 64)).items()}
+        {'p2': (1, 256, 16, 16), 'p3': (1, 256, 8, 8), 'p4': (1, 256, 4, 4), 'p5': (1, 256, 2, 2)}
+    """
+
+    def __init__(
+        self,
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        out_channels: int,
+        *,
+        norm: str = "",
+        top_block: nn.Module | None = None,
+        fuse_type: str = "sum",
+        coarsest_output_conv: bool = False,
+        top_down: bool = True,
+        lateral: bool = True,
+        match_lateral_size: bool = False,
+    ) -> None:
+        super().__init__()
+        shapes = _checked_shapes(bottom_up, in_features)
+        if fuse_type not in _FUSE_TYPES:
+            raise UserError(
+                f"MODEL.FPN.FUSE_TYPE {fuse_type!r} is unknown: "
+                f"{near_names(str(fuse_type), _FUSE_TYPES)}"
+            )
+        if not (top_down or lateral):
+            raise UserError(
+                "MODEL.FPN.TOP_DOWN and MODEL.FPN.LATERAL are both False, which leaves the levels "
+                "below the coarsest without any input: set one of them True"
+            )
+        self.in_features = tuple(in_features)
+        self._fuse_type = fuse_type
+        self._top_down = top_down
+        self._match_lateral_size = match_lateral_size
+
+        levels = [shape.stride.bit_length() - 1 for shape in shapes]
+        self._coarsest_first = levels[::-1]
+        # Modules are made, initialised and registered in Detectron2's order: one seed gives one
+        # set of weights, and an optimizer's saved state finds its parameters.
+        for level, shape in zip(levels, shapes, strict=True):
+            coarsest = level == levels[-1]
+            convs = {}
+            if lateral or coarsest:
+                convs[f"fpn_lateral{level}"] = _conv(shape.channels, out_channels, 1, norm)
+            if coarsest_output_conv or not coarsest:
+                convs[f"fpn_output{level}"] = _conv(out_channels, out_channels, 3, norm)
+            for name, conv in convs.items():
+                weight_init.c2_xavier_fill(conv)
+                self.add_module(name, conv)
+        self.top_block = top_block
+        self.bottom_up = bottom_up
+
+        outputs = [*levels, *self._top_block_levels(levels[-1])]
+        self._out_features = [f"p{level}" for level in outputs]
+        self._out_feature_strides = {f"p{level}": 2**level for level in outputs}
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+        self._size_divisibility = 0 if match_lateral_size else shapes[-1].stride
+
+    def _top_block_levels(self, coarsest: int) -> list[int]:
+        if self.top_block is None:
+            return []
+        present = [*self.in_features, *(f"p{level}" for level in self._coarsest_first)]
+        if self.top_block.in_feature not in present:
+            raise UserError(
+                f"the top block reads {self.top_block.in_feature!r}, which this pyramid does not "
+                f"have; it has {', '.join(present)}. build_top_block() follows the coarsest level"
+            )
+        return [coarsest + 1 + i for i in range(self.top_block.num_levels)]
+
+    @property
+    def size_divisibility(self) -> int:
+        """What input sides, in pixels, must be multiples of; 0 where any size will do."""
+        return self._size_divisibility
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Computes the pyramid of a batch of images.
+
+        Args:
+            x: ``(N, 3, H, W)``, or whatever the bottom-up pathway takes.
+
+        Returns:
+            ``{"p2": (N, out_channels, H / 4, W / 4), ...}``, finest level first.
+
+        Raises:
+            UserError: sides that are no multiple of the coarsest stride, unless match_lateral_size.
+        """
+        stages = self.bottom_up(x)
+        results: dict[str, Tensor] = {}
+        merged: Tensor | None = None
+        for name, level in zip(self.in_features[::-1], self._coarsest_first, strict=True):
+            merged = self._merge(stages[name], level, merged)
+            output = getattr(self, f"fpn_output{level}", None)
+            results[f"p{level}"] = merged if output is None else output(merged)
+        pyramid = dict(reversed(results.items()))
+        if self.top_block is not None:
+            source = self.top_block.in_feature
+            extra = self.top_block(stages[source] if source in stages else pyramid[source])
+            pyramid.update(zip(self._out_features[len(pyramid) :], extra, strict=True))
+        return pyramid
+
+    def _merge(self, stage: Tensor, level: int, coarser: Tensor | None) -> Tensor:
+        """Mk of a stage Ck and the next coarser M (section 3, figure 3)."""
+        lateral = getattr(self, f"fpn_lateral{level}", None)
+        if coarser is None or not self._top_down:
+            return lateral(stage)
+        if self._match_lateral_size:
+            upsampled = F.interpolate(coarser, size=stage.shape[-2:], mode="nearest")
+        else:
+            upsampled = F.interpolate(coarser, scale_factor=2.0, mode="nearest")
+            self._check_fits(upsampled, stage)
+        if lateral is None:
+            return upsampled
+        merged = lateral(stage) + upsampled
+        return merged / 2 if self._fuse_type == "avg" else merged
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        # Both readings of P5 differ by one convolution; dropping or inventing it in silence
+        # would leave a model that runs and detects badly.
+        coarsest = self._coarsest_first[0]
+        if f"{prefix}fpn_lateral{coarsest}.weight" in state_dict:
+            key = f"{prefix}fpn_output{coarsest}.weight"
+            saved, built = key in state_dict, hasattr(self, f"fpn_output{coarsest}")
+            if saved != built:
+                raise UserError(
+                    f"the checkpoint {'has' if saved else 'lacks'} {key}, which this model "
+                    f"{'has' if built else 'lacks'}: set MODEL.FPN.COARSEST_OUTPUT_CONV {saved}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_fits(self, upsampled: Tensor, stage: Tensor) -> None:
+        if torch.jit.is_tracing() or upsampled.shape[-2:] == stage.shape[-2:]:
+            return
+        raise UserError(
+            f"a map of {tuple(stage.shape[-2:])} cells meets an upsampled one of "
+            f"{tuple(upsampled.shape[-2:])}: input sides must be multiples of "
+            f"{self._size_divisibility} px; pad them, or set MODEL.FPN.MATCH_LATERAL_SIZE True"
+        )
+
+
+def build_top_block(
+    name: str, *, coarsest_stage: str, coarsest_level: int, in_channels: int, out_channels: int
+) -> nn.Module | None:
+    """Builds what follows the coarsest level, whichever level that is.
+
+    Args:
+        name: "maxpool": one level by stride-2 subsampling of the coarsest (P6 in footnote 1);
+            "p6p7_c5", "p6p7_p5": RetinaNet's two stride-2 convolutions, on the coarsest stage or
+            on the coarsest level; "none".
+        coarsest_stage: name of the coarsest stage, for example "res5".
+        coarsest_level: its level, for example 5.
+        in_channels: channels of that stage.
+        out_channels: channels of every level.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    level = f"p{coarsest_level}"
+    if name == "maxpool":
+        block = LastLevelMaxPool()
+        block.in_feature = level  # Detectron2's says "p5" whatever the pyramid
+        return block
+    if name == "p6p7_c5":
+        return LastLevelP6P7(in_channels, out_channels, coarsest_stage)
+    if name == "p6p7_p5":
+        return LastLevelP6P7(out_channels, out_channels, level)
+    if name == "none":
+        return None
+    raise UserError(f"MODEL.FPN.TOP_BLOCK {name!r} is unknown: {near_names(str(name), TOP_BLOCKS)}")
+
+
+def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[ShapeSpec]:
+    """Shapes of the chosen stages, known to be a pyramid of power-of-two strides."""
+    offered = bottom_up.output_shape()
+    says = ", ".join(f"{name} (stride {shape.stride})" for name, shape in offered.items())
+    if not in_features:
+        raise UserError(f"MODEL.FPN.IN_FEATURES is empty; the bottom-up pathway offers {says}")
+    for name in in_features:
+        if name not in offered:
+            raise UserError(
+                f"MODEL.FPN.IN_FEATURES names {name!r}, but the bottom-up pathway offers {says}"
+            )
+    shapes = [offered[name] for name in in_features]
+    strides = [shape.stride for shape in shapes]
+    doubling = all(b == 2 * a for a, b in itertools.pairwise(strides))
+    if not doubling or strides[0] != 2 ** (int(strides[0]).bit_length() - 1):
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES {list(in_features)} have strides {strides}, which are not a "
+            "pyramid: list contiguous stages, finest first, with power-of-2 strides, each twice "
+            f"the one before; the bottom-up pathway offers {says}"
+        )
+    return shapes
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
+    """A convolution that keeps the map's size; it has a bias where no norm brings one."""
+    try:
+        norm_layer = get_norm(norm, out_channels)
+    except KeyError:
+        raise UserError(f"MODEL.FPN.NORM {norm!r} is unknown: {near_names(norm, _NORMS)}") from None
+    except ValueError as error:
+        raise UserError(
+            f"MODEL.FPN.NORM {norm!r} does not fit MODEL.FPN.OUT_CHANNELS {out_channels}: {error}; "
+            "Detectron2's GN has 32 groups, so OUT_CHANNELS must be a multiple of 32"
+        ) from None
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=kernel_size,
+        padding=kernel_size // 2,
+        bias=norm_layer is None,
+        norm=norm_layer,
+    )

@@ -1,0 +1,143 @@
+"""PyramidROIPooler: regions pooled from the level that Eq. (1) names (paper, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes, RotatedBoxes
+from torch import Tensor
+
+from fpn_plugin.errors import UserError, near_names
+
+from .levels import check_finite, levels_of
+
+__all__ = ["PyramidROIPooler"]
+
+_POOLER_TYPES = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
+
+
+class PyramidROIPooler(ROIPooler):
+    """Pools each box from one level of a feature pyramid; may stand wherever ROIPooler does.
+
+    Same constructor and call as :class:`detectron2.modeling.poolers.ROIPooler`, same values and
+    gradients. Beyond it:
+
+    * non-square output over several levels;
+    * box coordinates are never rounded to the features' dtype: where features are float16 or
+      bfloat16, pooling is done in float32 and its result returned in the features' dtype;
+    * NaN and infinite coordinates are an error, not a row of zeros.
+
+    Args:
+        output_size: height and width of the pooled region, in cells; one int for both.
+        scales: 1 / stride of each feature map, finest first: 1/4, 1/8, ...
+        sampling_ratio: of ROIAlign: samples per output cell and axis, 0 for as many as there are
+            feature cells.
+        pooler_type: "ROIAlign", "ROIAlignV2", "ROIPool" or "ROIAlignRotated".
+        canonical_box_size: s0 of Eq. (1), in pixels of the network's input.
+        canonical_level: k0 of Eq. (1).
+
+    Raises:
+        UserError: an argument that is none of these.
+
+    Example::
+
+        >>> pooler = PyramidROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
+        >>> features = [torch.rand(1, 16, 64, 64), torch.rand(1, 16, 32, 32)]
+        >>> pooler(features, [Boxes(torch.tensor([[8.0, 8, 90, 70]]))]).shape
+        torch.Size([1, 16, 7, 7])
+    """
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        scales: Sequence[float],
+        sampling_ratio: int,
+        pooler_type: str,
+        canonical_box_size: float = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        sides = (output_size,) * 2 if isinstance(output_size, int) else tuple(output_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise UserError(
+                f"output_size (POOLER_RESOLUTION) is {output_size!r}; it must be a positive int "
+                "or two of them"
+            )
+        if pooler_type not in _POOLER_TYPES:
+            raise UserError(
+                f"POOLER_TYPE {pooler_type!r} is unknown: {near_names(pooler_type, _POOLER_TYPES)}"
+            )
+        levels = [-math.log2(scale) if scale > 0 else math.nan for scale in scales]
+        pyramid = [levels[0] + i for i in range(len(levels))] if levels else [math.nan]
+        if levels != pyramid or levels[0] != int(levels[0]) or levels[0] < 0:
+            strides = [1 / scale if scale > 0 else math.inf for scale in scales]
+            raise UserError(
+                f"feature maps of strides {strides} are not a pyramid: strides must be powers "
+                "of 2, each twice the one before (MODEL.ROI_HEADS.IN_FEATURES)"
+            )
+        if not canonical_box_size > 0:
+            raise UserError(
+                f"MODEL.FPN.CANONICAL_BOX_SIZE is {canonical_box_size}; it must be above 0"
+            )
+        super().__init__(
+            sides, scales, sampling_ratio, pooler_type, canonical_box_size, canonical_level
+        )
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes] | list[RotatedBoxes]) -> Tensor:
+        """Pools every box of every image.
+
+        Args:
+            x: one ``(N, C, H, W)`` map per scale, finest first.
+            box_lists: N entries, the boxes of each image, in pixels of the network's input.
+
+        Returns:
+            ``(M, C, *output_size)`` in the features' dtype; M boxes, in the order given.
+
+        Raises:
+            UserError: maps or images do not fit the pooler or each other; or a coordinate is NaN
+                or infinite.
+        """
+        if torch.jit.is_tracing():
+            # Counts of boxes read below would be frozen into a trace; Detectron2's way is not.
+            return super().forward(x, box_lists)
+        if len(x) != len(self.level_poolers):
+            raise UserError(
+                f"got {len(x)} feature maps, but this pooler was built for "
+                f"{len(self.level_poolers)} levels, p{self.min_level} to p{self.max_level}"
+            )
+        if len(box_lists) != x[0].shape[0]:
+            raise UserError(f"got boxes of {len(box_lists)} images and features of {x[0].shape[0]}")
+        dtype = x[0].dtype
+        # Half precision would move a corner by up to a pixel, bfloat16 by four.
+        x = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in x]
+        if len(box_lists) == 0:
+            return x[0].new_zeros((0, x[0].shape[1], *self.output_size), dtype=dtype)
+
+        rois = convert_boxes_to_pooler_format(
+            [type(boxes)(boxes.tensor.to(x[0].dtype)) for boxes in box_lists]
+        )
+        check_finite(rois[:, 1:])
+        if len(x) == 1:
+            return self.level_poolers[0](x[0], rois).to(dtype)
+
+        levels = levels_of(
+            rois[:, 1:],
+            self.min_level,
+            self.max_level,
+            self.canonical_box_size,
+            self.canonical_level,
+        )
+        # Boxes in order of their level, so that one transfer of the counts says where each
+        # level's boxes lie. A level without boxes is pooled too: its parameters then get a zero
+        # gradient instead of none, which distributed training waits for.
+        order = torch.argsort(levels, stable=True)
+        counts = torch.bincount(levels - self.min_level, minlength=len(x)).tolist()
+        pooled = [
+            pool(features, of_level)
+            for pool, features, of_level in zip(
+                self.level_poolers, x, rois[order].split(counts), strict=True
+            )
+        ]
+        return torch.cat(pooled)[torch.argsort(order)].to(dtype)

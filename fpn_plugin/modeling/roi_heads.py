@@ -1,0 +1,90 @@
+"""RoI heads that pool by Eq. (1) with the config's k0 and canonical size (paper, section 4.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+
+from fpn_plugin.errors import UserError, near_names
+
+from .pooler import PyramidROIPooler
+
+__all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
+
+
+class _PyramidPooling:
+    """Replaces the poolers of Detectron2's RoI heads; a pooler has no parameters, so state dicts
+    stay Detectron2's.
+    """
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        _check_in_features(cfg, input_shape)
+        parts = super()._init_box_head(cfg, input_shape)
+        return _with_pyramid_pooler(parts, "box_pooler", cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts = super()._init_mask_head(cfg, input_shape)
+        return _with_pyramid_pooler(parts, "mask_pooler", cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+
+    @classmethod
+    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts = super()._init_keypoint_head(cfg, input_shape)
+        return _with_pyramid_pooler(
+            parts, "keypoint_pooler", cfg, cfg.MODEL.ROI_KEYPOINT_HEAD, input_shape
+        )
+
+
+@ROI_HEADS_REGISTRY.register()
+class FPNROIHeads(_PyramidPooling, StandardROIHeads):
+    """StandardROIHeads whose box, mask and keypoint poolers read MODEL.FPN.CANONICAL_LEVEL (k0)
+    and MODEL.FPN.CANONICAL_BOX_SIZE.
+
+    Head parameters are shared by all levels (section 4.2). Same constructor, call, losses and
+    state dict as :class:`detectron2.modeling.StandardROIHeads`.
+    """
+
+
+@ROI_HEADS_REGISTRY.register()
+class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
+    """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
+
+
+def _check_in_features(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+    for name in cfg.MODEL.ROI_HEADS.IN_FEATURES:
+        if name not in input_shape:
+            raise UserError(
+                f"MODEL.ROI_HEADS.IN_FEATURES names {name!r}, which the backbone does not give: "
+                f"{near_names(name, input_shape)}"
+            )
+    if "CANONICAL_LEVEL" not in cfg.MODEL.FPN:
+        raise UserError(
+            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
+            "cfg.merge_from_file(...)"
+        )
+
+
+def _with_pyramid_pooler(
+    parts: dict[str, Any],
+    name: str,
+    cfg: CfgNode,
+    head: CfgNode,
+    input_shape: dict[str, ShapeSpec],
+) -> dict[str, Any]:
+    """``parts`` with the pooler of that name, where the head has one, replaced."""
+    if parts.get(name) is None:
+        return parts
+    pooler = PyramidROIPooler(
+        output_size=head.POOLER_RESOLUTION,
+        scales=[1 / input_shape[level].stride for level in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+        sampling_ratio=head.POOLER_SAMPLING_RATIO,
+        pooler_type=head.POOLER_TYPE,
+        canonical_box_size=cfg.MODEL.FPN.CANONICAL_BOX_SIZE,
+        canonical_level=cfg.MODEL.FPN.CANONICAL_LEVEL,
+    )
+    return {**parts, name: pooler}

@@ -1,0 +1,139 @@
+"""Pictures: detections tinted by their pyramid level, and loss curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+__all__ = ["DrawnBox", "draw_detections", "level_color", "plot_losses"]
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+_LEVEL_COLORS = {
+    2: "#E69F00",
+    3: "#56B4E9",
+    4: "#009E73",
+    5: "#CC79A7",
+    6: "#D55E00",
+    7: "#0072B2",
+}
+_PLAIN_COLOR = "#F0E442"
+_PANEL_INCHES = 5.0
+
+
+@dataclass(frozen=True)
+class DrawnBox:
+    """A box to draw: ``box`` XYXY in pixels of the picture, its text, and the level it was pooled
+    from where that is known.
+    """
+
+    box: tuple[float, float, float, float]
+    text: str
+    level: int | None = None
+
+
+def level_color(level: int | None) -> str:
+    """The colour that stands for a pyramid level in every picture, as "#RRGGBB"."""
+    return _PLAIN_COLOR if level is None else _LEVEL_COLORS.get(level, _PLAIN_COLOR)
+
+
+def draw_detections(
+    image: np.ndarray,
+    detections: Sequence[DrawnBox],
+    path: Path,
+    ground_truth: Sequence[DrawnBox] | None = None,
+) -> Path:
+    """Writes a picture of detections, beside ground truth where that is given.
+
+    Args:
+        image: uint8 RGB ``(H, W, 3)``.
+        detections: drawn in the colour of their level, which a legend names.
+        path: the file to write; its suffix says the format.
+        ground_truth: boxes as labelled; None for a picture of the detections alone.
+
+    Returns:
+        ``path``.
+    """
+    panels = [("detections, by pyramid level", detections)]
+    if ground_truth is not None:
+        panels.insert(0, ("ground truth", ground_truth))
+    height = _PANEL_INCHES * image.shape[0] / image.shape[1]
+    figure = Figure(
+        figsize=(_PANEL_INCHES * len(panels), height + 0.6), dpi=160, layout="constrained"
+    )
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, boxes) in zip(all_axes, panels, strict=True):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+        for drawn in boxes:
+            _draw_box(axes, drawn)
+    levels = sorted({drawn.level for drawn in detections if drawn.level is not None})
+    if levels:
+        handles = [Patch(color=level_color(level), label=f"P{level}") for level in levels]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(levels), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
+    x0, y0, x1, y1 = drawn.box
+    color = level_color(drawn.level)
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, lw=1.5))
+    axes.text(
+        x0,
+        y0,
+        drawn.text,
+        fontsize=6,
+        color="black",
+        va="bottom",
+        clip_on=True,
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.9},
+    )
+
+
+def plot_losses(metrics_file: Path, path: Path) -> Path:
+    """Draws every loss of a run, and the learning rate, against the iteration.
+
+    Args:
+        metrics_file: the metrics.json that Detectron2 writes, one JSON object a line.
+        path: the file to write; its suffix says the format.
+
+    Returns:
+        ``path``.
+    """
+    # A run that was cut off and resumed repeats iterations; the later line counts.
+    rows: dict[int, dict[str, float]] = {}
+    for line in metrics_file.read_text().splitlines():
+        row = json.loads(line)
+        if "total_loss" in row:
+            rows[row["iteration"]] = row
+    iterations = sorted(rows)
+    names = sorted({key for row in rows.values() for key in row if "loss" in key})
+    figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    # A category's recall or another metric may hold "loss" in no row but some; gaps stay gaps.
+    for name in names:
+        values = [rows[i].get(name, np.nan) for i in iterations]
+        width = 2.2 if name == "total_loss" else 1.2
+        axes.plot(iterations, values, label=name, lw=width)
+    axes.set_yscale("log")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("loss (median of 20 iterations)")
+    axes.grid(alpha=0.3)
+    rate_axes = axes.twinx()
+    rates = [rows[i].get("lr", np.nan) for i in iterations]
+    rate_axes.plot(iterations, rates, color="gray", ls=":", lw=1)
+    rate_axes.set_ylabel("learning rate (dotted)", color="gray")
+    rate_axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

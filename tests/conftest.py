@@ -1,0 +1,17 @@
+"""Every test works in folders of its own: no user's files, no checkout, no network."""
+
+import os
+import tempfile
+
+# Detectron2 and the plugin read it when they are imported.
+_DATASETS = tempfile.TemporaryDirectory(prefix="fpn-plugin-tests-")
+os.environ["DETECTRON2_DATASETS"] = _DATASETS.name
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
