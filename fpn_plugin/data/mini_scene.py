@@ -27,7 +27,7 @@ CATEGORIES = tuple(
 )
 
 _DIGIT_PX = (10.0, 150.0)  # square root of the box's area, log-uniform
-_DIGITS_PER_IMAGE = (2, 5)
+_DIGITS_PER_IMAGE = (3, 8)
 _PANEL_PX = (120.0, 220.0)
 _PAIRED_PANEL_PX = (120.0, 124.0)  # as wide as two panels side by side can be
 _DISC_PX = (12.0, 22.0)
@@ -142,7 +142,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(rng: np.random.Generator, split: str) -> np.ndarray:
-    """A square crop of a photograph: its left two thirds for training, the rest for validation."""
+    """A darkened square crop: of a photograph's left two thirds for training, else of the rest."""
     photos = _photographs()
     photo = photos[rng.integers(len(photos))]
     border = photo.width * 2 // 3
@@ -154,18 +154,19 @@ def _background(rng: np.random.Generator, split: str) -> np.ndarray:
     pixels = np.asarray(crop)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    return np.rint(pixels * rng.uniform(0.6, 1.0)).astype(np.uint8)
+    brightness = rng.uniform(35, 85) / max(float(pixels.mean()), 1.0)
+    return np.rint(pixels * min(brightness, 1.0)).astype(np.uint8)
 
 
-def _contrasting_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarray:
-    """A random colour whose brightness is well apart from that of the pixels under a box."""
+def _bright_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarray:
+    """A random colour that is well brighter than the pixels under a box."""
     x0, y0, x1, y1 = (int(v) for v in box)
     under = float(scene.image[y0 : y1 + 1, x0 : x1 + 1].mean())
     for _ in range(_ATTEMPTS):
-        color = rng.integers(0, 256, 3)
-        if abs(float(color.mean()) - under) >= 60:
+        color = rng.integers(80, 256, 3)
+        if color.mean() >= under + 70:
             return color.astype(np.float32)
-    return np.full(3, 255 if under < 128 else 0, np.float32)
+    return np.full(3, 255, np.float32)
 
 
 def _shape_stamp(shape: str, box: Box, outline: float | None = None) -> Stamp:
@@ -236,7 +237,7 @@ def _add_panel(
     outline = rng.uniform(3, 6)
     bounds = (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
     stamp = _shape_stamp(shape, bounds, outline)
-    scene.paint(stamp, _contrasting_color(scene, rng, bounds))
+    scene.paint(stamp, _bright_color(scene, rng, bounds))
     for _ in range(rng.integers(1, 3)):
         radius = rng.uniform(*_DISC_PX) / 2
         for _ in range(_ATTEMPTS):
@@ -244,7 +245,7 @@ def _add_panel(
             box = (x + dx - radius, y + dy - radius, x + dx + radius, y + dy + radius)
             margin = radius + outline + _DISC_CLEARANCE_PX
             if _inside_panel(shape, dx, dy, size / 2, margin) and scene.has_room(box):
-                color = _contrasting_color(scene, rng, box)
+                color = _bright_color(scene, rng, box)
                 scene.add(11 + shape_index, _shape_stamp("circle", box), color, box)
                 break
 
@@ -264,7 +265,7 @@ def _add_digit(scene: Scene, rng: np.random.Generator, split: str, size: float) 
         if scene.has_room(box):
             ink = Image.fromarray(strokes * 15).resize((width, height), Image.BICUBIC)
             # Enlarging 8 x 8 pixels leaves wide grey borders; a steeper ramp gives them an edge.
-            sharp = np.clip((np.asarray(ink, np.float32) / 240 - 0.5) * 3 + 0.6, 0, 1)
-            color = _contrasting_color(scene, rng, box)
+            sharp = np.clip((np.asarray(ink, np.float32) / 240 - 0.55) * 3 + 0.5, 0, 1)
+            color = _bright_color(scene, rng, box)
             scene.add(int(values[which]) + 1, Stamp(sharp, x, y), color, box)
             return

@@ -22,6 +22,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
+from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper
 from fpn_plugin.errors import UserError
@@ -58,6 +59,33 @@ class FPNTrainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(_LossCurve(Path(self.cfg.OUTPUT_DIR)))
         return hooks
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The config's model.
+
+        Raises:
+            UserError: a key that Detectron2 only asserts on, or a level that is not there.
+        """
+        try:
+            return super().build_model(cfg)
+        except KeyError as error:
+            readers = {
+                "MODEL.RPN.IN_FEATURES": cfg.MODEL.RPN.IN_FEATURES,
+                "MODEL.ROI_HEADS.IN_FEATURES": cfg.MODEL.ROI_HEADS.IN_FEATURES,
+                "MODEL.RETINANET.IN_FEATURES": cfg.MODEL.RETINANET.IN_FEATURES,
+            }
+            for key, levels in readers.items():
+                if error.args[0] in levels:
+                    raise UserError(
+                        f"{key} names {error.args[0]!r}, which the backbone does not give"
+                    ) from error
+            raise
+        except AssertionError as error:
+            told = " ".join(str(error).split())
+            if not told:
+                raise
+            raise UserError(f"Detectron2 cannot build this model: {told}") from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -74,7 +74,7 @@ def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "MODEL.FPN.BOTTOM_UP names the pyramid itself; name the network under it, for "
             "example build_resnet_backbone"
         )
-    if set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
+    if cfg.MODEL.FPN.IN_FEATURES and set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
         # A ResNet is built up to the coarsest stage that is read: deeper ones would hold
         # parameters without gradients, which distributed training refuses.
         cfg = cfg.clone()

@@ -63,9 +63,7 @@ def p6(coarsest: int = 5) -> nn.Module:
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize(("depth", "channels"), [(18, 32), (50, 256)])
 def test_equals_detectron2s_fpn_from_one_state_dict(depth, channels, fuse_type, training):
-    theirs = FPN(
-        resnet(depth), STAGES, channels, top_block=LastLevelMaxPool(), fuse_type=fuse_type
-    )
+    theirs = FPN(resnet(depth), STAGES, channels, top_block=LastLevelMaxPool(), fuse_type=fuse_type)
     ours = FeaturePyramidNetwork(
         resnet(depth),
         STAGES,
@@ -208,9 +206,7 @@ def test_any_run_of_levels_any_norm(stages, top_block, norm):
 
 
 def test_retinanets_top_block_equals_detectron2s():
-    theirs = FPN(
-        resnet(18), ["res3", "res4", "res5"], 32, top_block=LastLevelP6P7(512, 32, "res5")
-    )
+    theirs = FPN(resnet(18), ["res3", "res4", "res5"], 32, top_block=LastLevelP6P7(512, 32, "res5"))
     block = build_top_block(
         "p6p7_c5", coarsest_stage="res5", coarsest_level=5, in_channels=512, out_channels=32
     )

@@ -1,0 +1,184 @@
+"""A user's own COCO-format data: registered, or refused in one line that names the record."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fpn_plugin import UserError, model_zoo
+from fpn_plugin.data import (
+    ReadableImageMapper,
+    check_coco,
+    check_datasets,
+    read_image_or_say,
+    register_datasets,
+)
+
+
+def coco() -> dict:
+    return {
+        "images": [{"id": 7, "file_name": "a.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 12], "area": 120,
+             "iscrowd": 0},
+        ],
+        "categories": [{"id": 3, "name": "cell"}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def own_data(tmp_path) -> tuple[Path, Path]:
+    """A JSON and an image folder."""
+    images = tmp_path / "images with spaces"
+    images.mkdir()
+    Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(images / "a.png")
+    json_file = tmp_path / "own.json"
+    json_file.write_text(json.dumps(coco()))
+    return json_file, images
+
+
+@pytest.fixture
+def registered():
+    """Names to take out of Detectron2's catalogs again."""
+    names = []
+    yield names
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_own_data_is_registered_and_loads(own_data, registered):
+    json_file, images = own_data
+    spec = f"cells={json_file}:{images}"
+    register_datasets([spec])
+    registered.append("cells")
+    register_datasets([spec])  # once more in every process
+    (record,) = DatasetCatalog.get("cells")
+    assert record["annotations"][0]["category_id"] == 0
+    assert MetadataCatalog.get("cells").thing_classes == ["cell"]
+    check_datasets(["cells"], "DATASETS.TRAIN")
+    with pytest.raises(UserError, match="there is a dataset 'cells' already"):
+        register_datasets([f"cells={json_file}:{images.parent}"])
+
+
+@pytest.mark.parametrize("spec", ["cells", "cells=a.json", "=a.json:b", "cells=:b", "cells=a:"])
+def test_a_spec_of_another_form_is_told_the_form(spec):
+    with pytest.raises(UserError, match="NAME=JSON:IMAGES"):
+        register_datasets([spec])
+
+
+def test_files_that_are_not_there_are_named(own_data, tmp_path):
+    json_file, images = own_data
+    with pytest.raises(UserError, match="no folder"):
+        register_datasets([f"cells={json_file}:{tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match=r"cannot read .*nowhere.json: No such file"):
+        register_datasets([f"cells={tmp_path / 'nowhere.json'}:{images}"])
+
+
+def test_datasets_that_are_not_there_are_named():
+    with pytest.raises(UserError, match="did you mean mini_train"):
+        check_datasets(["mini_trian"], "DATASETS.TRAIN")
+    with pytest.raises(UserError, match=r"instances_val2017.json is not there.*DETECTRON2_DATASE"):
+        check_datasets(["coco_2017_val"], "DATASETS.TEST")
+    check_datasets(["mini_train", "mini_val"], "DATASETS.TRAIN")
+
+
+def broken(change) -> dict:
+    content = coco()
+    change(content)
+    return content
+
+
+BROKEN = {
+    "no list 'annotations'": lambda c: c.pop("annotations"),
+    "no list 'images'": lambda c: c.update(images={}),
+    "has no categories": lambda c: c.update(categories=[]),
+    r"images\[0\] has no id": lambda c: c["images"][0].pop("id"),
+    r"images\[1\]: id 7 is there twice": lambda c: c["images"].append(c["images"][0]),
+    r"annotations\[1\]: id 1 is there": lambda c: c["annotations"].append(c["annotations"][0]),
+    r"images\[0\] \(id 7\): 'file_name' is None": lambda c: c["images"][0].pop("file_name"),
+    "'width' is '40', expected int": lambda c: c["images"][0].update(width="40"),
+    "annotation 1: no image has id 8": lambda c: c["annotations"][0].update(image_id=8),
+    "annotation 1: no category has id 4": lambda c: c["annotations"][0].update(category_id=4),
+    r"no category has id \[3\]": lambda c: c["annotations"][0].update(category_id=[3]),
+    r"bbox is \[1, 2, 10\]": lambda c: c["annotations"][0].update(bbox=[1, 2, 10]),
+    "bbox is None": lambda c: c["annotations"][0].pop("bbox"),
+    "bbox is .*nan": lambda c: c["annotations"][0].update(bbox=[1, 2, math.nan, 4]),
+    "bbox is .*inf": lambda c: c["annotations"][0].update(bbox=[1, 2, math.inf, 4]),
+    "annotations.0. has no id": lambda c: c.update(annotations=["x"]),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_records_are_named(message, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(broken(BROKEN[message])))
+    with pytest.raises(UserError, match=message) as raised:
+        check_coco(str(path))
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[1]", "holds a list"), ("", "not JSON"), ("{}", "no list 'images'")],
+)
+def test_a_json_that_is_not_coco_is_named(text, message, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        check_coco(str(path))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    part=st.sampled_from(["images", "annotations", "categories"]),
+    key=st.sampled_from(["id", "file_name", "width", "image_id", "category_id", "bbox", "name"]),
+    value=ANYTHING,
+)
+def test_any_value_anywhere_is_taken_or_named(tmp_path_factory, part, key, value):
+    content = coco()
+    content[part][0][key] = value
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(content))
+    try:
+        check_coco(str(path))
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def mapped(record: dict) -> dict:
+    return ReadableImageMapper(model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml"), False)(
+        record
+    )
+
+
+def test_images_that_cannot_be_read_are_named(own_data, tmp_path):
+    _, images = own_data
+    record = {"file_name": str(images / "a.png"), "width": 40, "height": 30}
+    assert mapped(record)["image"].shape == (3, 256, 341)
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:60])
+    (images / "text.jpg").write_text("no image")
+    for name, message in (
+        ("cut.png", "cannot read image .*cut.png"),
+        ("text.jpg", "cannot read image .*text.jpg"),
+        ("none.jpg", "no image .*none.jpg"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mapped({**record, "file_name": str(images / name)})
+        with pytest.raises(UserError, match=message):
+            read_image_or_say(images / name)
+    with pytest.raises(UserError, match=r"a.png has another size than its dataset says"):
+        mapped({**record, "width": 41})

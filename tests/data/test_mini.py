@@ -1,0 +1,202 @@
+"""The mini dataset: what it holds, and that it is whole and the same wherever it is made."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from fpn_plugin import UserError
+from fpn_plugin.data import ensure_mini, mini, mini_scene
+from fpn_plugin.data.mini_scene import CATEGORIES, IMAGE_SIZE, PANEL_SHAPES, draw_scene
+
+FEW = {"train": 12, "val": 6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return ensure_mini(FEW, tmp_path_factory.mktemp("mini") / "made")
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_it_is_coco_and_boxes_fit_masks(root):
+    for split, count in FEW.items():
+        coco = COCO(str(root / f"{split}.json"))
+        assert len(coco.imgs) == count
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == [
+            c["name"] for c in CATEGORIES
+        ]
+        for image in coco.imgs.values():
+            pixels = np.asarray(Image.open(root / split / image["file_name"]))
+            assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        assert len(coco.anns) > 3 * count
+        for annotation in coco.anns.values():
+            x, y, width, height = annotation["bbox"]
+            assert 0 <= x < x + width <= IMAGE_SIZE
+            assert 0 <= y < y + height <= IMAGE_SIZE
+            assert annotation["area"] == width * height
+            assert coco_mask.toBbox(annotation["segmentation"]).tolist() == annotation["bbox"]
+
+
+def test_the_same_bytes_again_and_others_for_another_seed(root, tmp_path, monkeypatch):
+    again = ensure_mini(FEW, tmp_path / "again")
+    assert digests(again) == digests(root)
+    monkeypatch.setattr(mini, "SEED", 1)
+    other = ensure_mini(FEW, tmp_path / "other")
+    assert digests(other).keys() == digests(root).keys()
+    assert not set(digests(other).values()) & set(digests(root).values())
+
+
+def test_small_medium_and_large_objects_all_occur_and_overlap_little():
+    boxes = []
+    for index in range(120):
+        objects = draw_scene(0, "train", index).objects
+        masks = np.array([thing.mask for thing in objects])
+        assert masks.sum(axis=0).max() == 1, "a pixel belongs to one object"
+        boxes += [(thing.category_id, *thing.box[2:]) for thing in objects]
+    area = np.array([w * h for _, w, h in boxes])
+    small, large = area < 32**2, area > 96**2
+    shares = [small.mean(), (~small & ~large).mean(), large.mean()]
+    assert min(shares) > 0.04, shares
+    digit_size = np.sqrt([w * h for category, w, h in boxes if category <= 10])
+    assert digit_size.min() < 13
+    assert 130 < digit_size.max() <= 160
+    assert {category for category, *_ in boxes} == {c["id"] for c in CATEGORIES}
+
+
+def test_discs_look_alike_and_lie_in_the_panel_that_names_them(monkeypatch):
+    drawn = []
+    shape_stamp = mini_scene._shape_stamp
+
+    def record(shape, box, outline=None):
+        drawn.append((shape, box, outline))
+        return shape_stamp(shape, box, outline)
+
+    monkeypatch.setattr(mini_scene, "_shape_stamp", record)
+    discs = 0
+    for index in range(40):
+        drawn.clear()
+        objects = draw_scene(0, "val", index).objects
+        panel = None
+        classes = []
+        for shape, box, outline in drawn:
+            side = box[2] - box[0]
+            if outline is not None:
+                panel = (shape, box)
+                assert 120 <= side <= 220
+                continue
+            assert shape == "circle"
+            assert 12 <= side <= 22
+            assert panel[1][0] < box[0] < box[2] < panel[1][2]
+            assert panel[1][1] < box[1] < box[3] < panel[1][3]
+            classes.append(11 + PANEL_SHAPES.index(panel[0]))
+        labelled = [thing.category_id for thing in objects if thing.category_id > 10]
+        assert labelled == classes
+        discs += len(classes)
+    assert discs > 60
+
+
+def test_splits_share_no_digit_and_no_part_of_a_photograph():
+    train, val = mini_scene._digits("train")[0], mini_scene._digits("val")[0]
+    assert len(train) + len(val) == 1797
+    train_set = {digit.tobytes() for digit in train}
+    assert not any(digit.tobytes() in train_set for digit in val)
+    left, right = [], []
+    for photo in mini_scene._photographs():
+        border = photo.width * 2 // 3
+        left.append(border)
+        right.append(photo.width - border)
+    assert min(left) > 110
+    assert min(right) > 110
+
+
+def test_it_is_registered_and_loads(monkeypatch, tmp_path):
+    assert {"mini_train", "mini_val"} <= set(DatasetCatalog.list())
+    metadata = MetadataCatalog.get("mini_val")
+    assert metadata.evaluator_type == "coco"
+    assert len(metadata.thing_classes) == 14
+    assert Path(metadata.json_file).parent.parent == Path(os.environ["DETECTRON2_DATASETS"])
+
+
+def _make(root: Path, started) -> None:
+    started.wait()
+    ensure_mini({"train": 10, "val": 4}, root)
+
+
+def test_two_processes_at_once_make_one_dataset(root, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    together = context.Event()
+    target = tmp_path / "shared"
+    makers = [context.Process(target=_make, args=(target, together)) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    together.set()
+    for maker in makers:
+        maker.join()
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    alone = ensure_mini({"train": 10, "val": 4}, tmp_path / "alone")
+    assert digests(target) == digests(alone)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["alone", "shared"]
+
+
+def test_a_killed_run_leaves_nothing_that_is_trusted(tmp_path):
+    target = tmp_path / "made"
+    script = (
+        "from pathlib import Path; from fpn_plugin.data import ensure_mini; "
+        f"ensure_mini({{'train': 5000, 'val': 4}}, Path({str(target)!r}))"
+    )
+    maker = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    partial = tmp_path / "made.partial" / "train" / "000010.jpg"
+    while not partial.exists() and maker.poll() is None and time.monotonic() < deadline:
+        maker.poll()
+    maker.kill()
+    maker.wait()
+    assert partial.exists()
+    assert not target.exists()
+    ensure_mini(FEW, target)
+    assert len(list((target / "train").iterdir())) == FEW["train"]
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_a_changed_generator_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    before = mini.mini_root()
+    changed = tmp_path / "mini_scene.py"
+    changed.write_text(Path(mini_scene.__file__).read_text() + "# another line\n")
+    monkeypatch.setattr(mini_scene, "__file__", str(changed))
+    assert mini.mini_root() != before
+    assert mini.mini_root().parent == before.parent
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="DETECTRON2_DATASETS"):
+        ensure_mini(FEW, tmp_path / "file" / "mini")
+
+
+def test_scikit_learn_missing_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        ensure_mini(FEW, tmp_path / "mini")
+
+
+def test_the_json_says_which_generator_made_it(root):
+    info = json.loads((root / "train.json").read_text())["info"]
+    assert info["version"] == mini._fingerprint()

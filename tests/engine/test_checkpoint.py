@@ -1,0 +1,111 @@
+"""Weights that fit are loaded; weights that do not are named with the key that mends it."""
+
+import pickle
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from fpn_plugin import UserError, model_zoo
+from fpn_plugin.engine import FittingCheckpointer
+
+
+def config(*opts) -> CfgNode:
+    cfg = model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
+    model = build_model(config())
+    folder = tmp_path_factory.mktemp("run")
+    FittingCheckpointer(model, str(folder)).save("model_final")
+    return str(folder / "model_final.pth"), model.state_dict()
+
+
+def load(path: str, *opts, complete: bool = False):
+    model = build_model(config(*opts))
+    FittingCheckpointer(model, complete=complete).load(path)
+    return model
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_was_saved_is_loaded(saved, complete):
+    path, state = saved
+    loaded = load(path, complete=complete).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_training_from_scratch_needs_no_weights():
+    load("")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.FPN.OUT_CHANNELS", 32], r"fpn_.*is \(64.*and \(32.*MODEL.FPN.OUT_CHANNELS"),
+        (["MODEL.FPN.COARSEST_OUTPUT_CONV", True], "COARSEST_OUTPUT_CONV False"),
+        (["MODEL.RESNETS.DEPTH", 50], "bottom_up.*MODEL.RESNETS.DEPTH"),
+        (["MODEL.ROI_BOX_HEAD.FC_DIM", 77], "box_head.*MODEL.ROI_BOX_HEAD"),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]], "MODEL.ANCHOR_GENERATOR"),
+    ],
+)
+def test_shapes_that_do_not_fit_name_the_key(saved, opts, message, complete):
+    with pytest.raises(UserError, match=message) as raised:
+        load(saved[0], *opts, complete=complete)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_classes_are_a_start_for_training_but_not_for_evaluation(saved):
+    path, state = saved
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    loaded = load(path, *opts).state_dict()
+    name = "backbone.fpn_lateral5.weight"
+    assert torch.equal(loaded[name], state[name])
+    with pytest.raises(UserError, match="MODEL.ROI_HEADS.NUM_CLASSES"):
+        load(path, *opts, complete=True)
+
+
+def test_a_backbones_weights_are_a_start_for_training_but_not_for_evaluation(saved, tmp_path):
+    path = str(tmp_path / "bottom_up.pth")
+    start = "backbone.bottom_up."
+    torch.save({k: v for k, v in saved[1].items() if k.startswith(start)}, path)
+    load(path)
+    with pytest.raises(UserError, match=r"lacks \d+ of the model's \d+ tensors, .*fpn_"):
+        load(path, complete=True)
+
+
+def test_files_that_are_no_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="no weights file .*nowhere.pth"):
+        load(str(tmp_path / "nowhere.pth"))
+    for name, content in (
+        ("text.pth", b"no weights"),
+        ("empty.pth", b""),
+        ("text.pkl", b"no weights"),
+        ("other.pth", None),
+    ):
+        path = tmp_path / name
+        if content is None:
+            torch.save({"model": {"some.weight": torch.zeros(2)}}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=name) as raised:
+            load(str(path))
+        assert "\n" not in str(raised.value)
+
+
+def test_evaluating_without_weights_says_what_to_set():
+    with pytest.raises(UserError, match=r"MODEL.WEIGHTS.*--resume"):
+        load("", complete=True)
+
+
+def test_a_model_zoo_pickle_loads(saved, tmp_path):
+    path = tmp_path / "zoo.pkl"
+    state = {name: value.numpy() for name, value in saved[1].items()}
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "third party"}))
+    loaded = load(str(path), complete=True).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved[1].items())

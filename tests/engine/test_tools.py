@@ -1,0 +1,231 @@
+"""The tools as a user runs them: training, resuming, evaluating, drawing, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TOOLS = Path(__file__).parents[2] / "tools"
+MINI = "mini/faster_rcnn_R_18_FPN.yaml"
+# Small enough for a test: 64 px images, a tenth of the channels.
+TINY = [
+    "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "MODEL.FPN.OUT_CHANNELS", "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0",
+    "SOLVER.CHECKPOINT_PERIOD", "2", "MODEL.RPN.POST_NMS_TOPK_TEST", "20",
+]  # fmt: skip
+
+
+def run(tool: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a tool."""
+    command = [sys.executable, *launcher, str(TOOLS / tool), *map(str, args)]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """A folder with six images and their COCO JSON: bright squares on dark ground."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
+    for i in range(6):
+        pixels = rng.integers(0, 60, (64, 80, 3), dtype=np.uint8)
+        x, y, side = (int(v) for v in rng.integers(4, 24, 3))
+        pixels[y : y + side, x : x + side] = 220
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 64})
+        content["annotations"].append(
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, side, side],
+             "area": side * side, "iscrowd": 0}
+        )  # fmt: skip
+    (folder / "own.json").write_text(json.dumps(content))
+    return folder
+
+
+def own_args(own_data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--config-file", MINI, "--dataset", f"own={own_data / 'own.json'}:{own_data / 'images'}",
+        *more, "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+        "MODEL.ROI_HEADS.NUM_CLASSES", "1", *TINY, "OUTPUT_DIR", str(output),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(own_data, tmp_path_factory) -> Path:
+    """The output folder of a training of four iterations on a user's own data."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    args = own_args(own_data, output)
+    status, out, err = run("train_net.py", *args, "SOLVER.MAX_ITER", "4", cwd=own_data)
+    assert status == 0, err[-2000:]
+    assert "no GPU found: running on the CPU" in out
+    assert "| AP " in out.replace("|   AP", "| AP")
+    return output
+
+
+def test_training_writes_weights_results_and_a_loss_curve(trained):
+    assert (trained / "model_final.pth").is_file()
+    assert set(json.loads((trained / "results.json").read_text())["bbox"]) >= {"AP", "AP50", "APs"}
+    assert "AP50" in (trained / "results.md").read_text()
+    assert Image.open(trained / "loss_curve.png").size[0] > 500
+    assert (trained / "config.yaml").is_file()
+
+
+def test_a_run_is_resumed(own_data, trained, tmp_path):
+    output = tmp_path / "run"
+    first = own_args(own_data, output)
+    assert run("train_net.py", *first, "SOLVER.MAX_ITER", "2", cwd=own_data)[0] == 0
+    again = own_args(own_data, output, "--resume")
+    status, out, err = run("train_net.py", *again, "SOLVER.MAX_ITER", "4", cwd=own_data)
+    assert status == 0, err[-2000:]
+    assert "Starting training from iteration 2" in out + err
+
+
+def test_eval_only_gives_the_results_of_the_training(own_data, trained, tmp_path):
+    args = own_args(own_data, tmp_path / "eval", "--eval-only")
+    weights = str(trained / "model_final.pth")
+    status, _, err = run("train_net.py", *args, "MODEL.WEIGHTS", weights, cwd=own_data)
+    assert status == 0, err[-2000:]
+    ours = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert ours == json.loads((trained / "results.json").read_text())
+
+
+def test_a_proposal_network_is_evaluated_by_recall(own_data, tmp_path):
+    args = own_args(own_data, tmp_path / "rpn")
+    rpn = ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "SOLVER.MAX_ITER", "2"]
+    status, _, err = run("train_net.py", *args, *rpn, cwd=own_data)
+    assert status == 0, err[-2000:]
+    results = json.loads((tmp_path / "rpn" / "results.json").read_text())
+    assert set(results["box_proposals"]) >= {"AR@100", "AR@1000", "ARs@1000"}
+
+
+@pytest.mark.parametrize("how", ["--num-gpus", "torchrun"])
+def test_two_processes_on_the_cpu(own_data, tmp_path, how):
+    more, launcher = ["--num-gpus", "2", "--dist-url", "auto"], ()
+    if how == "torchrun":
+        more, launcher = [], ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    args = own_args(own_data, tmp_path / "two", *more)
+    opts = ["SOLVER.MAX_ITER", "2", "MODEL.DEVICE", "cpu"]
+    status, out, err = run("train_net.py", *args, *opts, cwd=own_data, launcher=launcher)
+    assert status == 0, err[-3000:]
+    assert "World size: 2" in out + err
+    assert "AP50" in (tmp_path / "two" / "results.md").read_text()
+
+
+def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_path):
+    args = ["--config-file", trained / "config.yaml", "--input", own_data / "images"]
+    spec = f"own={own_data / 'own.json'}:{own_data / 'images'}"
+    opts = ["--threshold", "0", "--dataset", spec, "--output", tmp_path]
+    weights = [
+        "MODEL.WEIGHTS",
+        trained / "model_final.pth",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "0",
+    ]
+    status, _, err = run("demo.py", *args, *opts, *weights, cwd=own_data)
+    assert status == 0, err[-2000:]
+    records = json.loads((tmp_path / "detections.json").read_text())
+    assert len(records) == 6
+    for record in records:
+        assert (record["width"], record["height"]) == (80, 64)
+        assert (tmp_path / record["picture"]).is_file()
+        for found in record["detections"]:
+            assert found["category"] == "square"
+            assert found["level"] in (2, 3, 4, 5)
+            x, y, width, height = found["bbox"]
+            assert 0 <= x <= x + width <= 80.01
+            assert 0 <= y <= y + height <= 64.01
+    assert any(record["detections"] for record in records)
+
+
+def test_the_demo_draws_ground_truth_beside(own_data, trained, tmp_path):
+    spec = f"own={own_data / 'own.json'}:{own_data / 'images'}"
+    args = ["--config-file", trained / "config.yaml", "--dataset", spec, "--ground-truth", "own"]
+    opts = ["--max-images", "1", "--output", tmp_path, "MODEL.WEIGHTS", trained / "model_final.pth"]
+    status, _, err = run("demo.py", *args, *opts, cwd=own_data)
+    assert status == 0, err[-2000:]
+    (picture,) = tmp_path.glob("*.png")
+    width, height = Image.open(picture).size
+    assert width > 1.8 * height, "two panels, side by side"
+
+
+def test_an_unreadable_image_among_others_is_named_at_the_end(own_data, trained, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((own_data / "images" / "0.png").read_bytes())
+    (folder / "b.png").write_text("no image")
+    args = ["--config-file", trained / "config.yaml", "--input", folder, "--output", tmp_path / "o"]
+    status, _, err = run(
+        "demo.py", *args, "MODEL.WEIGHTS", trained / "model_final.pth", cwd=own_data
+    )
+    assert status == 2
+    assert "1 of 2 images left out: cannot read image" in err
+    assert (tmp_path / "o" / "a.png").is_file()
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err[-2000:]
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config-file", "mini/faster_rcn_R_18_FPN.yaml"], "did you mean mini/faster_rcnn_R_18"),
+        (["--config-file", MINI, "MODEL.FPN.CANONICAL_LEVL", "3"], "did you mean MODEL.FPN.CANON"),
+        (["--config-file", MINI, "DATASETS.TRAIN", "('mini_trian',)"], "did you mean mini_train"),
+        (["--config-file", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"], "is not there"),
+        (["--config-file", MINI, "MODEL.DEVICE", "cuda"], "asks for more GPUs"),
+        (["--config-file", MINI, "--dataset", "a=b"], "NAME=JSON:IMAGES"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_status(args, message, tmp_path):
+    status, _, err = run("train_net.py", *args, cwd=tmp_path)
+    assert status == 2
+    assert message in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.FPN.IN_FEATURES", "['res3','res5']"], "are not a pyramid"),
+        (["MODEL.FPN.IN_FEATURES", "['res2','res7']"], "'res7'"),
+        (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "48"], "multiple of 32"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
+        (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "'p9'"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_line(own_data, tmp_path, opts, message):
+    args = own_args(own_data, tmp_path / "out")
+    status, out, err = run("train_net.py", *args, *opts, cwd=own_data)
+    assert status == 2
+    assert message in one_line(err)
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_training_image_is_one_line(own_data, tmp_path, workers):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        (images / f"{i}.png").write_text("no image")
+    args = own_args(own_data, tmp_path / "out")
+    args[3] = f"own={own_data / 'own.json'}:{images}"
+    status, out, err = run("train_net.py", *args, "DATALOADER.NUM_WORKERS", workers, cwd=own_data)
+    assert status == 2
+    assert "cannot read image" in one_line(err)
+    assert "Traceback" not in out

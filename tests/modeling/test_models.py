@@ -1,0 +1,290 @@
+"""Whole models: twins of the zoo against stock ones, heads, and the keys that reach them."""
+
+from pathlib import Path
+
+import detectron2
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
+
+from fpn_plugin import PyramidROIPooler, UserError, add_fpn_config, model_zoo
+
+ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+TWINS = [
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
+    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
+    "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
+]
+PLUGIN_KEYS = {
+    "BOTTOM_UP",
+    "TOP_DOWN",
+    "LATERAL",
+    "COARSEST_OUTPUT_CONV",
+    "TOP_BLOCK",
+    "MATCH_LATERAL_SIZE",
+    "CANONICAL_BOX_SIZE",
+    "CANONICAL_LEVEL",
+}
+
+
+def stock_config(name: str) -> CfgNode:
+    cfg = get_cfg()
+    cfg.merge_from_file(str(ZOO / name))
+    return cfg
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name):
+    ours, theirs = model_zoo.get_config(name), stock_config(name)
+    assert ours.MODEL.FPN.pop("COARSEST_OUTPUT_CONV") is True
+    for key in PLUGIN_KEYS - {"COARSEST_OUTPUT_CONV"}:
+        ours.MODEL.FPN.pop(key)
+    assert ours.MODEL.BACKBONE.NAME == "build_fpn_backbone"
+    assert ours.MODEL.ROI_HEADS.NAME == "FPNROIHeads"
+    ours.MODEL.BACKBONE.NAME = theirs.MODEL.BACKBONE.NAME
+    ours.MODEL.ROI_HEADS.NAME = theirs.MODEL.ROI_HEADS.NAME
+    assert ours == theirs
+
+
+def small(cfg: CfgNode) -> CfgNode:
+    """The model of a config at a size that a test can run: fewer channels and proposals."""
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.PIXEL_STD = [500.0] * 3  # keeps an untrained network's activations in bounds
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = (16, 16)
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    return cfg
+
+
+def batch(masks: bool = False, keypoints: int = 0) -> list[dict]:
+    inputs = []
+    for height, width in ((192, 256), (224, 160)):
+        target = Instances((height, width))
+        target.gt_boxes = Boxes(
+            torch.tensor([[10.0, 10, 60, 90], [50, 40, 150, 150], [5, 100, 30, 120]])
+        )
+        target.gt_classes = torch.tensor([0, 5, 9])
+        if masks:
+            target.gt_masks = BitMasks(torch.rand(3, height, width) > 0.5)
+        if keypoints:
+            points = torch.rand(3, keypoints, 3) * 100 + 20
+            points[:, :, 2] = 2
+            target.gt_keypoints = Keypoints(points)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        inputs.append({"image": image, "height": height, "width": width, "instances": target})
+    return inputs
+
+
+def compare(ours, theirs, inputs) -> None:
+    """Losses, then detections, of two models that have one state dict."""
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    losses = []
+    for model in (ours, theirs):
+        model.train()
+        torch.manual_seed(1)  # proposals and anchors are sampled
+        with EventStorage(0):
+            losses.append(model(inputs))
+    assert losses[0].keys() == losses[1].keys()
+    for name, expected in losses[1].items():
+        assert expected > 0 or "stage" in name, name  # a later stage may sample no object
+        torch.testing.assert_close(losses[0][name], expected, rtol=1e-5, atol=1e-5)
+    sum(losses[0].values()).backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None or not parameter.requires_grad, name
+
+    detections = []
+    for model in (ours.eval(), theirs.eval()):
+        with torch.no_grad():
+            detections.append([out["instances"] for out in model(inputs)])
+    for mine, other in zip(*detections, strict=True):
+        assert len(mine) == len(other) > 10
+        assert mine.get_fields().keys() == other.get_fields().keys()
+        for field, value in mine.get_fields().items():
+            expected = other.get(field)
+            if isinstance(value, Boxes):
+                value, expected = value.tensor, expected.tensor
+            assert torch.equal(value, expected), field
+
+
+@pytest.mark.parametrize("name", [TWINS[0], TWINS[3]])
+def test_a_twin_gives_the_stock_models_losses_and_detections(name):
+    ours = build_model(small(model_zoo.get_config(name)))
+    theirs = build_model(small(stock_config(name)))
+    compare(ours, theirs, batch())
+
+
+@pytest.mark.parametrize(
+    ("zoo_name", "heads", "kwargs"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "FPNROIHeads", {"masks": True}),
+        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", "FPNROIHeads", {"keypoints": 17}),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "FPNCascadeROIHeads", {"masks": True}),
+    ],
+)
+def test_mask_keypoint_and_cascade_heads_are_detectron2s_but_for_their_poolers(
+    zoo_name, heads, kwargs
+):
+    theirs = build_model(small(bitmask_config(zoo_name)))
+    cfg = bitmask_config(zoo_name)
+    add_fpn_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
+    cfg.MODEL.ROI_HEADS.NAME = heads
+    cfg.MODEL.FPN.COARSEST_OUTPUT_CONV = True
+    ours = build_model(small(cfg))
+    poolers = [m for m in ours.modules() if type(m).__name__.endswith("ROIPooler")]
+    assert len(poolers) == (2 if kwargs else 1)
+    assert all(isinstance(pooler, PyramidROIPooler) for pooler in poolers)
+    inputs = batch(**kwargs)
+    if "keypoints" in kwargs:
+        for record in inputs:
+            record["instances"].gt_classes.zero_()
+    compare(ours, theirs, inputs)
+
+
+def bitmask_config(name: str) -> CfgNode:
+    cfg = stock_config(name)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    return cfg
+
+
+def test_k0_and_canonical_size_reach_every_pooler_from_the_config():
+    cfg = bitmask_config("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml")
+    add_fpn_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
+    cfg.merge_from_list(["MODEL.FPN.CANONICAL_LEVEL", "3", "MODEL.FPN.CANONICAL_BOX_SIZE", "160"])
+    for heads in ("FPNROIHeads", "FPNCascadeROIHeads"):
+        cfg.MODEL.ROI_HEADS.NAME = heads
+        model = build_model(small(cfg))
+        for pooler in (model.roi_heads.box_pooler, model.roi_heads.mask_pooler):
+            assert (pooler.canonical_level, pooler.canonical_box_size) == (3, 160)
+        # A constant map per level: each box comes back as the number of the level it was read
+        # from, which with these keys is 3 from 160 px on and 4 from 320 px on.
+        maps = [torch.full((1, 32, 512 // 2**k, 512 // 2**k), float(k)) for k in (2, 3, 4, 5)]
+        boxes = [Boxes(torch.tensor([[9.0, 9, 9 + s, 9 + s] for s in (159, 160, 319, 320)]))]
+        pooled = model.roi_heads.box_pooler(maps, boxes)
+        assert pooled.mean(dim=(1, 2, 3)).tolist() == [2.0, 3.0, 3.0, 4.0]
+
+
+def test_the_papers_config_is_what_the_paper_states():
+    cfg = model_zoo.get_config("paper/faster_rcnn_R_50_FPN.yaml")
+    assert cfg.MODEL.FPN.COARSEST_OUTPUT_CONV is False
+    assert (cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM) == (256, "")
+    assert (cfg.MODEL.FPN.CANONICAL_LEVEL, cfg.MODEL.FPN.CANONICAL_BOX_SIZE) == (4, 224)
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32], [64], [128], [256], [512]]
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[0.5, 1.0, 2.0]]
+    assert cfg.MODEL.RPN.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"]
+    assert (cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.MODEL.RPN.IOU_THRESHOLDS) == (256, [0.3, 0.7])
+    assert cfg.MODEL.RPN.BOUNDARY_THRESH == -1  # anchors that cross the border are kept
+    assert (cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN, cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (2000, 1000)
+    assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p2", "p3", "p4", "p5"]
+    assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 512
+    head = cfg.MODEL.ROI_BOX_HEAD
+    assert (head.POOLER_TYPE, head.POOLER_RESOLUTION) == ("ROIPool", 7)
+    assert (head.NUM_FC, head.FC_DIM) == (2, 1024)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    assert cfg.INPUT.MIN_SIZE_TEST == 800
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.GAMMA) == (16, 0.02, 0.1)
+    assert (solver.STEPS, solver.MAX_ITER) == ((60000,), 80000)
+    assert (solver.WEIGHT_DECAY, solver.MOMENTUM) == (0.0001, 0.9)
+
+
+def test_the_papers_model_trains_and_has_no_idle_parameter():
+    model = build_model(small(model_zoo.get_config("paper/faster_rcnn_R_50_FPN.yaml")))
+    assert not hasattr(model.backbone, "fpn_output5")
+    with EventStorage(0):
+        losses = model(batch())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("name", model_zoo.names())
+def test_every_packaged_config_builds(name):
+    cfg = model_zoo.get_config(name)
+    backbone = build_backbone(cfg)
+    assert backbone.output_shape().keys() >= set(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+
+
+def fpn_cfg(*opts: str) -> CfgNode:
+    cfg = model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml")
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("opts", "levels"),
+    [
+        (["MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]], ["p3", "p4", "p5", "p6"]),
+        (["MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4"]], ["p2", "p3", "p4", "p5"]),
+        (["MODEL.FPN.TOP_BLOCK", "p6p7_c5"], ["p2", "p3", "p4", "p5", "p6", "p7"]),
+        (["MODEL.FPN.TOP_BLOCK", "p6p7_p5"], ["p2", "p3", "p4", "p5", "p6", "p7"]),
+        (["MODEL.FPN.TOP_BLOCK", "none"], ["p2", "p3", "p4", "p5"]),
+        (["MODEL.FPN.MATCH_LATERAL_SIZE", True], ["p2", "p3", "p4", "p5", "p6"]),
+    ],
+)
+def test_backbone_keys(opts, levels):
+    backbone = build_backbone(fpn_cfg(*opts))
+    size = (250, 181) if "MODEL.FPN.MATCH_LATERAL_SIZE" in opts else (256, 192)
+    out = backbone(torch.randn(1, 3, *size))
+    assert list(out) == levels
+    # A ResNet is not built deeper than what is read: no parameter is left without a gradient.
+    sum(level.sum() for level in out.values()).backward()
+    for name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.FPN.BOTTOM_UP", "build_resnt_backbone"], "did you mean build_resnet_backbone"),
+        (["MODEL.FPN.BOTTOM_UP", "build_fpn_backbone"], "names the pyramid itself"),
+        (["MODEL.FPN.IN_FEATURES", ["res2", "res6"]], "'res6'.*offers"),
+        (["MODEL.FPN.IN_FEATURES", ["res3", "res5"]], "not a pyramid"),
+        (["MODEL.FPN.IN_FEATURES", []], "IN_FEATURES is empty"),
+        (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48], "multiple of 32"),
+        (["MODEL.FPN.TOP_BLOCK", "max_pool"], "did you mean maxpool"),
+        (["MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p9"]], "'p9'.*backbone does not give"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named(opts, message):
+    cfg = fpn_cfg(*opts)
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(UserError, match=message):
+        build_model(cfg)
+
+
+def test_a_config_without_the_plugins_keys_is_told_what_to_call():
+    cfg = stock_config(TWINS[0])
+    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
+    with pytest.raises(UserError, match="add_fpn_config"):
+        build_backbone(cfg)
+
+
+def test_add_fpn_config_keeps_what_was_set():
+    cfg = get_cfg()
+    before = set(cfg.MODEL.FPN)
+    add_fpn_config(cfg)
+    assert set(cfg.MODEL.FPN) - before == PLUGIN_KEYS
+    cfg.MODEL.FPN.CANONICAL_LEVEL = 3
+    add_fpn_config(cfg)
+    assert cfg.MODEL.FPN.CANONICAL_LEVEL == 3
+    assert not set(get_cfg().MODEL.FPN) & PLUGIN_KEYS, "Detectron2's own defaults were changed"
+
+
+def test_model_zoo_names_what_is_near():
+    with pytest.raises(UserError, match="faster_rcnn_R_50_FPN_1x"):
+        model_zoo.get_config_file("COCO-Detection/faster_rcnn_R50_FPN_1x.yaml")
+    assert Path(model_zoo.get_config_file(TWINS[0])).is_file()
+    assert type(model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", "cpu")).__name__ == (
+        "GeneralizedRCNN"
+    )
