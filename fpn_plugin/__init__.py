@@ -3,28 +3,33 @@
 Importing it registers its backbone, RoI heads and datasets with Detectron2.
 """
 
-try:
-    import detectron2 as _detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "fpn_plugin extends Detectron2, which is not installed (or does not import: "
-        f"{error}). From source:  pip install --no-build-isolation "
-        "'git+https://github.com/facebookresearch/detectron2.git'  ; without a compiler:  "
-        "make env  in a checkout of fpn_plugin"
-    ) from error
+import warnings as _warnings
 
-from . import model_zoo
-from .config import add_fpn_config
-from .data import register_mini as _register_mini
-from .errors import UserError
-from .modeling import (
-    FeaturePyramidNetwork,
-    FPNCascadeROIHeads,
-    FPNROIHeads,
-    PyramidROIPooler,
-    assign_levels,
-    build_fpn_backbone,
-)
+with _warnings.catch_warnings():
+    # Detectron2 calls torch.jit.script while it is imported; torch deprecates that at length.
+    _warnings.filterwarnings("ignore", r"`torch\.jit", module=r"torch\.jit")
+    try:
+        import detectron2 as _detectron2  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "fpn_plugin extends Detectron2, which is not installed (or does not import: "
+            f"{error}). From source:  pip install --no-build-isolation "
+            "'git+https://github.com/facebookresearch/detectron2.git'  ; without a compiler:  "
+            "make env  in a checkout of fpn_plugin"
+        ) from error
+
+    from . import model_zoo
+    from .config import add_fpn_config
+    from .data import register_mini as _register_mini
+    from .errors import UserError
+    from .modeling import (
+        FeaturePyramidNetwork,
+        FPNCascadeROIHeads,
+        FPNROIHeads,
+        PyramidROIPooler,
+        assign_levels,
+        build_fpn_backbone,
+    )
 
 __all__ = [
     "FPNCascadeROIHeads",

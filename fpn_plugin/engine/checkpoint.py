@@ -87,8 +87,9 @@ class FittingCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
-        parameters = self.model.state_dict()
-        if len(missing) + len(wrong) == len(parameters):
+        # BN counts its batches in a tensor that is never missing.
+        parameters = [k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")]
+        if not set(parameters) - set(missing) - set(wrong):
             raise UserError(
                 f"none of the {len(given)} tensors of {self._path!r} fits this model; the file "
                 f"begins with {sorted(given)[:2]}, the model with {sorted(parameters)[:2]}"

@@ -1,6 +1,7 @@
 """The tools as a user runs them: training, resuming, evaluating, drawing, and bad input."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from fpn_plugin.demo import demo_main
+from fpn_plugin.engine import run_tool
+from fpn_plugin.engine.training import train_main
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
-# Small enough for a test: 64 px images, a tenth of the channels.
+# Small enough for a test: 64 px images, a quarter of the channels.
 TINY = [
     "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "MODEL.FPN.OUT_CHANNELS", "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0",
@@ -20,11 +26,12 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(tool: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a tool."""
-    command = [sys.executable, *launcher, str(TOOLS / tool), *map(str, args)]
+def run(
+    tool: str, *args: str | Path, cwd: Path, launcher: tuple[str, ...] = ()
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a tool in a process of its own."""
     done = subprocess.run(
-        command,
+        [sys.executable, *launcher, str(TOOLS / tool), *map(str, args)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -32,6 +39,23 @@ def run(tool: str, *args: str, cwd: Path, launcher: tuple[str, ...] = ()) -> tup
         timeout=280,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def call(capfd, monkeypatch):
+    """Calls a tool in this process, which has imported everything: ``(status, out, err)``."""
+    # Detectron2's log handlers outlive the streams that a test captures.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+    def call(main, *args: str | Path) -> tuple[int, str, str]:
+        status = 0
+        try:
+            run_tool(lambda: main([str(arg) for arg in args]))
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +107,31 @@ def test_training_writes_weights_results_and_a_loss_curve(trained):
     assert (trained / "config.yaml").is_file()
 
 
-def test_a_run_is_resumed(own_data, trained, tmp_path):
+def test_a_run_is_resumed(own_data, tmp_path, call):
     output = tmp_path / "run"
     first = own_args(own_data, output)
-    assert run("train_net.py", *first, "SOLVER.MAX_ITER", "2", cwd=own_data)[0] == 0
+    assert call(train_main, *first, "SOLVER.MAX_ITER", "2")[0] == 0
     again = own_args(own_data, output, "--resume")
-    status, out, err = run("train_net.py", *again, "SOLVER.MAX_ITER", "4", cwd=own_data)
+    status, _, err = call(train_main, *again, "SOLVER.MAX_ITER", "4")
     assert status == 0, err[-2000:]
-    assert "Starting training from iteration 2" in out + err
+    assert torch.load(output / "model_final.pth")["iteration"] == 3
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert "Starting training from iteration 2" in (output / "log.txt").read_text()
 
 
-def test_eval_only_gives_the_results_of_the_training(own_data, trained, tmp_path):
+def test_eval_only_gives_the_results_of_the_training(own_data, trained, tmp_path, call):
     args = own_args(own_data, tmp_path / "eval", "--eval-only")
-    weights = str(trained / "model_final.pth")
-    status, _, err = run("train_net.py", *args, "MODEL.WEIGHTS", weights, cwd=own_data)
+    weights = trained / "model_final.pth"
+    status, _, err = call(train_main, *args, "MODEL.WEIGHTS", weights)
     assert status == 0, err[-2000:]
-    ours = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert ours == json.loads((trained / "results.json").read_text())
+    ours = (tmp_path / "eval" / "results.json").read_text()
+    assert ours == (trained / "results.json").read_text()
 
 
-def test_a_proposal_network_is_evaluated_by_recall(own_data, tmp_path):
+def test_a_proposal_network_is_evaluated_by_recall(own_data, tmp_path, call):
     args = own_args(own_data, tmp_path / "rpn")
     rpn = ["MODEL.META_ARCHITECTURE", "ProposalNetwork", "SOLVER.MAX_ITER", "2"]
-    status, _, err = run("train_net.py", *args, *rpn, cwd=own_data)
+    status, _, err = call(train_main, *args, *rpn)
     assert status == 0, err[-2000:]
     results = json.loads((tmp_path / "rpn" / "results.json").read_text())
     assert set(results["box_proposals"]) >= {"AR@100", "AR@1000", "ARs@1000"}
@@ -124,17 +150,17 @@ def test_two_processes_on_the_cpu(own_data, tmp_path, how):
     assert "AP50" in (tmp_path / "two" / "results.md").read_text()
 
 
-def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_path):
-    args = ["--config-file", trained / "config.yaml", "--input", own_data / "images"]
+def demo_args(own_data: Path, trained: Path, *more: str | Path) -> list[str | Path]:
     spec = f"own={own_data / 'own.json'}:{own_data / 'images'}"
-    opts = ["--threshold", "0", "--dataset", spec, "--output", tmp_path]
-    weights = [
-        "MODEL.WEIGHTS",
-        trained / "model_final.pth",
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-        "0",
-    ]
-    status, _, err = run("demo.py", *args, *opts, *weights, cwd=own_data)
+    weights = ["MODEL.WEIGHTS", trained / "model_final.pth"]
+    return ["--config-file", trained / "config.yaml", "--dataset", spec, *more, *weights]
+
+
+def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_path):
+    more = ["--input", own_data / "images", "--threshold", "0", "--output", tmp_path]
+    args = demo_args(own_data, trained, *more)
+    every = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    status, _, err = run("demo.py", *args, *every, cwd=tmp_path)
     assert status == 0, err[-2000:]
     records = json.loads((tmp_path / "detections.json").read_text())
     assert len(records) == 6
@@ -150,32 +176,29 @@ def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_pa
     assert any(record["detections"] for record in records)
 
 
-def test_the_demo_draws_ground_truth_beside(own_data, trained, tmp_path):
-    spec = f"own={own_data / 'own.json'}:{own_data / 'images'}"
-    args = ["--config-file", trained / "config.yaml", "--dataset", spec, "--ground-truth", "own"]
-    opts = ["--max-images", "1", "--output", tmp_path, "MODEL.WEIGHTS", trained / "model_final.pth"]
-    status, _, err = run("demo.py", *args, *opts, cwd=own_data)
+def test_the_demo_draws_ground_truth_beside(own_data, trained, tmp_path, call):
+    more = ["--ground-truth", "own", "--max-images", "1", "--output", tmp_path]
+    status, _, err = call(demo_main, *demo_args(own_data, trained, *more))
     assert status == 0, err[-2000:]
     (picture,) = tmp_path.glob("*.png")
     width, height = Image.open(picture).size
     assert width > 1.8 * height, "two panels, side by side"
 
 
-def test_an_unreadable_image_among_others_is_named_at_the_end(own_data, trained, tmp_path):
+def test_an_unreadable_image_among_others_is_named_at_the_end(own_data, trained, tmp_path, call):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.png").write_bytes((own_data / "images" / "0.png").read_bytes())
     (folder / "b.png").write_text("no image")
-    args = ["--config-file", trained / "config.yaml", "--input", folder, "--output", tmp_path / "o"]
-    status, _, err = run(
-        "demo.py", *args, "MODEL.WEIGHTS", trained / "model_final.pth", cwd=own_data
-    )
+    args = demo_args(own_data, trained, "--input", folder, "--output", tmp_path / "out")
+    status, _, err = call(demo_main, *args)
     assert status == 2
-    assert "1 of 2 images left out: cannot read image" in err
-    assert (tmp_path / "o" / "a.png").is_file()
+    assert "1 of 2 images left out: cannot read image" in one_line(err)
+    assert (tmp_path / "out" / "a.png").is_file()
 
 
 def one_line(err: str) -> str:
+    """The one line that tells the user what to mend."""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, err[-2000:]
     assert "Traceback" not in err
@@ -193,8 +216,8 @@ def one_line(err: str) -> str:
         (["--config-file", MINI, "--dataset", "a=b"], "NAME=JSON:IMAGES"),
     ],
 )
-def test_bad_input_is_one_line_and_a_status(args, message, tmp_path):
-    status, _, err = run("train_net.py", *args, cwd=tmp_path)
+def test_bad_input_is_one_line_and_a_status(args, message, call):
+    status, _, err = call(train_main, *args)
     assert status == 2
     assert message in one_line(err)
 
@@ -206,12 +229,13 @@ def test_bad_input_is_one_line_and_a_status(args, message, tmp_path):
         (["MODEL.FPN.IN_FEATURES", "['res2','res7']"], "'res7'"),
         (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "48"], "multiple of 32"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
-        (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "'p9'"),
+        (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16]]"], "Detectron2 cannot build this model"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_one_line(own_data, tmp_path, opts, message):
+def test_a_model_that_cannot_be_built_is_one_line(own_data, tmp_path, opts, message, call):
     args = own_args(own_data, tmp_path / "out")
-    status, out, err = run("train_net.py", *args, *opts, cwd=own_data)
+    status, out, err = call(train_main, *args, *opts)
     assert status == 2
     assert message in one_line(err)
     assert "Traceback" not in out
@@ -225,7 +249,26 @@ def test_an_unreadable_training_image_is_one_line(own_data, tmp_path, workers):
         (images / f"{i}.png").write_text("no image")
     args = own_args(own_data, tmp_path / "out")
     args[3] = f"own={own_data / 'own.json'}:{images}"
-    status, out, err = run("train_net.py", *args, "DATALOADER.NUM_WORKERS", workers, cwd=own_data)
+    status, out, err = run("train_net.py", *args, "DATALOADER.NUM_WORKERS", workers, cwd=tmp_path)
     assert status == 2
     assert "cannot read image" in one_line(err)
     assert "Traceback" not in out
+
+
+def test_the_tools_themselves_end_in_one_line(tmp_path):
+    for tool, args in (
+        ("train_net.py", ["--config-file", "nowhere.yaml"]),
+        ("demo.py", ["--config-file", MINI, "--input", "nowhere.jpg"]),
+    ):
+        status, _, err = run(tool, *args, cwd=tmp_path)
+        assert status == 2
+        assert "nowhere" in one_line(err)
+
+
+def test_an_error_in_two_processes_is_told_without_a_traceback(own_data, tmp_path):
+    args = own_args(own_data, tmp_path / "out", "--num-gpus", "2", "--dist-url", "auto")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "48"]
+    status, _, err = run("train_net.py", *args, *opts, cwd=own_data)
+    assert status == 2
+    assert "multiple of 32" in err
+    assert "Traceback" not in err
