@@ -27,7 +27,7 @@ CATEGORIES = tuple(
 )
 
 _DIGIT_PX = (10.0, 150.0)  # square root of the box's area, log-uniform
-_DIGITS_PER_IMAGE = (3, 8)
+_DIGITS_PER_IMAGE = (4, 9)
 _PANEL_PX = (120.0, 220.0)
 _PAIRED_PANEL_PX = (120.0, 124.0)  # as wide as two panels side by side can be
 _DISC_PX = (12.0, 22.0)
@@ -154,7 +154,7 @@ def _background(rng: np.random.Generator, split: str) -> np.ndarray:
     pixels = np.asarray(crop)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    brightness = rng.uniform(35, 85) / max(float(pixels.mean()), 1.0)
+    brightness = rng.uniform(25, 65) / max(float(pixels.mean()), 1.0)
     return np.rint(pixels * min(brightness, 1.0)).astype(np.uint8)
 
 
@@ -164,7 +164,7 @@ def _bright_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarra
     under = float(scene.image[y0 : y1 + 1, x0 : x1 + 1].mean())
     for _ in range(_ATTEMPTS):
         color = rng.integers(80, 256, 3)
-        if color.mean() >= under + 70:
+        if color.mean() >= under + 80:
             return color.astype(np.float32)
     return np.full(3, 255, np.float32)
 
