@@ -28,7 +28,7 @@ $(BUILT): requirements.txt requirements-detectron2.txt pyproject.toml setup.py
 demo: $(BUILT)
 	$(RUN) tools/train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO)
 	$(RUN) tools/demo.py --config-file $(DEMO)/config.yaml --ground-truth mini_val \
-	  --max-images 12 --output $(DEMO)/pictures MODEL.WEIGHTS $(DEMO)/model_final.pth
+	  --max-images 12 --threshold 0.4 --output $(DEMO)/pictures MODEL.WEIGHTS $(DEMO)/model_final.pth
 	@echo; cat $(DEMO)/results.md
 	@echo "pictures of detections beside ground truth: $(DEMO)/pictures/"
 	@echo "losses of the training:                     $(DEMO)/loss_curve.png"

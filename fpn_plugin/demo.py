@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
-from fpn_plugin.engine.settings import load_config, names_device, settle_device
+from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector
 from fpn_plugin.visualization import DrawnBox, draw_detections
@@ -25,7 +25,8 @@ __all__ = ["argument_parser", "demo_main"]
 
 _EXAMPLES = """
 Examples:
-  demo.py --config-file output/demo/config.yaml --input photos/ MODEL.WEIGHTS model_final.pth
+  demo.py --config-file output/demo/config.yaml --input photos/ --output pictures/ \\
+      MODEL.WEIGHTS output/demo/model_final.pth
   demo.py --config-file output/demo/config.yaml --ground-truth mini_val --max-images 12 \\
       MODEL.WEIGHTS output/demo/model_final.pth
 """
@@ -74,10 +75,15 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, names_device(args.config_file, args.opts))
+    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
     register_datasets(args.dataset)
     jobs = list(_jobs(args))[: args.max_images]
+    originals = {job.path.resolve() for job in jobs}
     names = _class_names(cfg)
+    # The dataset was loaded for its images, and told its categories.
+    truth_names = names
+    if args.ground_truth:
+        truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", names)
     detector = Detector(cfg)
     output = Path(args.output)
     records, unreadable = [], []
@@ -90,7 +96,11 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
         found = detector(image)
         detections = _describe(found, names)
         picture = _free_name(job.path.stem, {record["picture"] for record in records})
-        truth = None if job.annotations is None else _drawn_truth(job.annotations, names)
+        if (output / picture).resolve() in originals:
+            raise UserError(
+                f"--output {args.output!r} would write over the image {str(output / picture)!r}"
+            )
+        truth = None if job.annotations is None else _drawn_truth(job.annotations, truth_names)
         drawn = [_drawn(d) for d in detections if d["score"] >= args.threshold]
         draw_detections(image[:, :, ::-1], drawn, output / picture, truth)
         records.append(

@@ -13,6 +13,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from torch import nn
 
+from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.checkpoint import FittingCheckpointer
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler, assign_levels
@@ -35,7 +36,8 @@ class Detector:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
-        self._predictor = DefaultPredictor(cfg)
+        with explained_build_errors(cfg):
+            self._predictor = DefaultPredictor(cfg)
         FittingCheckpointer(self._predictor.model, complete=True).load(weights)
 
     @property

@@ -109,17 +109,20 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    # A run that was cut off and resumed repeats iterations; the later line counts.
     rows: dict[int, dict[str, float]] = {}
     for line in metrics_file.read_text().splitlines():
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a run that was killed left half a line
         if "total_loss" in row:
+            # One that went on from a checkpoint, or began anew, replaces what came later before.
+            rows = {i: old for i, old in rows.items() if i < row["iteration"]}
             rows[row["iteration"]] = row
     iterations = sorted(rows)
     names = sorted({key for row in rows.values() for key in row if "loss" in key})
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
     axes = figure.subplots()
-    # A category's recall or another metric may hold "loss" in no row but some; gaps stay gaps.
     for name in names:
         values = [rows[i].get(name, np.nan) for i in iterations]
         width = 2.2 if name == "total_loss" else 1.2

@@ -102,7 +102,8 @@ def test_losses_of_a_resumed_run_are_drawn_once(tmp_path, monkeypatch):
         {"iteration": 39, "total_loss": 1.4, "loss_cls": 0.7, "lr": 0.1},
         {"iteration": 40, "bbox/AP": 12.0},
     ]
+    before = [{"iteration": i, "total_loss": 9.0} for i in (19, 39, 59)]  # another run, here too
     metrics = tmp_path / "metrics.json"
-    metrics.write_text("\n".join(map(json.dumps, rows)))
+    metrics.write_text("\n".join([*map(json.dumps, before), '{"iterat', *map(json.dumps, rows)]))
     assert Image.open(plot_losses(metrics, tmp_path / "losses.png")).size[0] > 500
     assert drawn == {"total_loss": ([19, 39], [2.0, 1.4]), "loss_cls": ([19, 39], [1.0, 0.7])}

@@ -41,8 +41,9 @@ def register_datasets(specs: Iterable[str]) -> None:
             raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
         if not Path(images).is_dir():
             raise UserError(f"--dataset {spec!r}: no folder {images!r}")
-        check_coco(json_file)
+        class_names = check_coco(json_file)
         register_coco_instances(name, {}, json_file, images)
+        MetadataCatalog.get(name).thing_classes = class_names
 
 
 def check_datasets(names: Iterable[str], key: str) -> None:
@@ -72,17 +73,47 @@ def check_datasets(names: Iterable[str], key: str) -> None:
 
 
 def check_config_datasets(cfg: CfgNode, training: bool) -> None:
-    """:func:`check_datasets` for those that a config trains and evaluates on."""
+    """Refuses datasets that a config could not be trained or evaluated on.
+
+    Args:
+        cfg: the config.
+        training: whether DATASETS.TRAIN is used as well.
+
+    Raises:
+        UserError: a dataset is not there, is not evaluated as COCO, or has another number of
+            classes than the model.
+    """
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    for name in cfg.DATASETS.TEST:
+        kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+        if kind != "coco":
+            raise UserError(
+                f"DATASETS.TEST names {name!r}, which is evaluated as {kind!r}; this tool "
+                "evaluates COCO-format detection datasets"
+            )
+    key, classes = {
+        "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
+        "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
+    }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
+    for name in (*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST):
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if key and names is not None and len(names) != classes:
+            raise UserError(
+                f"{key} is {classes}, but dataset {name!r} has {len(names)} categories: set it to "
+                f"{len(names)}"
+            )
 
 
-def check_coco(json_file: str) -> None:
+def check_coco(json_file: str) -> list[str]:
     """Refuses a JSON that Detectron2 could not load as COCO instances.
 
     Args:
         json_file: path of the annotation file.
+
+    Returns:
+        Names of the categories in the order of their ids, as Detectron2 numbers them.
 
     Raises:
         UserError: names the file and the record.
@@ -103,17 +134,20 @@ def check_coco(json_file: str) -> None:
             raise UserError(
                 f"{json_file} is not COCO: it has no list {part!r}; it has {', '.join(content)}"
             )
-    if not content["categories"]:
-        raise UserError(f"{json_file} has no categories")
-    categories = _ids(json_file, "categories", content["categories"], {"name": str})
+        if not content[part]:
+            raise UserError(f"{json_file} has no {part}")
+    category_keys = {"id": int, "name": str}
+    categories = _ids(json_file, "categories", content["categories"], category_keys)
     image_keys = {"file_name": str, "width": int, "height": int}
     images = _ids(json_file, "images", content["images"], image_keys)
-    _ids(json_file, "annotations", content["annotations"], {})
+    annotation_keys = {"id": int, "area": (int, float), "iscrowd": int}
+    _ids(json_file, "annotations", content["annotations"], annotation_keys)
     for annotation in content["annotations"]:
         _check_annotation(json_file, annotation, images, categories)
+    return [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
 
 
-def _ids(json_file: str, part: str, records: list[Any], keys: dict[str, type]) -> set[Any]:
+def _ids(json_file: str, part: str, records: list[Any], keys: dict[str, Any]) -> set[Any]:
     """The ids of records, known to be there once each, beside keys of the types given."""
     ids = set()
     for number, record in enumerate(records):
@@ -125,9 +159,10 @@ def _ids(json_file: str, part: str, records: list[Any], keys: dict[str, type]) -
         ids.add(record["id"])
         for key, kind in keys.items():
             if not isinstance(record.get(key), kind):
+                expected = "a number" if isinstance(kind, tuple) else kind.__name__
                 raise UserError(
                     f"{where} (id {record['id']!r}): {key!r} is {record.get(key)!r}, expected "
-                    f"{kind.__name__}"
+                    f"{expected}"
                 )
     return ids
 
@@ -136,6 +171,10 @@ def _check_annotation(
     json_file: str, annotation: dict[str, Any], images: set[Any], categories: set[Any]
 ) -> None:
     where = f"{json_file}: annotation {annotation['id']!r}"
+    if annotation["id"] < 1:
+        raise UserError(f"{where}: COCO's evaluation takes ids from 1 on; 0 would never match")
+    if annotation.get("ignore", 0) != 0:
+        raise UserError(f"{where}: 'ignore' is not supported; use iscrowd")
     for key, known in (("image_id", images), ("category_id", categories)):
         given = annotation.get(key)
         if not isinstance(given, int | str) or given not in known:

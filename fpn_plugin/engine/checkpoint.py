@@ -25,6 +25,18 @@ _MENDED_BY = {
     "keypoint_head": "MODEL.KEYPOINT_ON, MODEL.ROI_KEYPOINT_HEAD",
 }
 
+# What unpickling something else, or looking for weights in it, ends in.
+_NO_CHECKPOINT = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
 
 class FittingCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that refuses weights which would leave a model half random.
@@ -78,7 +90,7 @@ class FittingCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except _NO_CHECKPOINT as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._path!r} is not a checkpoint: {first_line}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from fpn_plugin import model_zoo
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.errors import UserError, near_names
 
-__all__ = ["find_config_file", "load_config", "names_device", "settle_device"]
+__all__ = ["find_config_file", "load_config", "settle_device"]
 
 
 def find_config_file(name: str) -> str:
@@ -58,6 +59,8 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(path, allow_unsafe=False)
         except FileNotFoundError as error:
             raise UserError(f"{path}: its _BASE_ is not there: {error.filename}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a text file") from error
         except yaml.YAMLError as error:
             told = " ".join(str(error).split())
             raise UserError(f"{path} cannot be read as plain YAML: {told}") from error
@@ -71,22 +74,13 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def names_device(config_file: str, opts: Sequence[str]) -> bool:
-    """Whether the user said MODEL.DEVICE, in the config file or on the command line."""
-    if "MODEL.DEVICE" in opts[::2]:
-        return True
-    if not config_file:
-        return False
-    content = CfgNode.load_yaml_with_base(find_config_file(config_file))
-    return "DEVICE" in (content.get("MODEL") or {})
-
-
 def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
     """Puts the model on the CPU where there is no GPU and the user did not ask for one.
 
     Args:
         cfg: changed in place; says so in one line where it is.
-        named: whether the user named MODEL.DEVICE, see :func:`names_device`.
+        named: whether MODEL.DEVICE stood on the command line. A config file does not count: the
+            one that a run leaves behind holds every key.
         num_gpus: processes asked for on this machine.
 
     Raises:
@@ -104,7 +98,8 @@ def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
             f"{'as many processes' if num_gpus > 1 else 'it'} on the CPU"
         )
     cfg.MODEL.DEVICE = "cpu"
-    print("no GPU found: running on the CPU", flush=True)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts many
+        print("no GPU found: running on the CPU", flush=True)
 
 
 def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -14,7 +14,6 @@ from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import (
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
@@ -28,6 +27,7 @@ from fpn_plugin.data import ReadableImageMapper
 from fpn_plugin.errors import UserError
 from fpn_plugin.visualization import plot_losses
 
+from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
 
 __all__ = ["FPNTrainer", "results_table", "save_results"]
@@ -67,50 +67,26 @@ class FPNTrainer(DefaultTrainer):
         Raises:
             UserError: a key that Detectron2 only asserts on, or a level that is not there.
         """
-        try:
+        with explained_build_errors(cfg):
             return super().build_model(cfg)
-        except KeyError as error:
-            readers = {
-                "MODEL.RPN.IN_FEATURES": cfg.MODEL.RPN.IN_FEATURES,
-                "MODEL.ROI_HEADS.IN_FEATURES": cfg.MODEL.ROI_HEADS.IN_FEATURES,
-                "MODEL.RETINANET.IN_FEATURES": cfg.MODEL.RETINANET.IN_FEATURES,
-            }
-            for key, levels in readers.items():
-                if error.args[0] in levels:
-                    raise UserError(
-                        f"{key} names {error.args[0]!r}, which the backbone does not give"
-                    ) from error
-            raise
-        except AssertionError as error:
-            told = " ".join(str(error).split())
-            if not told:
-                raise
-            raise UserError(f"Detectron2 cannot build this model: {told}") from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader, whose unreadable images are named."""
-        return build_detection_train_loader(cfg, mapper=ReadableImageMapper(cfg, is_train=True))
+        mapper = ReadableImageMapper(cfg, is_train=True)
+        with _explained_loading(cfg.DATASETS.TRAIN):
+            return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's test loader, whose unreadable images are named."""
         mapper = ReadableImageMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        with _explained_loading(dataset_name):
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCOEvaluator, which infers from predictions whether to evaluate boxes or proposals.
-
-        Raises:
-            UserError: the dataset is evaluated by other means.
-        """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind != "coco":
-            raise UserError(
-                f"dataset {dataset_name!r} is evaluated as {kind!r}; this tool evaluates "
-                "COCO-format detection datasets"
-            )
+        """COCOEvaluator, which infers from predictions whether to evaluate boxes or proposals."""
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
     @property
@@ -130,6 +106,18 @@ class _LossCurve(HookBase):
         if metrics.is_file():
             picture = plot_losses(metrics, self._output_dir / "loss_curve.png")
             logging.getLogger(__name__).info("Loss curve in %s", picture)
+
+
+@contextmanager
+def _explained_loading(names: object) -> Iterator[None]:
+    """Within it, a dataset that Detectron2 cannot load is named, with what it said."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot load dataset {names}: {told}") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fpn_plugin.errors import UserError
 
 from .checkpoint import FittingCheckpointer
 from .launch import launch
-from .settings import find_config_file, load_config, names_device, settle_device
+from .settings import find_config_file, load_config, settle_device
 from .trainer import FPNTrainer, save_results
 
 __all__ = ["argument_parser", "train_main"]
@@ -60,10 +60,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    named = names_device(args.config_file, args.opts)
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
-    settle_device(cfg, named, args.num_gpus)
+    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
     register_datasets(args.dataset)
     check_config_datasets(cfg, training=not args.eval_only)
     if not args.eval_only and not cfg.DATASETS.TRAIN:

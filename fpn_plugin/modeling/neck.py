@@ -181,7 +181,8 @@ class FeaturePyramidNetwork(Backbone):
         # Both readings of P5 differ by one convolution; dropping or inventing it in silence
         # would leave a model that runs and detects badly.
         coarsest = self._coarsest_first[0]
-        if f"{prefix}fpn_lateral{coarsest}.weight" in state_dict:
+        longer = f"{prefix}fpn_lateral{coarsest + 1}.weight" in state_dict  # of more levels
+        if f"{prefix}fpn_lateral{coarsest}.weight" in state_dict and not longer:
             key = f"{prefix}fpn_output{coarsest}.weight"
             saved, built = key in state_dict, hasattr(self, f"fpn_output{coarsest}")
             if saved != built:

@@ -115,9 +115,7 @@ class PyramidROIPooler(ROIPooler):
         if len(box_lists) == 0:
             return x[0].new_zeros((0, x[0].shape[1], *self.output_size), dtype=dtype)
 
-        rois = convert_boxes_to_pooler_format(
-            [type(boxes)(boxes.tensor.to(x[0].dtype)) for boxes in box_lists]
-        )
+        rois = convert_boxes_to_pooler_format(box_lists).to(x[0].dtype)
         check_finite(rois[:, 1:])
         if len(x) == 1:
             return self.level_poolers[0](x[0], rois).to(dtype)

@@ -23,21 +23,24 @@ class _PyramidPooling:
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        _check_in_features(cfg, input_shape)
-        parts = super()._init_box_head(cfg, input_shape)
-        return _with_pyramid_pooler(parts, "box_pooler", cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        # Built first: its errors name the key that Detectron2 would only stumble over.
+        pooler = _pyramid_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        return {**super()._init_box_head(cfg, input_shape), "box_pooler": pooler}
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super()._init_mask_head(cfg, input_shape)
-        return _with_pyramid_pooler(parts, "mask_pooler", cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+        if parts.get("mask_pooler") is not None:
+            parts["mask_pooler"] = _pyramid_pooler(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+        return parts
 
     @classmethod
     def _init_keypoint_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         parts = super()._init_keypoint_head(cfg, input_shape)
-        return _with_pyramid_pooler(
-            parts, "keypoint_pooler", cfg, cfg.MODEL.ROI_KEYPOINT_HEAD, input_shape
-        )
+        if parts.get("keypoint_pooler") is not None:
+            head = cfg.MODEL.ROI_KEYPOINT_HEAD
+            parts["keypoint_pooler"] = _pyramid_pooler(cfg, head, input_shape)
+        return parts
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -55,36 +58,26 @@ class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
     """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
 
 
-def _check_in_features(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> None:
+def _pyramid_pooler(
+    cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]
+) -> PyramidROIPooler:
+    """The pooler of one head, over the levels that MODEL.ROI_HEADS.IN_FEATURES names."""
+    if "CANONICAL_LEVEL" not in cfg.MODEL.FPN:
+        raise UserError(
+            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
+            "cfg.merge_from_file(...)"
+        )
     for name in cfg.MODEL.ROI_HEADS.IN_FEATURES:
         if name not in input_shape:
             raise UserError(
                 f"MODEL.ROI_HEADS.IN_FEATURES names {name!r}, which the backbone does not give: "
                 f"{near_names(name, input_shape)}"
             )
-    if "CANONICAL_LEVEL" not in cfg.MODEL.FPN:
-        raise UserError(
-            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
-            "cfg.merge_from_file(...)"
-        )
-
-
-def _with_pyramid_pooler(
-    parts: dict[str, Any],
-    name: str,
-    cfg: CfgNode,
-    head: CfgNode,
-    input_shape: dict[str, ShapeSpec],
-) -> dict[str, Any]:
-    """``parts`` with the pooler of that name, where the head has one, replaced."""
-    if parts.get(name) is None:
-        return parts
-    pooler = PyramidROIPooler(
+    return PyramidROIPooler(
         output_size=head.POOLER_RESOLUTION,
-        scales=[1 / input_shape[level].stride for level in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+        scales=[1 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         pooler_type=head.POOLER_TYPE,
         canonical_box_size=cfg.MODEL.FPN.CANONICAL_BOX_SIZE,
         canonical_level=cfg.MODEL.FPN.CANONICAL_LEVEL,
     )
-    return {**parts, name: pooler}

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from hypothesis import given
+from detectron2.data.datasets import load_coco_json
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.data import (
@@ -112,6 +115,12 @@ BROKEN = {
     "bbox is .*nan": lambda c: c["annotations"][0].update(bbox=[1, 2, math.nan, 4]),
     "bbox is .*inf": lambda c: c["annotations"][0].update(bbox=[1, 2, math.inf, 4]),
     "annotations.0. has no id": lambda c: c.update(annotations=["x"]),
+    "has no annotations": lambda c: c.update(annotations=[]),
+    "'area' is None, expected a number": lambda c: c["annotations"][0].pop("area"),
+    "'iscrowd' is None, expected int": lambda c: c["annotations"][0].pop("iscrowd"),
+    "annotation 0: .* ids from 1 on": lambda c: c["annotations"][0].update(id=0),
+    "'id' is 'a', expected int": lambda c: c["annotations"][0].update(id="a"),
+    "'ignore' is not supported": lambda c: c["annotations"][0].update(ignore=1),
 }
 
 
@@ -143,9 +152,23 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     part=st.sampled_from(["images", "annotations", "categories"]),
-    key=st.sampled_from(["id", "file_name", "width", "image_id", "category_id", "bbox", "name"]),
+    key=st.sampled_from(
+        [
+            "id",
+            "file_name",
+            "width",
+            "image_id",
+            "category_id",
+            "bbox",
+            "name",
+            "area",
+            "iscrowd",
+            "ignore",
+        ]
+    ),
     value=ANYTHING,
 )
 def test_any_value_anywhere_is_taken_or_named(tmp_path_factory, part, key, value):
@@ -154,9 +177,18 @@ def test_any_value_anywhere_is_taken_or_named(tmp_path_factory, part, key, value
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(content))
     try:
-        check_coco(str(path))
+        names = check_coco(str(path))
     except UserError as error:
         assert str(path) in str(error)
+        return
+    # What is accepted can be loaded and evaluated.
+    assert names == [content["categories"][0]["name"]]
+    assert len(load_coco_json(str(path), "images")) == 1
+    truth = COCO(str(path))
+    (annotation,) = truth.anns.values()
+    evaluation = COCOeval(truth, truth.loadRes([{**annotation, "score": 0.9}]), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
 
 
 def mapped(record: dict) -> dict:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -113,41 +114,60 @@ def test_discs_look_alike_and_lie_in_the_panel_that_names_them(monkeypatch):
     assert discs > 60
 
 
-def test_splits_share_no_digit_and_no_part_of_a_photograph():
+def test_splits_share_no_digit_and_no_part_of_a_photograph(monkeypatch):
     train, val = mini_scene._digits("train")[0], mini_scene._digits("val")[0]
     assert len(train) + len(val) == 1797
     train_set = {digit.tobytes() for digit in train}
     assert not any(digit.tobytes() in train_set for digit in val)
-    left, right = [], []
-    for photo in mini_scene._photographs():
-        border = photo.width * 2 // 3
-        left.append(border)
-        right.append(photo.width - border)
-    assert min(left) > 110
-    assert min(right) > 110
+    crops = {"train": [], "val": []}
+
+    class Photograph:
+        width, height = 640, 427
+
+        def __init__(self, split):
+            self.split = split
+
+        def resize(self, size, resample, box):
+            crops[self.split].append(box)
+            return Image.new("RGB", size, (200, 200, 200))
+
+    for split in crops:
+        monkeypatch.setattr(mini_scene, "_photographs", lambda split=split: [Photograph(split)])
+        for seed in range(200):
+            mini_scene._background(np.random.default_rng(seed), split)
+    assert max(box[2] for box in crops["train"]) <= min(box[0] for box in crops["val"])
+    for box in crops["train"] + crops["val"]:
+        assert 0 <= box[0] < box[2] <= 640
+        assert 0 <= box[1] < box[3] <= 427
 
 
-def test_it_is_registered_and_loads(monkeypatch, tmp_path):
+def test_it_is_registered_and_loads(root, monkeypatch):
     assert {"mini_train", "mini_val"} <= set(DatasetCatalog.list())
     metadata = MetadataCatalog.get("mini_val")
     assert metadata.evaluator_type == "coco"
     assert len(metadata.thing_classes) == 14
-    assert Path(metadata.json_file).parent.parent == Path(os.environ["DETECTRON2_DATASETS"])
+    made = Path(metadata.json_file).parent
+    assert made.parent == Path(os.environ["DETECTRON2_DATASETS"])
+    monkeypatch.setattr(mini, "SPLITS", FEW)  # the whole would take half a minute
+    records = DatasetCatalog.get("mini_val")
+    assert len(records) == FEW["val"]
+    assert Path(records[0]["file_name"]).is_file()
+    assert digests(made) == digests(root)
+    shutil.rmtree(made)
 
 
-def _make(root: Path, started) -> None:
-    started.wait()
+def _make(root: Path, barrier) -> None:
+    barrier.wait()
     ensure_mini({"train": 10, "val": 4}, root)
 
 
 def test_two_processes_at_once_make_one_dataset(root, tmp_path):
     context = multiprocessing.get_context("spawn")
-    together = context.Event()
+    together = context.Barrier(2)
     target = tmp_path / "shared"
     makers = [context.Process(target=_make, args=(target, together)) for _ in range(2)]
     for maker in makers:
         maker.start()
-    together.set()
     for maker in makers:
         maker.join()
     assert [maker.exitcode for maker in makers] == [0, 0]

@@ -10,7 +10,6 @@ from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine.settings import (
     find_config_file,
     load_config,
-    names_device,
     settle_device,
 )
 
@@ -83,21 +82,32 @@ def test_a_config_does_not_run_code(tmp_path):
 def test_the_cpu_is_taken_where_no_gpu_is_and_none_was_named(capsys):
     assert not torch.cuda.is_available()
     cfg = load_config(MINI)
-    settle_device(cfg, names_device(MINI, []))
+    settle_device(cfg, named=False)
     assert cfg.MODEL.DEVICE == "cpu"
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_a_gpu_that_was_named_is_not_replaced(tmp_path):
-    path = tmp_path / "own.yaml"
-    path.write_text(f"_BASE_: {model_zoo.get_config_file(MINI)}\nMODEL:\n  DEVICE: cuda\n")
-    for file, opts in ((str(path), []), (MINI, ["MODEL.DEVICE", "cuda"])):
-        cfg = load_config(file, opts)
-        assert names_device(file, opts)
-        with pytest.raises(UserError, match="MODEL.DEVICE cuda asks for more GPUs than the 0"):
-            settle_device(cfg, named=True)
+def test_a_gpu_that_was_named_is_not_replaced():
+    with pytest.raises(UserError, match="MODEL.DEVICE cuda asks for more GPUs than the 0"):
+        settle_device(load_config(MINI), named=True)
     with pytest.raises(UserError, match="--num-gpus 8"):
         settle_device(load_config(MINI), named=False, num_gpus=8)
+
+
+def test_the_config_that_a_run_leaves_behind_names_no_device(tmp_path):
+    cfg = load_config(MINI)
+    assert cfg.MODEL.DEVICE == "cuda"
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    cfg = load_config(str(tmp_path / "config.yaml"))
+    settle_device(cfg, named=False)
+    assert cfg.MODEL.DEVICE == "cpu"
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="model.pth is not a text file"):
+        load_config(str(path))
 
 
 def test_the_cpu_that_was_named_stays_quiet(capsys):

@@ -72,7 +72,7 @@ def own_data(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
         content["images"].append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 64})
         content["annotations"].append(
-            {"id": i, "image_id": i, "category_id": 1, "bbox": [x, y, side, side],
+            {"id": i + 1, "image_id": i, "category_id": 1, "bbox": [x, y, side, side],
              "area": side * side, "iscrowd": 0}
         )  # fmt: skip
     (folder / "own.json").write_text(json.dumps(content))
@@ -181,6 +181,7 @@ def test_the_demo_draws_ground_truth_beside(own_data, trained, tmp_path, call):
     status, _, err = call(demo_main, *demo_args(own_data, trained, *more))
     assert status == 0, err[-2000:]
     (picture,) = tmp_path.glob("*.png")
+    assert json.loads((tmp_path / "detections.json").read_text())[0]["picture"] == picture.name
     width, height = Image.open(picture).size
     assert width > 1.8 * height, "two panels, side by side"
 
@@ -195,6 +196,32 @@ def test_an_unreadable_image_among_others_is_named_at_the_end(own_data, trained,
     assert status == 2
     assert "1 of 2 images left out: cannot read image" in one_line(err)
     assert (tmp_path / "out" / "a.png").is_file()
+
+
+def test_the_demo_does_not_write_over_its_input(own_data, trained, tmp_path, call):
+    image = tmp_path / "a.png"
+    image.write_bytes((own_data / "images" / "0.png").read_bytes())
+    before = image.read_bytes()
+    args = demo_args(own_data, trained, "--input", tmp_path, "--output", tmp_path)
+    status, _, err = call(demo_main, *args)
+    assert status == 2
+    assert "would write over the image" in one_line(err)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], "MODEL.ROI_HEADS.NUM_CLASSES"),
+        (["MODEL.FPN.COARSEST_OUTPUT_CONV", "True"], "COARSEST_OUTPUT_CONV False"),
+    ],
+)
+def test_a_demo_of_another_model_is_one_line(own_data, trained, tmp_path, opts, message, call):
+    args = demo_args(own_data, trained, "--input", own_data / "images", "--output", tmp_path)
+    status, _, err = call(demo_main, *args, *opts)
+    assert status == 2
+    assert message in one_line(err)
 
 
 def one_line(err: str) -> str:
@@ -231,6 +258,12 @@ def test_bad_input_is_one_line_and_a_status(args, message, call):
         (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
         (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16]]"], "Detectron2 cannot build this model"),
+        (["MODEL.ROI_HEADS.NAME", "FPNROIHead"], "No object named 'FPNROIHead'"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlin"], "did you mean ROIAlign"),
+        (["MODEL.ROI_HEADS.IN_FEATURES", "['p2','p4']"], "MODEL.ROI_HEADS.IN_FEATURES"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "dataset 'own' has 1 categories: set it to 1"),
+        (["DATASETS.TEST", "('voc_2007_test',)"], "evaluated as 'pascal_voc'"),
+        (["DATASETS.TRAIN", "('keypoints_coco_2017_val',)"], "is not there"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_line(own_data, tmp_path, opts, message, call):

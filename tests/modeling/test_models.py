@@ -115,7 +115,7 @@ def compare(ours, theirs, inputs) -> None:
             assert torch.equal(value, expected), field
 
 
-@pytest.mark.parametrize("name", [TWINS[0], TWINS[3]])
+@pytest.mark.parametrize("name", [TWINS[0], TWINS[2], TWINS[3]])
 def test_a_twin_gives_the_stock_models_losses_and_detections(name):
     ours = build_model(small(model_zoo.get_config(name)))
     theirs = build_model(small(stock_config(name)))

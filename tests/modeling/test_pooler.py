@@ -80,7 +80,7 @@ def test_torchvisions_pooler_agrees():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooler_type", ["ROIAlign", "ROIAlignV2"])
+@pytest.mark.parametrize("pooler_type", TYPES)
 def test_gradcheck(pooler_type):
     maps = [m[:, :1, :6, :6].contiguous().requires_grad_() for m in features(1, 1, torch.float64)]
     box_lists = [Boxes(torch.tensor([[1.0, 2, 18, 21], [0, 0, 150, 130], [3, 3, 300, 200]]))]
