@@ -234,7 +234,7 @@ def _add_panel(
     shape_index = int(rng.integers(len(PANEL_SHAPES)))
     shape = PANEL_SHAPES[shape_index]
     x, y = center
-    outline = rng.uniform(3, 6)
+    outline = rng.uniform(4, 8)
     bounds = (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
     stamp = _shape_stamp(shape, bounds, outline)
     scene.paint(stamp, _bright_color(scene, rng, bounds))
