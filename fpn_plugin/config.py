@@ -29,6 +29,11 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # What follows the coarsest level: "maxpool" (P6 by stride-2 subsampling, footnote 1),
         # "p6p7_c5" or "p6p7_p5" (RetinaNet's convolutions on C5 or on P5), "none".
         "TOP_BLOCK": "maxpool",
+        # Levels to compute, for example ["p2"], row (f); empty: all there are.
+        "OUT_FEATURES": [],
+        # True: bottom-up pathway and pyramid are not trained, batch norm included: the shared
+        # convolutions in steps 3 and 4 of 4-step training (Table 5).
+        "FREEZE": False,
         # True: upsample to the lateral map's exact size, so that input needs no padding to a
         # multiple of the coarsest stride.
         "MATCH_LATERAL_SIZE": False,

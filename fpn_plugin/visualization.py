@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+
+from fpn_plugin.metrics import loss_rows
 
 __all__ = ["DrawnBox", "draw_detections", "level_color", "plot_losses"]
 
@@ -109,22 +110,13 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
     Returns:
         ``path``.
     """
-    rows: dict[int, dict[str, float]] = {}
-    for line in metrics_file.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a run that was killed left half a line
-        if "total_loss" in row:
-            # One that went on from a checkpoint, or began anew, replaces what came later before.
-            rows = {i: old for i, old in rows.items() if i < row["iteration"]}
-            rows[row["iteration"]] = row
-    iterations = sorted(rows)
-    names = sorted({key for row in rows.values() for key in row if "loss" in key})
+    rows = loss_rows(metrics_file)
+    iterations = [row["iteration"] for row in rows]
+    names = sorted({key for row in rows for key in row if "loss" in key})
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
     axes = figure.subplots()
     for name in names:
-        values = [rows[i].get(name, np.nan) for i in iterations]
+        values = [row.get(name, np.nan) for row in rows]
         width = 2.2 if name == "total_loss" else 1.2
         axes.plot(iterations, values, label=name, lw=width)
     axes.set_yscale("log")
@@ -132,7 +124,7 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
     axes.set_ylabel("loss (median of 20 iterations)")
     axes.grid(alpha=0.3)
     rate_axes = axes.twinx()
-    rates = [rows[i].get("lr", np.nan) for i in iterations]
+    rates = [row.get("lr", np.nan) for row in rows]
     rate_axes.plot(iterations, rates, color="gray", ls=":", lw=1)
     rate_axes.set_ylabel("learning rate (dotted)", color="gray")
     rate_axes.set_ylim(bottom=0)

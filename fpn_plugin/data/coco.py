@@ -81,11 +81,14 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
     Raises:
         UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model.
+            classes than the model; or proposals that the config reads are not there.
     """
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for split in ("TRAIN", "TEST") if training else ("TEST",):
+            _check_proposal_files(cfg, split)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
         if kind != "coco":
@@ -103,6 +106,25 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
             raise UserError(
                 f"{key} is {classes}, but dataset {name!r} has {len(names)} categories: set it to "
                 f"{len(names)}"
+            )
+
+
+def _check_proposal_files(cfg: CfgNode, split: str) -> None:
+    """Refuses MODEL.LOAD_PROPOSALS without a proposal file for each dataset of a split."""
+    key = f"DATASETS.PROPOSAL_FILES_{split}"
+    names, files = cfg.DATASETS[split], cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
+    if len(files) != len(names):
+        raise UserError(
+            f"MODEL.LOAD_PROPOSALS is True, so {key} must name a file for each of DATASETS.{split} "
+            f"{list(names)}; it has {len(files)}"
+        )
+    for name, file in zip(names, files, strict=True):
+        if "://" not in file and not Path(file).is_file():
+            raise UserError(
+                f"{key} names {file!r}, which is not there. Made from a trained RPN by: "
+                f"tools/dump_proposals.py --config-file RPN_RUN/config.yaml --splits {name} "
+                f"--output {Path(file).parent} MODEL.WEIGHTS RPN_RUN/model_final.pth  ; "
+                "tools/reproduce.py does it by itself"
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import statistics
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     build_detection_test_loader,
@@ -89,6 +92,18 @@ class FPNTrainer(DefaultTrainer):
         """COCOEvaluator, which infers from predictions whether to evaluate boxes or proposals."""
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Detectron2's evaluation; how long the model took goes to inference/speed.json."""
+        with _timed(model) as seconds:
+            results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and seconds:
+            folder = Path(cfg.OUTPUT_DIR) / "inference"
+            folder.mkdir(parents=True, exist_ok=True)
+            speed = {"calls": len(seconds), "median_seconds_per_call": statistics.median(seconds)}
+            (folder / "speed.json").write_text(json.dumps(speed))
+        return results
+
     @property
     def results(self) -> dict[str, Any]:
         """Metrics of the last evaluation, by task; empty where there was none."""
@@ -118,6 +133,32 @@ def _explained_loading(names: object) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot load dataset {names}: {told}") from error
+
+
+@contextmanager
+def _timed(model: nn.Module) -> Iterator[list[float]]:
+    """Within it, the list given has the seconds of each call of the model, its results ready."""
+    seconds: list[float] = []
+    begun = 0.0
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        begun = now()
+
+    def end(*_: Any) -> None:
+        seconds.append(now() - begun)
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

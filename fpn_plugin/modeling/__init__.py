@@ -5,11 +5,13 @@ from .levels import assign_levels
 from .neck import FeaturePyramidNetwork
 from .pooler import PyramidROIPooler
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
+from .rpn import PerLevelRPNHead
 
 __all__ = [
     "FPNCascadeROIHeads",
     "FPNROIHeads",
     "FeaturePyramidNetwork",
+    "PerLevelRPNHead",
     "PyramidROIPooler",
     "assign_levels",
     "build_fpn_backbone",

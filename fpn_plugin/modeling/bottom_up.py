@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 
@@ -47,7 +47,7 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNe
             in_channels=shapes[coarsest].channels,
             out_channels=fpn.OUT_CHANNELS,
         )
-    return FeaturePyramidNetwork(
+    neck = FeaturePyramidNetwork(
         bottom_up,
         fpn.IN_FEATURES,
         fpn.OUT_CHANNELS,
@@ -58,7 +58,16 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNe
         top_down=fpn.TOP_DOWN,
         lateral=fpn.LATERAL,
         match_lateral_size=fpn.MATCH_LATERAL_SIZE,
+        out_features=fpn.OUT_FEATURES or None,
     )
+    return _frozen(neck) if fpn.FREEZE else neck
+
+
+def _frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
+    """The same pyramid with nothing left to train; batch norm keeps its statistics as well."""
+    for parameter in neck.parameters():
+        parameter.requires_grad = False
+    return FrozenBatchNorm2d.convert_frozen_batchnorm(neck)
 
 
 def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -52,10 +52,13 @@ class FeaturePyramidNetwork(Backbone):
             upsample(Mk+1).
         match_lateral_size: upsample to the lateral map's exact size instead of by 2, so that
             input sides need not be multiples of the coarsest stride.
+        out_features: the levels to compute, for example ``["p2"]`` for row (f); all by default.
+            Output convolutions of the others are not built.
 
     Raises:
         UserError: stages that are not there or not a pyramid, an unknown norm or one that
-            out_channels does not fit, a top block whose input is not there.
+            out_channels does not fit, a top block whose input is not there, out_features that
+            are not there or leave a stage or the top block without use.
 
     Example::
 
@@ -77,6 +80,7 @@ class FeaturePyramidNetwork(Backbone):
         top_down: bool = True,
         lateral: bool = True,
         match_lateral_size: bool = False,
+        out_features: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         shapes = _checked_shapes(bottom_up, in_features)
@@ -97,14 +101,18 @@ class FeaturePyramidNetwork(Backbone):
 
         levels = [shape.stride.bit_length() - 1 for shape in shapes]
         self._coarsest_first = levels[::-1]
+        outputs = [*levels, *self._top_block_levels(top_block, levels[-1])]
+        self._out_features = [f"p{level}" for level in outputs]
+        if out_features is not None:
+            self._out_features = self._checked_choice(out_features, len(levels))
         # Modules are made, initialised and registered in Detectron2's order: one seed gives one
         # set of weights, and an optimizer's saved state finds its parameters.
         for level, shape in zip(levels, shapes, strict=True):
             coarsest = level == levels[-1]
             convs = {}
-            if lateral or coarsest:
+            if (lateral or coarsest) and (top_down or f"p{level}" in self._out_features):
                 convs[f"fpn_lateral{level}"] = _conv(shape.channels, out_channels, 1, norm)
-            if coarsest_output_conv or not coarsest:
+            if (coarsest_output_conv or not coarsest) and f"p{level}" in self._out_features:
                 convs[f"fpn_output{level}"] = _conv(out_channels, out_channels, 3, norm)
             for name, conv in convs.items():
                 weight_init.c2_xavier_fill(conv)
@@ -112,22 +120,47 @@ class FeaturePyramidNetwork(Backbone):
         self.top_block = top_block
         self.bottom_up = bottom_up
 
-        outputs = [*levels, *self._top_block_levels(levels[-1])]
-        self._out_features = [f"p{level}" for level in outputs]
-        self._out_feature_strides = {f"p{level}": 2**level for level in outputs}
+        self._out_feature_strides = {name: 2 ** int(name[1:]) for name in self._out_features}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
         self._size_divisibility = 0 if match_lateral_size else shapes[-1].stride
 
-    def _top_block_levels(self, coarsest: int) -> list[int]:
-        if self.top_block is None:
+    def _top_block_levels(self, top_block: nn.Module | None, coarsest: int) -> list[int]:
+        if top_block is None:
             return []
         present = [*self.in_features, *(f"p{level}" for level in self._coarsest_first)]
-        if self.top_block.in_feature not in present:
+        if top_block.in_feature not in present:
             raise UserError(
-                f"the top block reads {self.top_block.in_feature!r}, which this pyramid does not "
+                f"the top block reads {top_block.in_feature!r}, which this pyramid does not "
                 f"have; it has {', '.join(present)}. build_top_block() follows the coarsest level"
             )
-        return [coarsest + 1 + i for i in range(self.top_block.num_levels)]
+        return [coarsest + 1 + i for i in range(top_block.num_levels)]
+
+    def _checked_choice(self, chosen: Sequence[str], num_stages: int) -> list[str]:
+        """The chosen levels, finest first, once it is known that no module is left without use."""
+        offered = self._out_features
+        for name in chosen:
+            if name not in offered:
+                raise UserError(
+                    f"MODEL.FPN.OUT_FEATURES names {name!r}, which this pyramid does not have: "
+                    f"{near_names(str(name), offered)}"
+                )
+        merged, extra = offered[:num_stages], offered[num_stages:]
+        if extra and not {merged[-1], *extra} <= set(chosen):
+            raise UserError(
+                f"MODEL.FPN.OUT_FEATURES {list(chosen)} leaves out some of "
+                f"{[merged[-1], *extra]}, which the top block reads or makes: name them all, or "
+                "set MODEL.FPN.TOP_BLOCK none"
+            )
+        # The top-down pathway reads every stage from the coarsest to the finest chosen level;
+        # without it a stage is read by its own level alone.
+        needed = [merged[0]] if self._top_down else merged
+        if not set(needed) <= set(chosen):
+            raise UserError(
+                f"MODEL.FPN.OUT_FEATURES {list(chosen)} leaves stages of MODEL.FPN.IN_FEATURES "
+                f"{list(self.in_features)} without use: it must have {', '.join(needed)}, or "
+                "IN_FEATURES must begin at a coarser stage"
+            )
+        return [name for name in offered if name in chosen]
 
     @property
     def size_divisibility(self) -> int:
@@ -151,8 +184,9 @@ class FeaturePyramidNetwork(Backbone):
         merged: Tensor | None = None
         for name, level in zip(self.in_features[::-1], self._coarsest_first, strict=True):
             merged = self._merge(stages[name], level, merged)
-            output = getattr(self, f"fpn_output{level}", None)
-            results[f"p{level}"] = merged if output is None else output(merged)
+            if f"p{level}" in self._out_feature_strides:
+                output = getattr(self, f"fpn_output{level}", None)
+                results[f"p{level}"] = merged if output is None else output(merged)
         pyramid = dict(reversed(results.items()))
         if self.top_block is not None:
             source = self.top_block.in_feature
@@ -182,7 +216,8 @@ class FeaturePyramidNetwork(Backbone):
         # would leave a model that runs and detects badly.
         coarsest = self._coarsest_first[0]
         longer = f"{prefix}fpn_lateral{coarsest + 1}.weight" in state_dict  # of more levels
-        if f"{prefix}fpn_lateral{coarsest}.weight" in state_dict and not longer:
+        computed = f"p{coarsest}" in self._out_feature_strides
+        if computed and f"{prefix}fpn_lateral{coarsest}.weight" in state_dict and not longer:
             key = f"{prefix}fpn_output{coarsest}.weight"
             saved, built = key in state_dict, hasattr(self, f"fpn_output{coarsest}")
             if saved != built:

@@ -1,0 +1,121 @@
+"""What tools/reproduce.py does: trains the rows that are asked for and reports them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fpn_plugin.data import check_datasets, ensure_mini
+from fpn_plugin.errors import UserError
+
+from .report import write_report
+from .runs import RunFolder
+from .scheduler import Task, run_tasks, tasks_for
+from .tables import SCALES, Row, needed_runs, select_rows
+
+__all__ = ["argument_parser", "reproduce_main"]
+
+_EXAMPLES = """
+Examples:
+  reproduce.py 1 --scale mini                      # Table 1, a seed, on the mini dataset
+  reproduce.py 1 2 3 --scale mini --seeds 0 1 2    # Tables 1 to 3, three seeds
+  reproduce.py 1c 1d --scale paper                 # two rows on COCO, at the paper's size
+  reproduce.py 2 --scale mini --dry-run            # what would run
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/reproduce.py."""
+    parser = argparse.ArgumentParser(
+        description="Train rows of the paper's Tables 1 to 5 and set them beside its figures. What "
+        "is finished is not run again, what was cut off goes on.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="+", metavar="TABLE|ROW", help="1 to 5, or rows as 1c, 2a")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="mini", help="mini: minutes on a CPU; paper: COCO"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--output", default="output", help="folder of runs and reports")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time; GPUs, or the CPU's threads, are divided among them",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list what would run, and stop")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="config options: KEY VALUE ..."
+    )
+    return parser
+
+
+def reproduce_main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is missing of rows and writes report.md, report.json and charts.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: an unknown table or row, data that is not there, a folder made by another
+            config or other code, a run that failed.
+    """
+    args = argument_parser().parse_args(argv)
+    if args.at_once < 1:
+        raise UserError(f"--at-once is {args.at_once}; it must be 1 or more")
+    tables = select_rows(args.what)
+    rows = [row for of_table in tables.values() for row in of_table]
+    folders = [
+        RunFolder(run, args.scale, seed, Path(args.output), tuple(args.opts))
+        for seed in dict.fromkeys(args.seeds)
+        for run in needed_runs(rows)
+    ]
+    for folder in folders:
+        folder.check()
+    tasks = tasks_for(folders)
+    if args.dry_run:
+        print(_plan(tasks))
+        return
+    _check_data(folders)
+    run_tasks(tasks, args.at_once)
+    report = write_report(tables, _finished(args, rows), Path(args.output) / args.scale)
+    print(f"{report.read_text()}\nreport: {report}")
+
+
+def _check_data(folders: Sequence[RunFolder]) -> None:
+    if folders and folders[0].scale == "mini":
+        ensure_mini()
+    for folder in folders:
+        cfg = folder.config()
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+
+
+def _finished(args: argparse.Namespace, rows: Sequence[Row]) -> dict[str, list[RunFolder]]:
+    """Finished folders by run: of the seeds asked for, and of others that lie beside them."""
+    found: dict[str, list[RunFolder]] = {}
+    for name in dict.fromkeys(row.run for row in rows if row.run):
+        [run] = [r for r in needed_runs(rows) if r.name == name]
+        parent = RunFolder(run, args.scale, 0, Path(args.output)).path.parent
+        seeds = sorted(int(p.name.removeprefix("seed")) for p in parent.glob("seed*"))
+        of_run = [
+            RunFolder(run, args.scale, seed, Path(args.output), tuple(args.opts)) for seed in seeds
+        ]
+        for folder in of_run:
+            folder.check()
+        found[name] = [folder for folder in of_run if folder.finished]
+    return found
+
+
+def _plan(tasks: Sequence[Task]) -> str:
+    lines = []
+    for task in tasks:
+        length = "" if task.dump else f"{task.folder.config().SOLVER.MAX_ITER} iterations"
+        iteration = 0 if task.dump or task.done else task.folder.iteration()
+        state = "finished" if task.done else f"at {iteration}" if iteration else "to run"
+        lines.append(f"{state:>9}  {task.name:<50} {length}")
+    left = sum(not task.done for task in tasks)
+    return "\n".join([*lines, f"{left} of {len(tasks)} to run"])

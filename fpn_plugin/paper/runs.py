@@ -1,0 +1,260 @@
+"""The folder of one run: what it must hold, how far it is, and what came out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import pickle
+import statistics
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation.coco_evaluation import _evaluate_box_proposals
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+
+import fpn_plugin
+from fpn_plugin.engine import load_config
+from fpn_plugin.errors import UserError
+from fpn_plugin.metrics import loss_rows
+
+from .tables import Run
+
+__all__ = ["Outcome", "RunFolder", "code_version"]
+
+_MADE_BY = "made_by.json"
+_GROUPS = "groups.json"
+# What a training reads; a change elsewhere leaves finished runs what they are.
+_CODE = ("config.py", "proposals.py", "modeling", "data", "engine")
+
+
+@functools.cache
+def code_version() -> str:
+    """Twelve hex digits that change when the code that trains and evaluates does."""
+    package = Path(fpn_plugin.__file__).parent
+    digest = hashlib.sha256()
+    for part in _CODE:
+        path = package / part
+        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(source.relative_to(package).as_posix().encode())
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to.
+
+    Attributes:
+        metrics: Detectron2's results of the task, by their keys there.
+        groups: AR@1000 or AP of each group of categories, where a dataset has groups.
+        seconds_per_iteration: median over the training.
+        seconds_per_image: median over the evaluation, one image a call.
+    """
+
+    metrics: dict[str, float]
+    groups: dict[str, float]
+    seconds_per_iteration: float
+    seconds_per_image: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run at a scale with a seed, in ``<output>/<scale>/<run>/seed<seed>``.
+
+    Attributes:
+        run: what is trained.
+        scale: "mini" or "paper".
+        seed: of the run.
+        output: folder of all scales and runs.
+        opts: config options for every run, ``("KEY", "value", ...)``.
+    """
+
+    run: Run
+    scale: str
+    seed: int
+    output: Path
+    opts: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The folder itself."""
+        return self.output / self.scale / self.run.name / f"seed{self.seed}"
+
+    @property
+    def config_name(self) -> str:
+        """Name of its config in the package."""
+        return f"{self.scale}/{self.run.name}.yaml"
+
+    def _beside(self, name: str) -> RunFolder:
+        return RunFolder(Run(name), self.scale, self.seed, self.output, self.opts)
+
+    def config(self) -> CfgNode:
+        """Its config, frozen, before paths are put in place.
+
+        Raises:
+            UserError: an option that does not fit.
+        """
+        return _config(self.config_name, self.opts, self.seed)
+
+    def all_opts(self) -> list[str]:
+        """Options of its training: the user's, the seed, and where things lie."""
+        opts = [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.path)]
+        if self.run.weights_from:
+            start = self._beside(self.run.weights_from).path / "model_final.pth"
+            opts += ["MODEL.WEIGHTS", str(start)]
+        if self.run.proposals_from:
+            cfg, source = self.config(), self._beside(self.run.proposals_from)
+            for split in ("TRAIN", "TEST"):
+                files = tuple(str(source.proposals(name)) for name in cfg.DATASETS[split])
+                opts += [f"DATASETS.PROPOSAL_FILES_{split}", str(files)]
+        return opts
+
+    def proposals(self, dataset: str) -> Path:
+        """The file of its proposals for a dataset."""
+        return self.path / "proposals" / f"{dataset}.pkl"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "config": json.loads(json.dumps(_flat(self.config()), default=str)),
+            "code": code_version(),
+            "plugin": fpn_plugin.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        }
+
+    def check(self) -> None:
+        """Refuses a folder that another config or other code began.
+
+        Raises:
+            UserError: names the folder and what differs.
+        """
+        note = self.path / _MADE_BY
+        if not note.is_file():
+            if any(self.path.glob("*")):
+                raise UserError(
+                    f"{self.path} holds files but no {_MADE_BY}: it is not a run of this tool; "
+                    "remove it, or give another --output"
+                )
+            return
+        had, wanted = json.loads(note.read_text()), self._identity()
+        told = []
+        if had["config"] != wanted["config"]:
+            keys = sorted(set(had["config"]) | set(wanted["config"]))
+            differing = [k for k in keys if had["config"].get(k) != wanted["config"].get(k)]
+            shown = ", ".join(
+                f"{key} {had['config'].get(key)!r} there, {wanted['config'].get(key)!r} now"
+                for key in differing[:3]
+            )
+            told.append(f"another config ({len(differing)} keys: {shown})")
+        if had["code"] != wanted["code"]:
+            told.append(f"other code ({had['code']} there, {wanted['code']} now)")
+        if told:
+            raise UserError(
+                f"{self.path} was made by {' and '.join(told)}: remove it, or give another "
+                "--output; runs are never mixed"
+            )
+
+    def claim(self) -> None:
+        """Makes the folder and notes what makes it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / _MADE_BY).is_file():
+            (self.path / _MADE_BY).write_text(json.dumps(self._identity(), indent=1))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained and evaluated to the end."""
+        return (self.path / "results.json").is_file()
+
+    def iteration(self) -> int:
+        """How many iterations of its training are done, as far as its log tells."""
+        rows = loss_rows(self.path / "metrics.json")
+        return int(rows[-1]["iteration"]) + 1 if rows else 0
+
+    def outcome(self, task: str) -> Outcome:
+        """What came out of a finished run.
+
+        Args:
+            task: "box_proposals" or "bbox".
+        """
+        results = json.loads((self.path / "results.json").read_text())
+        speed = json.loads((self.path / "inference" / "speed.json").read_text())
+        times = [row["time"] for row in loss_rows(self.path / "metrics.json") if "time" in row]
+        groups = self.path / _GROUPS
+        if not groups.is_file():
+            groups.write_text(json.dumps(_by_group(self, results, task)))
+        return Outcome(
+            metrics=results[task],
+            groups=json.loads(groups.read_text()),
+            seconds_per_iteration=statistics.median(times) if times else float("nan"),
+            seconds_per_image=speed["median_seconds_per_call"],
+        )
+
+
+@functools.cache
+def _config(name: str, opts: tuple[str, ...], seed: int) -> CfgNode:
+    cfg = load_config(name, [*opts, "SEED", str(seed)])
+    cfg.freeze()
+    return cfg
+
+
+def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif prefix + key != "OUTPUT_DIR":
+            flat[prefix + key] = value
+    return flat
+
+
+def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str, float]:
+    """AP or AR@1000 of each supercategory of the mini dataset; nothing for other data.
+
+    AP of a group is the mean of its categories' AP, as COCO's is of all. Recall of proposals
+    has no categories: that of a group is Detectron2's over the group's labels alone.
+    """
+    if folder.scale != "mini":
+        return {}
+    [name] = folder.config().DATASETS.TEST
+    with redirect_stdout(io.StringIO()):  # pycocotools tells its progress
+        coco = COCO(MetadataCatalog.get(name).json_file)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for category in coco.loadCats(coco.getCatIds()):
+        groups.setdefault(category["supercategory"], []).append(category)
+    if task == "bbox":
+        per_category = results[task]
+        return {
+            group: statistics.mean(per_category[f"AP-{c['name']}"] for c in categories)
+            for group, categories in groups.items()
+        }
+    with (folder.path / "inference" / "box_proposals.pkl").open("rb") as file:
+        saved = pickle.load(file)  # of this run's own evaluation
+    predictions = []
+    for image_id, boxes, logits in zip(
+        saved["ids"], saved["boxes"], saved["objectness_logits"], strict=True
+    ):
+        proposals = Instances((0, 0))
+        proposals.proposal_boxes = Boxes(torch.as_tensor(boxes))
+        proposals.objectness_logits = torch.as_tensor(logits)
+        predictions.append({"image_id": image_id, "proposals": proposals})
+    recalls = {}
+    for group, categories in groups.items():
+        only = COCO()
+        ids = {category["id"] for category in categories}
+        only.dataset = {
+            **coco.dataset,
+            "annotations": [a for a in coco.dataset["annotations"] if a["category_id"] in ids],
+        }
+        with redirect_stdout(io.StringIO()):
+            only.createIndex()
+        recalls[group] = 100 * float(_evaluate_box_proposals(predictions, only, limit=1000)["ar"])
+    return recalls

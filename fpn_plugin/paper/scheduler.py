@@ -1,0 +1,177 @@
+"""Running trainings and dumps of proposals, each a process of its own, in the order they need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fpn_plugin.errors import UserError
+
+from .runs import RunFolder
+
+__all__ = ["Task", "run_tasks", "tasks_for"]
+
+_POLL_SECONDS = 1.0
+_TRAIN = "from fpn_plugin.engine.training import train_main as main"
+_DUMP = "from fpn_plugin.proposals import dump_main as main"
+_CALL = "{}; from fpn_plugin.engine import run_tool; run_tool(main)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process: the training and evaluation of a run, or the dump of its proposals.
+
+    Attributes:
+        folder: the run's.
+        dump: False for the training.
+        after: tasks that must be done before.
+    """
+
+    folder: RunFolder
+    dump: bool
+    after: tuple[Task, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As the progress line and its log file have it."""
+        run = f"{self.folder.run.name} seed {self.folder.seed}"
+        return f"{run} proposals" if self.dump else run
+
+    @property
+    def done(self) -> bool:
+        """Whether what it makes is there."""
+        if self.dump:
+            return all(self.folder.proposals(name).is_file() for name in self._datasets())
+        return self.folder.finished
+
+    @property
+    def log(self) -> Path:
+        """The file that its process writes to."""
+        return self.folder.path / ("dump.log" if self.dump else "train.log")
+
+    def _datasets(self) -> list[str]:
+        datasets = self.folder.config().DATASETS
+        return [*datasets.TRAIN, *datasets.TEST]
+
+    def command(self, num_gpus: int) -> list[str]:
+        """Its command line."""
+        gpus = ["--num-gpus", str(max(1, num_gpus))]
+        path = self.folder.path
+        if self.dump:
+            code, args = _DUMP, ["--config-file", str(path / "config.yaml"), *gpus]
+            args += ["--splits", *self._datasets(), "--output", str(path / "proposals")]
+            args += ["MODEL.WEIGHTS", str(path / "model_final.pth")]
+        else:
+            code, args = _TRAIN, ["--config-file", self.folder.config_name, "--resume", *gpus]
+            args += self.folder.all_opts()
+        return [sys.executable, "-c", _CALL.format(code), *args]
+
+
+def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:
+    """Trainings of runs, and the dumps that other runs among them read, each after what it needs.
+
+    Args:
+        folders: runs, each after those it depends on.
+    """
+    read = {(f.run.proposals_from, f.seed) for f in folders}
+    trained: dict[tuple[str, int], Task] = {}
+    dumped: dict[tuple[str, int], Task] = {}
+    tasks = []
+    for folder in folders:
+        key = (folder.run.name, folder.seed)
+        after = []
+        if folder.run.proposals_from:
+            after.append(dumped[folder.run.proposals_from, folder.seed])
+        if folder.run.weights_from:
+            after.append(trained[folder.run.weights_from, folder.seed])
+        trained[key] = Task(folder, dump=False, after=tuple(after))
+        tasks.append(trained[key])
+        if key in read:
+            dumped[key] = Task(folder, dump=True, after=(trained[key],))
+            tasks.append(dumped[key])
+    return tasks
+
+
+def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
+    """Runs what is not done yet; a line tells which run, how far, and the time left.
+
+    Args:
+        tasks: each after those it needs.
+        at_once: how many processes; GPUs, or the CPU's threads, are divided among them.
+
+    Raises:
+        UserError: a process failed; names its log.
+    """
+    waiting = [task for task in tasks if not task.done]
+    slots = list(range(at_once))
+    running: dict[Task, tuple[subprocess.Popen[bytes], int]] = {}
+    lengths = {task: int(task.folder.config().SOLVER.MAX_ITER) for task in tasks if not task.dump}
+    reached = {task: n if task.done else task.folder.iteration() for task, n in lengths.items()}
+    bar = tqdm(
+        total=sum(lengths.values()), initial=sum(reached.values()), unit="it", smoothing=0.02
+    )
+    try:
+        while waiting or running:
+            for task in [t for t in waiting if all(before.done for before in t.after)]:
+                if not slots:
+                    break
+                slot = slots.pop(0)
+                running[task] = (_start(task, slot, at_once), slot)
+                waiting.remove(task)
+            for task, (process, _) in list(running.items()):
+                if process.poll() is not None:
+                    _check(task, process)
+                    slots.append(running.pop(task)[1])
+                if task in lengths:
+                    reached[task] = lengths[task] if task.done else task.folder.iteration()
+            told = [
+                f"{task.name} {reached[task]}/{lengths[task]}" if task in lengths else task.name
+                for task in running
+            ]
+            bar.set_description_str(" | ".join(told), refresh=False)
+            bar.set_postfix_str(f"{len(waiting)} to start", refresh=False)
+            bar.n = sum(reached.values())
+            bar.refresh()
+            time.sleep(_POLL_SECONDS if running else 0)
+    finally:
+        bar.close()
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+
+
+def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:
+    if not task.dump:
+        task.folder.claim()
+    environment = dict(os.environ)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    each = max(1, gpus // at_once) if gpus else 0
+    if gpus:
+        chosen = [(slot * each + i) % gpus for i in range(each)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+    elif at_once > 1:
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with task.log.open("ab") as log:
+        return subprocess.Popen(
+            task.command(each), stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+
+
+def _check(task: Task, process: subprocess.Popen[bytes]) -> None:
+    if process.returncode == 0 and task.done:
+        return
+    lines = task.log.read_text(errors="replace").strip().splitlines()
+    raise UserError(
+        f"{task.name} ended with status {process.returncode}: {lines[-1] if lines else ''} "
+        f"(all of it in {task.log}). The same command goes on with what is left"
+    )

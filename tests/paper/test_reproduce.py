@@ -1,0 +1,217 @@
+"""tools/reproduce.py: what runs, what is refused, and what the report says of it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fpn_plugin import UserError
+from fpn_plugin.data import ensure_mini
+from fpn_plugin.paper import runs
+from fpn_plugin.paper.report import summarize, write_report
+from fpn_plugin.paper.reproduce import reproduce_main
+from fpn_plugin.paper.runs import Outcome, RunFolder
+from fpn_plugin.paper.scheduler import tasks_for
+from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
+
+TOOLS = Path(__file__).parents[2] / "tools"
+# Seconds instead of minutes: few iterations, images of 64 px.
+TINY = (
+    "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "DATALOADER.NUM_WORKERS",
+    "0", "MODEL.RPN.POST_NMS_TOPK_TEST", "30",
+)  # fmt: skip
+
+
+def names(what: list[str]) -> list[str]:
+    rows = [row for rows in select_rows(what).values() for row in rows]
+    return [run.name for run in needed_runs(rows)]
+
+
+def test_tables_and_rows_are_found_by_their_names():
+    assert [row.key for row in select_rows(["1c", "table1_f_P2"])[1]] == ["1c", "1f"]
+    assert select_rows(["Table2"]) == {2: list(TABLES[2].rows)}
+    assert set(select_rows(["1", "5-r50-yes"])) == {1, 5}
+
+
+@pytest.mark.parametrize("name", ["6", "1g", "c", "", "table"])
+def test_an_unknown_row_lists_what_there_is(name):
+    with pytest.raises(UserError, match=r"tables: 1, 2, 3, 4, 5; rows: 1a, .*5-R101-yes"):
+        select_rows([name])
+
+
+def test_runs_come_after_what_they_depend_on():
+    assert names(["2c"]) == ["table1_c_FPN", "table2_c_FPN"]
+    assert names(["3"]) == [
+        "table1_a_C4", "table3_a_C4", "table1_b_C5", "table3_b_C5", "table1_c_FPN", "table2_c_FPN",
+    ]  # fmt: skip
+    assert names(["5-R50-yes"]) == [
+        "table1_c_FPN", "table2_c_FPN", "table5_R_50_step3_rpn", "table5_R_50_shared",
+    ]  # fmt: skip
+    assert names(["3-He"]) == []
+    assert len(names(["1", "2", "3", "4", "5"])) == len(RUNS)
+
+
+def test_proposals_are_dumped_only_for_runs_that_are_read(tmp_path):
+    folders = [RunFolder(RUNS[n], "mini", s, tmp_path) for s in (0, 1) for n in names(["1", "2c"])]
+    dumps = [task for task in tasks_for(folders) if task.dump]
+    assert [task.name for task in dumps] == [
+        "table1_c_FPN seed 0 proposals",
+        "table1_c_FPN seed 1 proposals",
+    ]
+    [reader] = [t for t in tasks_for(folders) if t.name == "table2_c_FPN seed 1"]
+    assert reader.after == (dumps[1],)
+
+
+def test_a_dry_run_lists_and_runs_nothing(tmp_path, capsys):
+    reproduce_main(["2c", "3-He", "--output", str(tmp_path), "--dry-run"])
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4
+    assert told[0].split() == ["to", "run", "table1_c_FPN", "seed", "0", "1000", "iterations"]
+    assert told[-1] == "3 of 3 to run"
+    assert not list(tmp_path.iterdir())
+
+
+def begun(tmp_path: Path, opts: tuple[str, ...] = ()) -> RunFolder:
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path, opts)
+    folder.claim()
+    folder.check()  # of its own kind: nothing to say
+    return folder
+
+
+def test_a_folder_of_another_config_is_refused_by_name(tmp_path):
+    folder = begun(tmp_path)
+    changed = RunFolder(folder.run, "mini", 0, tmp_path, ("SOLVER.BASE_LR", "0.5"))
+    with pytest.raises(UserError, match=r"seed0 was made by another config .*SOLVER.BASE_LR 0.014"):
+        changed.check()
+    with pytest.raises(UserError, match="never mixed"):
+        reproduce_main(["1c", "--output", str(tmp_path), "--opts", "SOLVER.BASE_LR", "0.5"])
+
+
+def test_a_folder_of_other_code_is_refused_by_name(tmp_path, monkeypatch):
+    folder = begun(tmp_path)
+    monkeypatch.setattr(runs, "code_version", lambda: "0123456789ab")
+    with pytest.raises(UserError, match=r"seed0 was made by other code .*0123456789ab now"):
+        folder.check()
+
+
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path)
+    folder.path.mkdir(parents=True)
+    (folder.path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"made_by.json: it is not a run of this tool"):
+        folder.check()
+
+
+def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
+    package = tmp_path / "fpn_plugin"
+    shutil.copytree(Path(runs.fpn_plugin.__file__).parent, package)
+    monkeypatch.setattr(runs.fpn_plugin, "__file__", str(package / "__init__.py"))
+    version = runs.code_version.__wrapped__
+    before = version()
+    (package / "paper" / "report.py").write_text("# reports do not change what is trained")
+    assert version() == before
+    with (package / "modeling" / "levels.py").open("a") as source:
+        source.write("\n# changed\n")
+    assert version() != before
+
+
+def outcome(scale: float, groups: bool = True) -> Outcome:
+    metrics = dict.fromkeys(["AR@100", "AR@1000", "ARs@1000", "ARm@1000", "ARl@1000"], scale)
+    return Outcome(metrics, {"digit": scale, "disc": scale + 1} if groups else {}, 0.5, 0.25)
+
+
+def test_seeds_are_put_together_by_mean_and_standard_deviation():
+    summary = summarize({0: outcome(50), 1: outcome(53), 2: outcome(56)}, TABLES[1].metrics)
+    assert summary.mean["AR1k"] == 53
+    assert summary.spread["AR1k"] == 3
+    assert summary.groups == {"digit": 53, "disc": 54}
+    assert summarize({0: outcome(50)}, TABLES[1].metrics).spread["AR1k"] == 0
+
+
+def test_the_report_sets_rows_beside_the_papers(tmp_path, monkeypatch):
+    figures = {("1a", 0): 50, ("1a", 1): 52, ("1c", 0): 60, ("1c", 1): 64, ("1f", 0): 63}
+    by_run = {row.run: row.key for row in TABLES[1].rows}
+    monkeypatch.setattr(
+        RunFolder, "outcome", lambda self, _: outcome(figures[by_run[self.run.name], self.seed])
+    )
+    rows = [row for row in TABLES[1].rows if row.key in ("1a", "1c", "1d", "1f")]
+    finished = {
+        row.run: [
+            RunFolder(RUNS[row.run], "mini", seed, tmp_path)
+            for seed in (0, 1)
+            if (row.key, seed) in figures
+        ]
+        for row in rows
+    }
+    (tmp_path / "mini").mkdir()
+    text = write_report({1: rows}, finished, tmp_path / "mini").read_text()
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("| (")
+    }
+    assert "They are not COCO results" in text
+    assert cells["(a) C4"][:2] == ["51.0 ± 1.4 (-11.0)", "52.0 ± 1.4 (-11.0)"]  # of the groups
+    head = next(line for line in text.splitlines() if line.startswith("| (a) C4"))
+    assert "| 0,1     | 51.0 ± 1.4 (-11.0) | 36.1 (-7.9)" in head
+    assert "48.3 (-8.0)" in head  # AR1k of the paper, and its difference
+    missing = next(line for line in text.splitlines() if line.startswith("| (d)"))
+    assert "| -" in missing and "49.5 (-6.8)" in missing
+    assert "By AR1k, here: 1f 63.0 > 1c 62.0 > 1a 51.0. Paper: 1c 56.3 > 1f 51.3 > 1a 48.3." in text
+    assert "2 of 3 pairs of rows stand in the paper's order." in text
+    assert "1c over 1f there, +1.0 the other way here, less than the seeds' spread of 2.8" in text
+    content = json.loads((tmp_path / "mini" / "report.json").read_text())
+    assert content["tables"]["1"]["1a"]["here"]["mean"]["AR1k"] == 51
+    assert content["tables"]["1"]["1d"]["here"] is None
+    assert (tmp_path / "mini" / "table1.png").stat().st_size > 10_000
+
+
+def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
+    ensure_mini({"train": 6, "val": 4})
+    args = ["2c", "--output", str(tmp_path), "--opts", *TINY]
+    tool = [sys.executable, str(TOOLS / "reproduce.py"), *args]
+    # Cut off while it runs, it leaves a folder that the next call goes on with.
+    cut = subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = tmp_path / "mini" / "table1_c_FPN" / "seed0"
+    deadline = time.monotonic() + 120
+    while not (first / "train.log").is_file() and time.monotonic() < deadline:
+        pass
+    cut.send_signal(signal.SIGINT)
+    assert b"--resume" not in cut.communicate(timeout=60)[0] or cut.returncode == 130
+    assert cut.returncode == 130
+    reproduce_main(args)
+    told = capsys.readouterr()
+    assert "Table 2. Fast R-CNN" in told.out
+    second = tmp_path / "mini" / "table2_c_FPN" / "seed0"
+    results = json.loads((second / "results.json").read_text())["bbox"]
+    report = json.loads((tmp_path / "mini" / "report.json").read_text())["tables"]["2"]["2c"]
+    assert report["here"]["mean"]["AP50"] == results["AP50"]
+    digits = [results[f"AP-{digit}"] for digit in range(10)]
+    assert report["here"]["groups"]["digit"] == pytest.approx(sum(digits) / 10, nan_ok=True)
+    # The proposals that it read are those of its own RPN.
+    config = (second / "config.yaml").read_text()
+    assert str(first / "proposals" / "mini_train.pkl") in config
+    assert (first / "proposals" / "mini_val.pkl").is_file()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_final.pth")}
+    assert len(before) == 2
+    reproduce_main(args)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    reproduce_main([*args[:3], "--dry-run", *args[3:]])
+    assert "0 of 3 to run" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_with_its_log(tmp_path):
+    ensure_mini({"train": 6, "val": 4})
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path)
+    bad = ["1c", "--output", str(tmp_path), "--opts", "MODEL.RPN.HEAD_NAME", "NoHead"]
+    with pytest.raises(
+        UserError, match=r"table1_c_FPN seed 0 ended with status 2: error: .*NoHead"
+    ):
+        reproduce_main(bad)
+    assert (folder.path / "train.log").is_file()

@@ -1,0 +1,152 @@
+"""Dumped proposals: those of the model, as Detectron2 reads them, made once."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import get_detection_dataset_dicts
+from PIL import Image
+
+from fpn_plugin import UserError, proposals
+from fpn_plugin.data import read_image_or_say
+from fpn_plugin.engine import FPNTrainer, load_config
+from fpn_plugin.engine.training import train_main
+from fpn_plugin.proposals import dump_main
+
+TINY = [
+    "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)",
+    "MODEL.FPN.OUT_CHANNELS", "16", "DATALOADER.NUM_WORKERS", "0", "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "30", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.NUM_CLASSES", "1",
+]  # fmt: skip
+RPN = "mini/table1_c_FPN.yaml"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Five images, 40 x 32 px so that proposals must be scaled back, one without a label."""
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
+    for i in range(5):
+        pixels = rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        record = {"id": 10 + i, "file_name": f"{i}.png", "width": 40, "height": 32}
+        content["images"].append(record)
+        if i:
+            label = {"id": i, "image_id": 10 + i, "category_id": 1, "bbox": [2, 3, 20, 18]}
+            content["annotations"].append({**label, "area": 360, "iscrowd": 0})
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    yield f"own={tmp_path / 'own.json'}:{tmp_path / 'images'}"
+    for name in {"own"} & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    cfg = load_config(RPN, TINY)
+    torch.manual_seed(0)
+    file = tmp_path / "rpn.pth"
+    torch.save({"model": FPNTrainer.build_model(cfg).state_dict()}, file)
+    return file
+
+
+def args(own: str, weights: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--config-file", RPN, "--dataset", own, "--splits", "own", "--output", str(output),
+        *TINY, "MODEL.WEIGHTS", str(weights), *more,
+    ]  # fmt: skip
+
+
+def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights, tmp_path):
+    dump_main(args(own, weights, tmp_path / "p"))
+    saved = pickle.loads((tmp_path / "p" / "own.pkl").read_bytes())
+    assert saved["ids"] == [10, 11, 12, 13, 14]
+    model = FPNTrainer.build_model(load_config(RPN, TINY)).eval()
+    model.load_state_dict(torch.load(weights)["model"])
+    for i, (boxes, logits) in enumerate(
+        zip(saved["boxes"], saved["objectness_logits"], strict=True)
+    ):
+        image = read_image_or_say(tmp_path / "images" / f"{i}.png")
+        resized = np.asarray(Image.fromarray(image).resize((80, 64), Image.BILINEAR))
+        inputs = {"image": torch.tensor(resized.transpose(2, 0, 1)), "height": 32, "width": 40}
+        with torch.no_grad():
+            expected = model([inputs])[0]["proposals"]
+        assert 0 < len(boxes) <= 30
+        np.testing.assert_allclose(boxes, expected.proposal_boxes.tensor.numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits, expected.objectness_logits.numpy(), atol=1e-5)
+        assert boxes[:, 2].max() <= 40 and boxes[:, 3].max() <= 32
+
+
+def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_path):
+    dump_main(args(own, weights, tmp_path / "p"))
+    file = str(tmp_path / "p" / "own.pkl")
+    records = get_detection_dataset_dicts(["own"], filter_empty=False, proposal_files=[file])
+    saved = pickle.loads(Path(file).read_bytes())
+    for record, boxes in zip(records, saved["boxes"], strict=True):
+        np.testing.assert_array_equal(np.sort(record["proposal_boxes"], 0), np.sort(boxes, 0))
+    train_main(
+        ["--config-file", "mini/table2_c_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "2",
+         "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+         "DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)",
+         "DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "OUTPUT_DIR", str(tmp_path / "fast")]
+    )  # fmt: skip
+    assert "AP50" in json.loads((tmp_path / "fast" / "results.json").read_text())["bbox"]
+
+
+def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(proposals, "_IMAGES_PER_PART", 2)
+    whole, made = proposals._write_part, []
+
+    def cut_off(cfg, model, records, part):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append([record["image_id"] for record in records])
+        whole(cfg, model, records, part)
+
+    monkeypatch.setattr(proposals, "_write_part", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        dump_main(args(own, weights, tmp_path / "p"))
+    assert not (tmp_path / "p" / "own.pkl").exists()
+    made.clear()
+    dump_main(args(own, weights, tmp_path / "p"))
+    assert made == [[14]]  # the two parts before were there
+    monkeypatch.undo()
+    dump_main(args(own, weights, tmp_path / "at_once"))
+    cut, at_once = ((tmp_path / name / "own.pkl").read_bytes() for name in ("p", "at_once"))
+    assert cut == at_once
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["own.pkl"]
+
+
+def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
+    parts = tmp_path / "p" / "own.parts"
+    parts.mkdir(parents=True)
+    (parts / "made_by").write_text("something else")
+    with pytest.raises(SystemExit):
+        dump_main(args(own, weights, tmp_path / "p"))
+    assert "own.parts holds proposals that other weights" in capfd.readouterr().err
+
+
+def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
+    with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE ProposalNetwork"):
+        dump_main(args(own, weights, tmp_path / "p", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("()", r"PROPOSAL_FILES_TRAIN must name a file for each .*own.*; it has 0"),
+        ("('no/own.pkl',)", r"'no/own.pkl', which is not there.*dump_proposals.py .*--splits own"),
+    ],
+)
+def test_a_missing_proposal_file_names_the_command_that_makes_it(own, tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        train_main(
+            ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
+             "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+             "DATASETS.PROPOSAL_FILES_TRAIN", files, "OUTPUT_DIR", str(tmp_path)]
+        )  # fmt: skip
