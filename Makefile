@@ -1,5 +1,6 @@
 # make demo   train, evaluate and draw on the mini dataset      make test   run the tests
 # make env    only build .venv                                 make lint   ruff
+# make clean  remove what the demo trained, output/demo
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -45,4 +46,4 @@ format: $(BUILT)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf output build *.egg-info
+	rm -rf $(DEMO)

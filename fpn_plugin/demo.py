@@ -85,6 +85,10 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     if args.ground_truth:
         truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", names)
     detector = Detector(cfg)
+    if not names:
+        print(
+            "category names are not known: --dataset NAME=JSON:IMAGES of DATASETS.TEST tells them"
+        )
     output = Path(args.output)
     records, unreadable = [], []
     for job in tqdm(jobs, desc="detecting", unit="image"):

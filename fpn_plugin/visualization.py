@@ -88,13 +88,15 @@ def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
     x0, y0, x1, y1 = drawn.box
     color = level_color(drawn.level)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, lw=1.5))
+    # Above the box, or below its upper edge where there is no room above it.
+    room = y0 > 0.05 * max(axes.get_ylim())
     axes.text(
         x0,
         y0,
         drawn.text,
         fontsize=6,
         color="black",
-        va="bottom",
+        va="bottom" if room else "top",
         clip_on=True,
         bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.9},
     )

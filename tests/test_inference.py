@@ -80,6 +80,19 @@ def test_boxes_are_drawn_in_the_colour_of_their_level(tmp_path):
     draw_detections(image, [], tmp_path / "nothing.png")
 
 
+def test_a_label_is_seen_wherever_its_box_lies(tmp_path):
+    image = np.zeros((100, 100, 3), np.uint8)
+
+    def ink(top: int, text: str) -> int:
+        box = [DrawnBox((20, top, 60, 90), text, 2)]
+        pixels = np.asarray(Image.open(draw_detections(image, box, tmp_path / "x.png")))
+        color = np.array(to_rgb(level_color(2))) * 255
+        return int((np.abs(pixels[:, :, :3] - color).max(axis=2) < 30).sum())
+
+    label = ink(40, "a long label") - ink(40, "")
+    assert ink(0, "a long label") - ink(0, "") > 0.7 * label
+
+
 def test_level_colors_differ():
     assert len({level_color(level) for level in (None, 2, 3, 4, 5, 6, 7)}) == 7
 

@@ -206,3 +206,8 @@ def _check_annotation(
     # NaN and infinity are no JSON, but Python reads them.
     if not numbers or len(box) != 4 or not all(abs(v) < float("inf") for v in box):
         raise UserError(f"{where}: bbox is {box!r}, expected [x, y, width, height] in pixels")
+    if box[2] < 0 or box[3] < 0:
+        raise UserError(
+            f"{where}: bbox is {box!r}, whose width or height is negative; expected [x, y, width, "
+            "height], not two corners"
+        )

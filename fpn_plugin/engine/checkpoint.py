@@ -79,13 +79,19 @@ class FittingCheckpointer(DetectionCheckpointer):
             )
         if not path and self._complete:
             raise UserError(
-                "there are no weights to evaluate: set MODEL.WEIGHTS, or give --resume and the "
-                "OUTPUT_DIR of a run"
+                "there are no weights: set MODEL.WEIGHTS (train_net.py --eval-only --resume takes "
+                "the last ones in OUTPUT_DIR)"
             )
         try:
             return super().load(path, *args, **kwargs)
         except OSError as error:
-            raise UserError(f"cannot read weights {path!r}: {error}") from error
+            remedy = (
+                '; a file that you have, or MODEL.WEIGHTS "" for training from scratch, needs no '
+                "network"
+                if "://" in path
+                else ""
+            )
+            raise UserError(f"cannot read weights {path!r}: {error}{remedy}") from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:

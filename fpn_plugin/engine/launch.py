@@ -32,6 +32,9 @@ def run_tool(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
+        # torchrun's processes all come here before they are joined; one of them says why.
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(_USER_ERROR_STATUS)
         _exit_with(error)
     except ProcessExitedException as error:  # of a process that has said why
         sys.exit(error.exit_code)

@@ -111,6 +111,9 @@ def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
     known = set(_flat_keys(cfg))
+    for flag in opts:
+        if flag.startswith("--"):
+            raise UserError(f"{flag} stands among config options: give it before KEY VALUE pairs")
     for key in opts[::2]:
         if key not in known:
             raise UserError(f"no config key {key!r}: {near_names(key, known)}")
@@ -125,4 +128,6 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     if unknown:
         key = unknown.group(1)
         return f"no config key {key!r}: {near_names(key, _flat_keys(cfg))}"
+    if told.startswith("Type mismatch") and "'tuple'" in told.partition(" with ")[0]:
+        told += "; a tuple is written (value,)"
     return told or f"not a config ({type(error).__name__})"

@@ -14,7 +14,7 @@ __all__ = ["assign_levels"]
 
 
 def assign_levels(
-    boxes: Tensor | Sequence[Boxes] | Sequence[RotatedBoxes],
+    boxes: Tensor | Boxes | RotatedBoxes | Sequence[Boxes] | Sequence[RotatedBoxes],
     min_level: int,
     max_level: int,
     canonical_box_size: float = 224,
@@ -29,8 +29,9 @@ def assign_levels(
     size 0 and goes to the finest.
 
     Args:
-        boxes: ``(N, 4)`` XYXY in pixels of the network's input, or a list of ``Boxes`` or
-            ``RotatedBoxes``, one entry per image, taken together in order. Of any dtype.
+        boxes: ``(N, 4)`` XYXY in pixels of the network's input, as a tensor or ``Boxes``, or a
+            list of ``Boxes``, one entry per image, taken together in order; ``RotatedBoxes``
+            likewise. Of any dtype.
         min_level: finest level there is; level k has stride 2^k.
         max_level: coarsest level there is.
         canonical_box_size: s0, in the same pixels.
@@ -47,6 +48,8 @@ def assign_levels(
         >>> assign_levels(torch.tensor([[0.0, 0, 224, 224], [0, 0, 111, 112]]), 2, 5)
         tensor([4, 2])
     """
+    if isinstance(boxes, Boxes | RotatedBoxes):
+        boxes = boxes.tensor
     tensor = boxes if isinstance(boxes, Tensor) else _concatenate(boxes)
     check_finite(tensor)
     return levels_of(tensor, min_level, max_level, canonical_box_size, canonical_level)

@@ -111,6 +111,7 @@ BROKEN = {
     "annotation 1: no category has id 4": lambda c: c["annotations"][0].update(category_id=4),
     r"no category has id \[3\]": lambda c: c["annotations"][0].update(category_id=[3]),
     r"bbox is \[1, 2, 10\]": lambda c: c["annotations"][0].update(bbox=[1, 2, 10]),
+    "negative; expected .x, y, w": lambda c: c["annotations"][0].update(bbox=[9, 9, -3, 4]),
     "bbox is None": lambda c: c["annotations"][0].pop("bbox"),
     "bbox is .*nan": lambda c: c["annotations"][0].update(bbox=[1, 2, math.nan, 4]),
     "bbox is .*inf": lambda c: c["annotations"][0].update(bbox=[1, 2, math.inf, 4]),

@@ -42,6 +42,8 @@ def test_options_come_last():
         (["MODEL.FPN.K0", "3"], "no config key 'MODEL.FPN.K0'"),
         (["SOLVER.MAX_ITER"], "has no value"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", "6", "--resume"], "--resume stands among .* before KEY VALUE"),
+        (["DATASETS.TRAIN", "cells"], r"DATASETS.TRAIN; a tuple is written \(value,\)"),
     ],
 )
 def test_options_that_do_not_fit_are_named(opts, message):

@@ -105,6 +105,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 
 def test_boxes_of_several_images_are_taken_in_order():
+    assert assign_levels(Boxes(squares(30, 500)), 2, 5).tolist() == [2, 5]
     lists = [Boxes(squares(30)), Boxes(torch.zeros(0, 4)), Boxes(squares(500, 112))]
     assert assign_levels(lists, 2, 5).tolist() == [2, 5, 3]
     assert assign_levels([], 2, 5).tolist() == []

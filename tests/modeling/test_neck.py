@@ -239,6 +239,32 @@ def test_without_laterals_levels_see_the_coarsest_stage_alone():
     assert [name for name, _ in neck.named_children() if "lateral" in name] == ["fpn_lateral5"]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "convs"),
+    [
+        (["p2"], {"fpn_output2"}),
+        (["p4", "p2"], {"fpn_output2", "fpn_output4"}),
+        (["p2", "p5", "p6"], {"fpn_output2"}),
+        (["p2", "p3", "p4", "p5", "p6"], {"fpn_output2", "fpn_output3", "fpn_output4"}),
+    ],
+)
+def test_chosen_levels_are_those_of_the_whole_pyramid(chosen, convs):
+    bottom_up = GivenStages()
+    whole = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=p6())
+    block = p6() if "p6" in chosen else None
+    neck = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=block, out_features=chosen)
+    left_out = neck.load_state_dict(whole.state_dict(), strict=False)
+    assert not left_out.missing_keys
+    assert {name for name, _ in neck.named_children() if "output" in name} == convs
+    maps = bottom_up.maps()
+    expected, out = whole(maps), neck(maps)
+    assert list(out) == sorted(chosen) == list(neck.output_shape())
+    for name, level in out.items():
+        assert torch.equal(level, expected[name])
+    sum(level.square().sum() for level in out.values()).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+
+
 @pytest.mark.parametrize("size", [(100, 75), (33, 257), (64, 96)])
 def test_any_input_size_with_match_lateral_size(size):
     bottom_up = GivenStages()
@@ -315,6 +341,10 @@ def test_a_checkpoint_of_a_bare_network_loads():
         ({"norm": "SynBN"}, "did you mean SyncBN"),
         ({"fuse_type": "mean"}, "FUSE_TYPE"),
         ({"top_down": False, "lateral": False}, "TOP_DOWN and MODEL.FPN.LATERAL"),
+        ({"out_features": ["p2", "p7"]}, r"OUT_FEATURES names 'p7'"),
+        ({"out_features": ["p3", "p4"]}, r"leaves stages .* without use: it must have p2,"),
+        ({"out_features": ["p2"], "top_down": False}, "must have p2, p3, p4, p5"),
+        ({"out_features": ["p2"], "top_block": p6()}, r"leaves out some of \['p5', 'p6'\]"),
         ({"top_block": LastLevelMaxPool(), "in_features": ["res2", "res3"]}, "reads 'p5'"),
     ],
 )
