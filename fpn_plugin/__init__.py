@@ -30,6 +30,8 @@ with _warnings.catch_warnings():
         PyramidROIPooler,
         assign_levels,
         build_fpn_backbone,
+        build_timm_backbone,
+        build_torchvision_backbone,
     )
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "add_fpn_config",
     "assign_levels",
     "build_fpn_backbone",
+    "build_timm_backbone",
+    "build_torchvision_backbone",
     "model_zoo",
 ]
 

@@ -8,7 +8,8 @@ __all__ = ["add_fpn_config"]
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
-    """Adds the plugin's keys, with their defaults, to ``cfg.MODEL.FPN``.
+    """Adds the plugin's keys, with their defaults, to ``cfg.MODEL``: most to its FPN node, and
+    those of networks from elsewhere as TIMM and TORCHVISION.
 
     Detectron2's own keys (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they are. Calling
     it again changes nothing, so values that were set in between are kept.
@@ -42,6 +43,31 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # ... and k0, the level that a box of that size is pooled from.
         "CANONICAL_LEVEL": 4,
     }
-    for key, default in defaults.items():
-        if key not in cfg.MODEL.FPN:
-            cfg.MODEL.FPN[key] = default
+    timm = {
+        # Of build_timm_backbone: any model of timm that offers features_only.
+        "NAME": "resnet50",
+        # Whether to fetch timm's weights; MODEL.WEIGHTS, loaded later, has the last word.
+        "PRETRAINED": True,
+        # Stages by their stride, 2^k for res{k}; under a pyramid MODEL.FPN.IN_FEATURES decides.
+        "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        # Rate of stochastic depth; 0.0 leaves timm's default for the model.
+        "DROP_PATH": 0.0,
+        # "FrozenBN" or "SyncBN" convert the network's batch norms, "" leaves them. Frozen ones
+        # are for pretrained networks.
+        "NORM": "FrozenBN",
+    }
+    torchvision = {
+        # Of build_torchvision_backbone: any classification network of torchvision.
+        "NAME": "resnet50",
+        # Name of torchvision's weights, "DEFAULT" for the best there are, "" for none.
+        "WEIGHTS": "DEFAULT",
+        # As those of MODEL.TIMM.
+        "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "NORM": "FrozenBN",
+    }
+    for name, keys in (("FPN", defaults), ("TIMM", timm), ("TORCHVISION", torchvision)):
+        if name not in cfg.MODEL:
+            cfg.MODEL[name] = CfgNode()
+        for key, default in keys.items():
+            if key not in cfg.MODEL[name]:
+                cfg.MODEL[name][key] = default

@@ -3,6 +3,7 @@
 from .bottom_up import build_fpn_backbone
 from .levels import assign_levels
 from .neck import FeaturePyramidNetwork
+from .networks import build_timm_backbone, build_torchvision_backbone
 from .pooler import PyramidROIPooler
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import PerLevelRPNHead
@@ -15,4 +16,6 @@ __all__ = [
     "PyramidROIPooler",
     "assign_levels",
     "build_fpn_backbone",
+    "build_timm_backbone",
+    "build_torchvision_backbone",
 ]

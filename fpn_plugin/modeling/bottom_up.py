@@ -84,11 +84,12 @@ def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "example build_resnet_backbone"
         )
     if cfg.MODEL.FPN.IN_FEATURES and set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
-        # A ResNet is built up to the coarsest stage that is read: deeper ones would hold
+        # A network is built up to the coarsest stage that is read: deeper ones would hold
         # parameters without gradients, which distributed training refuses.
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.MODEL.RESNETS.OUT_FEATURES = list(cfg.MODEL.FPN.IN_FEATURES)
+        for node in (cfg.MODEL.RESNETS, cfg.MODEL.TIMM, cfg.MODEL.TORCHVISION):
+            node.OUT_FEATURES = list(cfg.MODEL.FPN.IN_FEATURES)
     bottom_up = BACKBONE_REGISTRY.get(name)(cfg, input_shape)
     if not isinstance(bottom_up, Backbone):
         raise UserError(

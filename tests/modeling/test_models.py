@@ -45,6 +45,8 @@ def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name)
     assert ours.MODEL.FPN.pop("COARSEST_OUTPUT_CONV") is True
     for key in PLUGIN_KEYS - {"COARSEST_OUTPUT_CONV"}:
         ours.MODEL.FPN.pop(key)
+    for node in ("TIMM", "TORCHVISION"):
+        ours.MODEL.pop(node)
     assert ours.MODEL.BACKBONE.NAME == "build_fpn_backbone"
     assert ours.MODEL.ROI_HEADS.NAME == "FPNROIHeads"
     ours.MODEL.BACKBONE.NAME = theirs.MODEL.BACKBONE.NAME

@@ -1,0 +1,364 @@
+"""Classification networks of timm and of torchvision as bottom-up pathways (paper, section 3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops.misc import Conv2dNormActivation
+
+from fpn_plugin.errors import UserError, near_names
+
+__all__ = ["ImageNetwork", "build_timm_backbone", "build_torchvision_backbone"]
+
+_CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
+    "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
+}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What a network is tried on once: sides that differ, multiples of 32, not what it was trained on.
+_TRIED_ON = (128, 160)
+_ODD = (101, 131)
+
+
+class ImageNetwork(Backbone):
+    """A network that was made for RGB images in [0, 1] with a mean and deviation of its own.
+
+    Detectron2's models normalise images as their config says; this puts back what they did and
+    normalises as the network was trained, so PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT need not
+    change for its weights.
+
+    Args:
+        net: gives a map for each stage, as a list or as a dict in order, finest first.
+        strides: of the stages, in input pixels; stage k of stride 2^k is named ``res{k}``.
+        channels: of the stages.
+        channels_last: whether maps are ``(N, H, W, C)``.
+        mean: of what the network was trained on, RGB in [0, 1].
+        std: its standard deviation.
+        cfg: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT and MODEL.BACKBONE.FREEZE_AT are
+            read: 0 freezes nothing, k from 2 on all parameters that ``res{k}`` depends on.
+        norm: "FrozenBN" or "SyncBN" convert the network's batch norms, "" leaves them.
+        converters: what converts them, by these two names; Detectron2's and torch's by default.
+            Networks whose batch norms do more than normalise bring their own.
+
+    Raises:
+        UserError: the network does not take images of any size, gives other maps than declared,
+            or FREEZE_AT or norm are none of the above.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        strides: Sequence[int],
+        channels: Sequence[int],
+        *,
+        channels_last: bool = False,
+        mean: Sequence[float] = _IMAGENET_MEAN,
+        std: Sequence[float] = _IMAGENET_STD,
+        cfg: CfgNode,
+        norm: str = "",
+        converters: dict[str, Callable[[nn.Module], nn.Module]] | None = None,
+    ) -> None:
+        super().__init__()
+        converters = _CONVERTERS if converters is None else converters
+        if norm and norm not in converters:
+            raise UserError(f"NORM {norm!r} is unknown: {near_names(norm, converters)} Or none, ''")
+        names = [f"res{stride.bit_length() - 1}" for stride in strides]
+        self._out_features = names
+        self._out_feature_strides = dict(zip(names, strides, strict=True))
+        self._out_feature_channels = dict(zip(names, channels, strict=True))
+        self._channels_last = channels_last
+        self._set_input(cfg, mean, std)
+        self.net = net
+        self._size_divisibility = self._needed_divisibility()
+        self._freeze(self._tried(), cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
+        if norm:
+            self.net = converters[norm](self.net)
+
+    def _set_input(self, cfg: CfgNode, mean: Sequence[float], std: Sequence[float]) -> None:
+        """One factor and one shift a channel from the model's normalisation to the network's."""
+        flip = cfg.INPUT.FORMAT == "BGR"
+        if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+            raise UserError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; timm's and torchvision's networks take "
+                "colours: set it RGB or BGR"
+            )
+        order = slice(None, None, -1) if flip else slice(None)
+        model_mean = torch.tensor(cfg.MODEL.PIXEL_MEAN[order]) / 255
+        model_std = torch.tensor(cfg.MODEL.PIXEL_STD[order]) / 255
+        own_mean, own_std = torch.tensor(mean), torch.tensor(std)
+        self._flip = flip
+        scale, shift = model_std / own_std, (model_mean - own_mean) / own_std
+        self.register_buffer("_scale", scale.view(-1, 1, 1), persistent=False)
+        self.register_buffer("_shift", shift.view(-1, 1, 1), persistent=False)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What input sides, in pixels, must be multiples of; 0 where any size will do."""
+        return self._size_divisibility
+
+    def _needed_divisibility(self) -> int:
+        """0 for a network that takes an image of odd sides, else its coarsest stride."""
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, *_ODD))
+        except (RuntimeError, AssertionError, ValueError):
+            return max(self._out_feature_strides.values())
+        finally:
+            self.net.train(was_training)
+        return 0
+
+    def _tried(self) -> dict[str, Tensor]:
+        """Maps of a small image, which must be as declared."""
+        height, width = _TRIED_ON
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            maps = self(torch.zeros(1, 3, height, width))
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            raise UserError(_no_such_size(self.net, error)) from error
+        finally:
+            self.net.train(was_training)
+        for name, stride in self._out_feature_strides.items():
+            expected = (1, self._out_feature_channels[name], height // stride, width // stride)
+            if tuple(maps[name].shape) != expected:
+                raise UserError(
+                    f"{name} of {type(self.net).__name__} is {tuple(maps[name].shape)} for an "
+                    f"image of {height} x {width} px; stride {stride} would be {expected}"
+                )
+        return maps
+
+    def _freeze(
+        self,
+        maps: dict[str, Tensor],
+        freeze_at: int,
+        freeze_norm: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        """Freezes the parameters that a stage depends on, and the batch norms among them."""
+        if freeze_at == 0:
+            return
+        name = f"res{freeze_at}"
+        if name not in maps:
+            raise UserError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {name} is not among this network's "
+                f"stages {self._out_features}: 0 freezes nothing"
+            )
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(maps[name].sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad = gradient is None
+        for path, module in list(self.net.named_modules()):
+            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if norm and module.affine and not module.weight.requires_grad:
+                parent, _, last = path.rpartition(".")
+                setattr(self.net.get_submodule(parent), last, freeze_norm(module))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Computes the stages.
+
+        Args:
+            x: ``(N, 3, H, W)``, normalised as the model's config says.
+
+        Returns:
+            ``{"res2": (N, C, H / 4, W / 4), ...}``, finest first.
+        """
+        x = x.flip(1) if self._flip else x
+        maps = self.net(x * self._scale + self._shift)
+        given = maps.values() if isinstance(maps, dict) else maps
+        if self._channels_last:
+            given = [level.permute(0, 3, 1, 2) for level in given]
+        return dict(zip(self._out_features, given, strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
+    """A network of timm that offers ``features_only``: most CNNs and hierarchical transformers.
+
+    MODEL.TIMM says which, and how; its stages are named by their stride, res2 to res5.
+
+    Args:
+        cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
+        input_shape: channels of the input image; must be 3.
+
+    Raises:
+        UserError: timm is not installed, has no network of that name, or the network lacks the
+            stages that are asked for.
+    """
+    node = cfg.MODEL.TIMM
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            "build_timm_backbone needs timm, which is not installed: pip install 'fpn_plugin[timm]'"
+        ) from error
+    base = node.NAME.partition(".")[0]
+    if not timm.is_model(base):
+        raise UserError(
+            f"MODEL.TIMM.NAME {node.NAME!r} is no model of timm {timm.__version__}: "
+            f"{near_names(base, timm.list_models())}"
+        )
+
+    def create(**kwargs: object) -> nn.Module:
+        return _create_timm(timm.create_model, node, **kwargs)
+
+    with torch.device("meta"):
+        info = create().feature_info
+    wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TIMM.OUT_FEATURES")
+    what = f"timm's {node.NAME}"
+    chosen = _chosen(wanted, info.reduction(), what, "MODEL.TIMM.OUT_FEATURES")
+    indices = tuple(info.out_indices[i] for i in chosen)
+    net = create(pretrained=node.PRETRAINED, out_indices=indices)
+    config = timm.data.resolve_model_data_config(net)
+    return ImageNetwork(
+        net,
+        wanted,
+        net.feature_info.channels(),
+        channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
+        mean=config["mean"],
+        std=config["std"],
+        cfg=cfg,
+        norm=node.NORM,
+        # Some of timm's batch norms hold the activation too, which other converters would drop.
+        converters={
+            "FrozenBN": timm.layers.freeze_batch_norm_2d,
+            "SyncBN": timm.layers.convert_sync_batchnorm,
+        },
+    )
+
+
+def _create_timm(
+    create_model: Callable[..., nn.Module], node: CfgNode, **kwargs: object
+) -> nn.Module:
+    """A network whose input may have any size where its kind can do that."""
+    kwargs["features_only"] = True
+    if node.DROP_PATH:
+        kwargs["drop_path_rate"] = node.DROP_PATH
+    try:
+        # Windowed transformers otherwise insist on the size they were trained on.
+        return create_model(node.NAME, strict_img_size=False, **kwargs)
+    except TypeError:
+        pass
+    try:
+        return create_model(node.NAME, **kwargs)
+    except TypeError as error:
+        raise UserError(f"timm's {node.NAME} cannot be built so: {error}") from error
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"timm's {node.NAME} gives no feature maps: {told}") from error
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
+    """A classification network of torchvision: ResNet, RegNet, ConvNeXt, MobileNet, and others.
+
+    MODEL.TORCHVISION says which, and how. A stage is the last block of its stride, as in the
+    paper (section 3); a bare convolution that prepares the classifier is none.
+
+    Args:
+        cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
+        input_shape: channels of the input image; must be 3.
+
+    Raises:
+        UserError: torchvision has no network or weights of that name, or the network lacks the
+            stages that are asked for.
+    """
+    node = cfg.MODEL.TORCHVISION
+    known = torchvision.models.list_models(module=torchvision.models)
+    if node.NAME not in known:
+        raise UserError(
+            f"MODEL.TORCHVISION.NAME {node.NAME!r} is no classification network of torchvision "
+            f"{torchvision.__version__}: {near_names(node.NAME, known)}"
+        )
+    try:
+        net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"MODEL.TORCHVISION.WEIGHTS {node.WEIGHTS!r} is not known for {node.NAME}: DEFAULT "
+            "for the best there are, or an empty string for none"
+        ) from error
+    blocks = _torchvision_blocks(net)
+    wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TORCHVISION.OUT_FEATURES")
+    strides = [stride for _, stride, _ in blocks]
+    indices = _chosen(
+        wanted, strides, f"torchvision's {node.NAME}", "MODEL.TORCHVISION.OUT_FEATURES"
+    )
+    chosen = [blocks[i] for i in indices]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nodes differ between training and evaluation
+        extractor = create_feature_extractor(net, {path: path for path, _, _ in chosen})
+    return ImageNetwork(
+        extractor, wanted, [channels for _, _, channels in chosen], cfg=cfg, norm=node.NORM
+    )
+
+
+def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
+    """``(path, stride, channels)`` of a network's blocks, in order of their computation."""
+    holders = ("features", "trunk_output", "layers")
+    container = next((getattr(net, name) for name in holders if hasattr(net, name)), net)
+    paths = {module: path for path, module in net.named_modules()}
+    found: list[tuple[str, int, int]] = []
+    height, width = _TRIED_ON
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[-1] == 1:
+            return
+        down, across = height / output.shape[-2], width / output.shape[-1]
+        bare = isinstance(module, Conv2dNormActivation) and any(s == down for _, s, _ in found)
+        if down == across and down == int(down) and not bare:
+            found.append((paths[module], int(down), output.shape[1]))
+
+    hooks = [child.register_forward_hook(note) for child in container.children()]
+    was_training = net.training
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(_no_such_size(net, error)) from error
+    finally:
+        net.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _no_such_size(net: nn.Module, error: Exception) -> str:
+    height, width = _TRIED_ON
+    return (
+        f"{type(net).__name__} does not take images of {height} x {width} px, so none of varying "
+        f"size: {' '.join(str(error).split())[:150]}"
+    )
+
+
+def _wanted_strides(names: Sequence[str], key: str) -> list[int]:
+    known = {f"res{level}": 2**level for level in range(1, 8)}
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key} names {name!r}: {near_names(str(name), known)}")
+    if not names:
+        raise UserError(f"{key} is empty: name stages, res2 to res5 usually")
+    return sorted(known[name] for name in names)
+
+
+def _chosen(wanted: Sequence[int], offered: Sequence[int], what: str, key: str) -> list[int]:
+    """Where the last map of each stride wanted stands among those offered."""
+    last = {stride: index for index, stride in enumerate(offered)}
+    missing = [
+        f"res{stride.bit_length() - 1} (stride {stride})" for stride in wanted if stride not in last
+    ]
+    if missing:
+        raise UserError(
+            f"{what} has maps of strides {sorted(set(offered))}, and {key} asks for "
+            f"{', '.join(missing)}, which it does not have: choose among those there are "
+            "(MODEL.FPN.IN_FEATURES), or another network"
+        )
+    return [last[stride] for stride in wanted]

@@ -1,0 +1,317 @@
+"""Networks under the pyramid: Detectron2's, timm's, torchvision's and a user's own."""
+
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from fpn_plugin import UserError, add_fpn_config
+
+STAGES = ["res2", "res3", "res4", "res5"]
+
+TIMM = [
+    "resnet10t", "resnext26ts", "regnetx_002", "regnety_002", "convnext_atto", "convnextv2_atto",
+    "efficientnet_b0", "mobilenetv3_small_050", "densenet121", "hrnet_w18_small", "dla34",
+    "ghostnet_050", "repvgg_a0", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
+    "pvt_v2_b0", "mvitv2_tiny", "mambaout_femto", "poolformer_s12", "davit_tiny",
+]  # fmt: skip
+TORCHVISION = [
+    "resnet18", "resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
+    "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "mnasnet0_5",
+    "densenet121",
+]  # fmt: skip
+RESNETS = {
+    "R-18": ["DEPTH", 18, "RES2_OUT_CHANNELS", 64],
+    "R-34": ["DEPTH", 34, "RES2_OUT_CHANNELS", 64],
+    "R-50-GN": ["DEPTH", 50, "NORM", "GN"],
+    "R-101": ["DEPTH", 101],
+    "X-50-32x4d": ["DEPTH", 50, "NUM_GROUPS", 32, "WIDTH_PER_GROUP", 4],
+    "R-50-SyncBN": ["DEPTH", 50, "NORM", "SyncBN"],
+}
+NETWORKS = [
+    *(f"timm:{name}" for name in TIMM),
+    *(f"torchvision:{name}" for name in TORCHVISION),
+    *(f"resnet:{name}" for name in RESNETS),
+]
+
+
+def config(network: str, *opts: object) -> CfgNode:
+    kind, _, name = network.partition(":")
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.FPN.BOTTOM_UP = f"build_{kind}_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = STAGES
+    cfg.MODEL.FPN.OUT_CHANNELS = 8
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    if kind == "resnet":
+        settings = iter(RESNETS[name])
+        for key in settings:
+            cfg.MODEL.RESNETS[key] = next(settings)
+    else:
+        cfg.MODEL[kind.upper()].NAME = name
+        cfg.MODEL[kind.upper()].NORM = ""
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_any_network_carries_a_pyramid(network):
+    torch.manual_seed(0)
+    neck = build_backbone(config(network)).eval()
+    stages = neck.bottom_up.output_shape()
+    assert list(stages) == STAGES
+    assert [shape.stride for shape in stages.values()] == [4, 8, 16, 32]
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, pyramid = neck.bottom_up(image), neck(image)
+    for name, shape in stages.items():
+        assert maps[name].shape == (2, shape.channels, 64 // shape.stride, 96 // shape.stride)
+    for name, shape in neck.output_shape().items():
+        assert pyramid[name].shape == (2, 8, 64 // shape.stride, -(-96 // shape.stride))
+    # Its state goes into another one of its kind, which then is the same function.
+    other = build_backbone(config(network)).eval()
+    other.load_state_dict(neck.state_dict())
+    with torch.no_grad():
+        for name, level in other(image).items():
+            assert torch.equal(level, pyramid[name])
+    # In training, every parameter gets a gradient.
+    neck.train()
+    sum(level.square().sum() for level in neck(image).values()).backward()
+    assert not [name for name, p in neck.named_parameters() if p.grad is None]
+
+
+ODD = [
+    "timm:resnet10t",
+    "timm:convnext_atto",
+    "timm:pvt_v2_b0",
+    "timm:swin_tiny_patch4_window7_224",
+    "torchvision:regnet_x_400mf",
+    "torchvision:mobilenet_v3_small",
+    "resnet:R-18",
+]
+
+
+@pytest.mark.parametrize("network", ODD)
+@pytest.mark.parametrize("size", [(75, 100), (33, 161)])
+def test_odd_input_sizes_with_match_lateral_size(network, size):
+    neck = build_backbone(config(network, "MODEL.FPN.MATCH_LATERAL_SIZE", True)).eval()
+    # Detectron2's models pad what the backbone says it needs; most networks need nothing.
+    assert neck.size_divisibility == (32 if "swin" in network else 0)
+    if neck.size_divisibility:
+        with pytest.raises((AssertionError, RuntimeError)):
+            neck(torch.randn(1, 3, *size))
+        size = [-(-side // 32) * 32 for side in size]
+    with torch.no_grad():
+        maps, pyramid = neck.bottom_up(torch.randn(1, 3, *size)), neck(torch.randn(1, 3, *size))
+    for stage, level in zip(STAGES, ("p2", "p3", "p4", "p5"), strict=True):
+        assert pyramid[level].shape[-2:] == maps[stage].shape[-2:]
+        stride = 2 ** int(stage[-1])
+        for cells, side in zip(maps[stage].shape[-2:], size, strict=True):
+            assert side // stride <= cells <= -(-side // stride)
+
+
+def detectron2s_input(cfg: CfgNode, rgb: torch.Tensor) -> torch.Tensor:
+    """What Detectron2's models hand to a backbone for an RGB image in 0-255."""
+    image = rgb if cfg.INPUT.FORMAT == "RGB" else rgb.flip(1)
+    mean, std = (torch.tensor(cfg.MODEL[k]).view(-1, 1, 1) for k in ("PIXEL_MEAN", "PIXEL_STD"))
+    return (image - mean) / std
+
+
+NORMALISATIONS = [
+    [],
+    ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]],
+    ["MODEL.PIXEL_STD", [57.375, 57.12, 58.395], "MODEL.PIXEL_MEAN", [90.0, 100.0, 110.0]],
+]
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """The network with batch norms that do something, as trained ones do."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return net.eval()
+
+
+@pytest.mark.parametrize("opts", NORMALISATIONS)
+@pytest.mark.parametrize("norm", ["", "FrozenBN"])
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit"])
+def test_timms_network_sees_what_it_was_trained_on(name, opts, norm):
+    """Values: the stages are timm's own for the image normalised as timm does."""
+    name = "swin_tiny_patch4_window7_224" if name == "vit" else name
+    cfg = config(f"timm:{name}", *opts, "MODEL.TIMM.NORM", norm)
+    ours = build_backbone(cfg).bottom_up.eval()
+    indices = (0, 1, 2, 3) if "swin" in name else (1, 2, 3, 4)
+    kwargs = {"strict_img_size": False} if "swin" in name else {}
+    theirs = timm.create_model(name, features_only=True, out_indices=indices, **kwargs)
+    randomised(theirs)
+    told = ours.net.load_state_dict(theirs.state_dict(), strict=False)
+    assert not told.missing_keys
+    assert all(key.endswith("num_batches_tracked") for key in told.unexpected_keys)
+    rgb = torch.rand(2, 3, 64, 96) * 255
+    data = timm.data.resolve_model_data_config(theirs)
+    mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = theirs((rgb / 255 - mean) / std)
+        stages = ours(detectron2s_input(cfg, rgb))
+    for stage, level in zip(stages.values(), expected, strict=True):
+        level = level.permute(0, 3, 1, 2) if "swin" in name else level
+        torch.testing.assert_close(stage, level, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("opts", NORMALISATIONS)
+def test_torchvisions_network_sees_what_it_was_trained_on(opts):
+    cfg = config("torchvision:resnet18", *opts)
+    ours = build_backbone(cfg).bottom_up.eval()
+    net = randomised(torchvision.models.resnet18())
+    theirs = create_feature_extractor(net, [f"layer{i}" for i in (1, 2, 3, 4)])
+    told = ours.net.load_state_dict(net.state_dict(), strict=False)
+    assert not told.missing_keys
+    assert set(told.unexpected_keys) == {"fc.weight", "fc.bias"}
+    rgb = torch.rand(2, 3, 64, 96)
+    preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preset.mean, preset.std))
+    with torch.no_grad():
+        expected = theirs((rgb - mean) / std)
+        stages = ours(detectron2s_input(cfg, rgb * 255))
+    for stage, level in zip(stages.values(), expected.values(), strict=True):
+        torch.testing.assert_close(stage, level, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "network", ["timm:mobilenetv3_small_050", "timm:convnext_atto", "torchvision:mobilenet_v2"]
+)
+@pytest.mark.parametrize("freeze_at", [2, 4])
+def test_frozen_stages_get_no_gradient_and_keep_their_statistics(network, freeze_at):
+    neck = build_backbone(config(network, "MODEL.BACKBONE.FREEZE_AT", freeze_at)).train()
+    bottom_up = neck.bottom_up
+    image = torch.randn(2, 3, 64, 64)
+    before = {k: v.clone() for k, v in bottom_up.state_dict().items()}
+    maps = bottom_up(image)
+    for stage, level in maps.items():
+        assert level.requires_grad == (int(stage[-1]) > freeze_at), stage
+    neck(image)["p2"].sum().backward()
+    trained = [name for name, p in bottom_up.named_parameters() if p.grad is not None]
+    assert trained
+    frozen = [name for name, p in bottom_up.named_parameters() if not p.requires_grad]
+    assert not set(trained) & set(frozen)
+    if "convnext" not in network:
+        changed = [k for k, v in bottom_up.state_dict().items() if not torch.equal(v, before[k])]
+        assert changed  # statistics of the stages that are trained
+        assert frozen or not changed
+        # A stage that is frozen computes the same in training as in evaluation.
+        with torch.no_grad():
+            for stage, level in bottom_up.eval()(image).items():
+                if int(stage[-1]) <= freeze_at:
+                    torch.testing.assert_close(level, maps[stage])
+
+
+def test_a_frozen_norm_keeps_the_activation_that_timm_put_into_it():
+    plain = build_backbone(config("timm:mobilenetv3_small_050")).bottom_up.eval()
+    frozen = config("timm:mobilenetv3_small_050", "MODEL.TIMM.NORM", "FrozenBN")
+    frozen = build_backbone(frozen).bottom_up.train()
+    frozen.load_state_dict(plain.state_dict(), strict=False)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for stage, level in frozen(image).items():
+            torch.testing.assert_close(level, plain(image)[stage], rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_converted():
+    norms = lambda neck, kind: sum(isinstance(m, kind) for m in neck.bottom_up.modules())  # noqa: E731
+    plain = build_backbone(config("torchvision:resnet18"))
+    count = norms(plain, nn.BatchNorm2d)
+    assert count == 20
+    synced = build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.NORM", "SyncBN"))
+    assert norms(synced, nn.SyncBatchNorm) == count
+    frozen = build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.NORM", "FrozenBN"))
+    assert norms(frozen, FrozenBatchNorm2d) == count
+    assert norms(frozen, nn.BatchNorm2d) == 0
+
+
+def test_drop_path_reaches_timm():
+    neck = build_backbone(config("timm:convnext_atto", "MODEL.TIMM.DROP_PATH", 0.9))
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.equal(neck.train()(image)["p5"], neck(image)["p5"])
+        assert torch.equal(neck.eval()(image)["p5"], neck(image)["p5"])
+
+
+def test_a_network_is_built_no_deeper_than_it_is_read():
+    whole = build_backbone(config("timm:resnet10t"))
+    short = build_backbone(config("timm:resnet10t", "MODEL.FPN.IN_FEATURES", ["res2", "res3"]))
+    assert list(short.output_shape()) == ["p2", "p3", "p4"]
+    count = [sum(p.numel() for p in neck.bottom_up.parameters()) for neck in (short, whole)]
+    assert count[0] < count[1] / 4
+
+
+@pytest.mark.parametrize(
+    ("network", "opts", "message"),
+    [
+        ("timm:vit_tiny_patch16_224", [], r"strides \[16\].*asks for res2 \(stride 4\)"),
+        ("timm:coatnet_pico_rw_224", [], "does not take images of 128 x 160 px"),
+        ("timm:inception_v3", [], r"res2 of .* stride 4 would be \(1, 192, 32, 40\)"),
+        ("timm:resnet81", [], r"no model of timm 1.*did you mean resnet"),
+        ("timm:resnet10t", ["MODEL.TIMM.NORM", "GN"], "NORM 'GN' is unknown"),
+        ("timm:pvt_v2_b0", ["MODEL.BACKBONE.FREEZE_AT", 1], "res1 is not among"),
+        ("torchvision:resnet19", [], "did you mean resnet1"),
+        ("torchvision:vit_b_16", [], "does not take images of 128 x 160 px"),
+        ("torchvision:squeezenet1_0", [], r"asks for res2 \(stride 4\)"),
+        ("torchvision:resnet18", ["MODEL.TORCHVISION.WEIGHTS", "V7"], "'V7' is not known for"),
+        ("timm:resnet10t", ["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L'"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_with_what_it_offers(network, opts, message):
+    with pytest.raises(UserError, match=message):
+        build_backbone(config(network, *opts))
+
+
+def test_without_timm_one_line_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'fpn_plugin\[timm\]'"):
+        build_backbone(config("timm:resnet10t"))
+
+
+class OwnNetwork(Backbone):
+    """A user's own network: two maps of strides 8 and 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 8, 8), nn.Conv2d(6, 10, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        c3 = self.first(x)
+        return {"c3": c3, "c4": self.second(c3)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"c3": ShapeSpec(channels=6, stride=8), "c4": ShapeSpec(channels=10, stride=16)}
+
+
+def test_a_network_of_the_users_own():
+    name = "build_own_network_for_a_test"
+    if name not in BACKBONE_REGISTRY:
+
+        def build_own_network_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+            return OwnNetwork()
+
+        BACKBONE_REGISTRY.register(build_own_network_for_a_test)
+    cfg = config("resnet:R-18", "MODEL.FPN.BOTTOM_UP", name, "MODEL.FPN.IN_FEATURES", ["c3", "c4"])
+    out = build_backbone(cfg)(torch.rand(1, 3, 64, 32))
+    assert {k: tuple(v.shape[2:]) for k, v in out.items()} == {
+        "p3": (8, 4),
+        "p4": (4, 2),
+        "p5": (2, 1),
+    }
