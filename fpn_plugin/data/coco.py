@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,13 +92,19 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
             _check_proposal_files(cfg, split)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
-        if kind != "coco":
+        if kind not in ("coco", "coco_panoptic_seg"):
             raise UserError(
                 f"DATASETS.TEST names {name!r}, which is evaluated as {kind!r}; this tool "
-                "evaluates COCO-format detection datasets"
+                "evaluates COCO-format detection and panoptic datasets"
+            )
+        if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi") is None:
+            raise UserError(
+                f"DATASETS.TEST names {name!r}, whose evaluation needs panopticapi: pip install "
+                "'git+https://github.com/cocodataset/panopticapi.git'"
             )
     key, classes = {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
+        "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
     }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
     for name in (*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST):

@@ -17,11 +17,18 @@ from unittest import mock
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, defaults
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+)
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
@@ -88,9 +95,16 @@ class FPNTrainer(DefaultTrainer):
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCOEvaluator, which infers from predictions whether to evaluate boxes or proposals."""
-        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """COCOEvaluator, which infers from predictions whether to evaluate boxes, masks,
+        keypoints or proposals; for panoptic datasets, Detectron2's two others as well.
+        """
+        output = str(Path(cfg.OUTPUT_DIR) / "inference")
+        coco = COCOEvaluator(dataset_name, output_dir=output)
+        if MetadataCatalog.get(dataset_name).get("evaluator_type") != "coco_panoptic_seg":
+            return coco
+        parts = [SemSegEvaluator(dataset_name, output_dir=output), coco]
+        return DatasetEvaluators([*parts, COCOPanopticEvaluator(dataset_name, output)])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:

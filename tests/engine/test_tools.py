@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from fpn_plugin.data import ensure_mini
 from fpn_plugin.demo import demo_main
 from fpn_plugin.engine import run_tool
 from fpn_plugin.engine.training import train_main
@@ -135,6 +137,33 @@ def test_a_proposal_network_is_evaluated_by_recall(own_data, tmp_path, call):
     assert status == 0, err[-2000:]
     results = json.loads((tmp_path / "rpn" / "results.json").read_text())
     assert set(results["box_proposals"]) >= {"AR@100", "AR@1000", "ARs@1000"}
+
+
+def test_mask_rcnn_trains_and_is_evaluated_by_boxes_and_masks(tmp_path, call):
+    ensure_mini({"train": 6, "val": 4})
+    args = ["--config-file", "mini/mask_rcnn_R_18_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "4"]
+    args += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "OUTPUT_DIR", str(tmp_path)]
+    status, out, err = call(train_main, *args)
+    assert status == 0, err[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"bbox", "segm"}
+    assert "segm" in out
+    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
+    assert last["loss_mask"] > 0
+
+
+def test_a_panoptic_dataset_without_panopticapi_names_the_command(call):
+    args = ["--config-file", "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"]
+    MetadataCatalog.get("own_panoptic").evaluator_type = "coco_panoptic_seg"
+    DatasetCatalog.register("own_panoptic", list)
+    try:
+        opts = ["DATASETS.TRAIN", "('own_panoptic',)", "DATASETS.TEST", "('own_panoptic',)"]
+        status, _, err = call(train_main, *args, *opts)
+    finally:
+        DatasetCatalog.remove("own_panoptic")
+        MetadataCatalog.remove("own_panoptic")
+    assert status == 2
+    assert "pip install 'git+https://github.com/cocodataset/panopticapi.git'" in one_line(err)
 
 
 @pytest.mark.parametrize("how", ["--num-gpus", "torchrun"])

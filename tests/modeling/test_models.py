@@ -13,12 +13,9 @@ from detectron2.utils.events import EventStorage
 from fpn_plugin import PyramidROIPooler, UserError, add_fpn_config, model_zoo
 
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-TWINS = [
-    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
-    "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
-    "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
-    "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
-]
+# Every packaged config that the zoo has under the same name.
+TWINS = [name for name in model_zoo.names() if (ZOO / name).is_file()]
+FASTER = "COCO-Detection/faster_rcnn_{}.yaml"
 PLUGIN_KEYS = {
     "BOTTOM_UP",
     "TOP_DOWN",
@@ -48,10 +45,20 @@ def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name)
     for node in ("TIMM", "TORCHVISION"):
         ours.MODEL.pop(node)
     assert ours.MODEL.BACKBONE.NAME == "build_fpn_backbone"
-    assert ours.MODEL.ROI_HEADS.NAME == "FPNROIHeads"
     ours.MODEL.BACKBONE.NAME = theirs.MODEL.BACKBONE.NAME
-    ours.MODEL.ROI_HEADS.NAME = theirs.MODEL.ROI_HEADS.NAME
+    if theirs.MODEL.META_ARCHITECTURE != "RetinaNet":
+        heads = {"StandardROIHeads": "FPNROIHeads", "CascadeROIHeads": "FPNCascadeROIHeads"}
+        assert heads[theirs.MODEL.ROI_HEADS.NAME] == ours.MODEL.ROI_HEADS.NAME
+        ours.MODEL.ROI_HEADS.NAME = theirs.MODEL.ROI_HEADS.NAME
     assert ours == theirs
+
+
+def test_the_zoos_kinds_have_twins():
+    kinds = {"faster_rcnn", "fast_rcnn", "rpn", "retinanet", "mask_rcnn", "cascade_mask_rcnn"}
+    kinds |= {"keypoint_rcnn", "panoptic_fpn"}
+    found = {Path(name).name.partition("_R_")[0].partition("_X_")[0] for name in TWINS}
+    assert found == kinds
+    assert len(TWINS) == 22
 
 
 def small(cfg: CfgNode) -> CfgNode:
@@ -65,6 +72,7 @@ def small(cfg: CfgNode) -> CfgNode:
     cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = (16, 16)
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 100
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
     return cfg
 
 
@@ -108,7 +116,14 @@ def compare(ours, theirs, inputs) -> None:
     detections = []
     for model in (ours.eval(), theirs.eval()):
         with torch.no_grad():
-            detections.append([out["instances"] for out in model(inputs)])
+            outputs = model(inputs)
+        key = "proposals" if "proposals" in outputs[0] else "instances"
+        detections.append([out[key] for out in outputs])
+    if "sem_seg" in outputs[0]:
+        again = ours(inputs)
+        assert all(
+            torch.equal(a["sem_seg"], b["sem_seg"]) for a, b in zip(again, outputs, strict=True)
+        )
     for mine, other in zip(*detections, strict=True):
         assert len(mine) == len(other) > 10
         assert mine.get_fields().keys() == other.get_fields().keys()
@@ -119,51 +134,53 @@ def compare(ours, theirs, inputs) -> None:
             assert torch.equal(value, expected), field
 
 
-@pytest.mark.parametrize("name", [TWINS[0], TWINS[2], TWINS[3]])
+ONE_OF_A_KIND = [
+    *(FASTER.format(net) for net in ("R_50_FPN_1x", "R_101_FPN_3x", "X_101_32x8d_FPN_3x")),
+    "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Detection/rpn_R_50_FPN_1x.yaml",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+]
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_a_twin_gives_the_stock_models_losses_and_detections(name):
-    ours = build_model(small(model_zoo.get_config(name)))
-    theirs = build_model(small(stock_config(name)))
-    compare(ours, theirs, batch())
-
-
-@pytest.mark.parametrize(
-    ("zoo_name", "heads", "kwargs"),
-    [
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "FPNROIHeads", {"masks": True}),
-        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", "FPNROIHeads", {"keypoints": 17}),
-        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "FPNCascadeROIHeads", {"masks": True}),
-    ],
-)
-def test_mask_keypoint_and_cascade_heads_are_detectron2s_but_for_their_poolers(
-    zoo_name, heads, kwargs
-):
-    theirs = build_model(small(bitmask_config(zoo_name)))
-    cfg = bitmask_config(zoo_name)
-    add_fpn_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
-    cfg.MODEL.ROI_HEADS.NAME = heads
-    cfg.MODEL.FPN.COARSEST_OUTPUT_CONV = True
-    ours = build_model(small(cfg))
+    configs = [small(model_zoo.get_config(name)), small(stock_config(name))]
+    for cfg in configs:
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+    ours, theirs = map(build_model, configs)
     poolers = [m for m in ours.modules() if type(m).__name__.endswith("ROIPooler")]
-    assert len(poolers) == (2 if kwargs else 1)
+    masks, keypoints = configs[0].MODEL.MASK_ON, configs[0].MODEL.KEYPOINT_ON
+    kind = configs[0].MODEL.META_ARCHITECTURE
+    if kind in ("GeneralizedRCNN", "PanopticFPN"):
+        assert len(poolers) == (2 if masks or keypoints else 1)
     assert all(isinstance(pooler, PyramidROIPooler) for pooler in poolers)
-    inputs = batch(**kwargs)
-    if "keypoints" in kwargs:
-        for record in inputs:
+    inputs = batch(masks, 17 if keypoints else 0)
+    for record in inputs:
+        if keypoints:
             record["instances"].gt_classes.zero_()
+        if kind == "PanopticFPN":
+            record["sem_seg"] = torch.randint(0, 54, record["image"].shape[1:])
+        if configs[0].MODEL.LOAD_PROPOSALS:
+            record["proposals"] = given_proposals(record)
     compare(ours, theirs, inputs)
 
 
-def bitmask_config(name: str) -> CfgNode:
-    cfg = stock_config(name)
-    cfg.INPUT.MASK_FORMAT = "bitmask"
-    return cfg
+def given_proposals(record: dict) -> Instances:
+    proposals = Instances((record["height"], record["width"]))
+    corners = torch.rand(60, 2, generator=torch.Generator().manual_seed(3)) * 120
+    sides = torch.rand(60, 2, generator=torch.Generator().manual_seed(4)) * 100 + 4
+    proposals.proposal_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
+    proposals.proposal_boxes.clip((record["height"], record["width"]))
+    proposals.objectness_logits = torch.linspace(3, -3, 60)
+    return proposals
 
 
 def test_k0_and_canonical_size_reach_every_pooler_from_the_config():
-    cfg = bitmask_config("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml")
-    add_fpn_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
+    cfg = model_zoo.get_config("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml")
     cfg.merge_from_list(["MODEL.FPN.CANONICAL_LEVEL", "3", "MODEL.FPN.CANONICAL_BOX_SIZE", "160"])
     for heads in ("FPNROIHeads", "FPNCascadeROIHeads"):
         cfg.MODEL.ROI_HEADS.NAME = heads
@@ -216,7 +233,10 @@ def test_the_papers_model_trains_and_has_no_idle_parameter():
 def test_every_packaged_config_builds(name):
     cfg = model_zoo.get_config(name)
     backbone = build_backbone(cfg)
-    assert backbone.output_shape().keys() >= set(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    node = (
+        cfg.MODEL.RETINANET if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else cfg.MODEL.ROI_HEADS
+    )
+    assert backbone.output_shape().keys() >= set(node.IN_FEATURES)
 
 
 def fpn_cfg(*opts: str) -> CfgNode:
@@ -268,7 +288,7 @@ def test_keys_that_do_not_fit_are_named(opts, message):
 
 
 def test_a_config_without_the_plugins_keys_is_told_what_to_call():
-    cfg = stock_config(TWINS[0])
+    cfg = stock_config(FASTER.format("R_50_FPN_1x"))
     cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
     with pytest.raises(UserError, match="add_fpn_config"):
         build_backbone(cfg)
@@ -288,7 +308,7 @@ def test_add_fpn_config_keeps_what_was_set():
 def test_model_zoo_names_what_is_near():
     with pytest.raises(UserError, match="faster_rcnn_R_50_FPN_1x"):
         model_zoo.get_config_file("COCO-Detection/faster_rcnn_R50_FPN_1x.yaml")
-    assert Path(model_zoo.get_config_file(TWINS[0])).is_file()
+    assert Path(model_zoo.get_config_file(FASTER.format("R_50_FPN_1x"))).is_file()
     assert type(model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", "cpu")).__name__ == (
         "GeneralizedRCNN"
     )
