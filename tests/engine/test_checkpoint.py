@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
 
 
 def config(*opts) -> CfgNode:
@@ -109,3 +110,40 @@ def test_a_model_zoo_pickle_loads(saved, tmp_path):
     path.write_bytes(pickle.dumps({"model": state, "__author__": "third party"}))
     loaded = load(str(path), complete=True).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in saved[1].items())
+
+
+class Malicious:
+    """A pickle that writes a file when it is loaded as pickles are."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({self.path!r}, 'w').write('ran')",))
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
+@pytest.mark.parametrize("read", [read_checkpoint, lambda path: load(str(path))])
+def test_code_in_a_weights_file_is_not_run(tmp_path, suffix, read):
+    ran = tmp_path / "ran"
+    path = tmp_path / f"weights{suffix}"
+    content = {"model": {"a": torch.zeros(1)}, "more": Malicious(str(ran))}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps({**content, "model": {}}))
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=f"weights{suffix}"):
+        read(path)
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Malicious(str(ran))))
+    assert ran.read_text() == "ran"  # it would have
+
+
+def test_safetensors_load(saved, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write_checkpoint(saved[1], path)
+    loaded = load(str(path), complete=True).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved[1].items())
+    path.write_bytes(b"no tensors at all")
+    with pytest.raises(UserError, match=r"weights.safetensors"):
+        load(str(path))

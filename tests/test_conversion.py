@@ -1,0 +1,198 @@
+"""Weights from and to other libraries: the same numbers, and the same function."""
+
+import pytest
+import torch
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+
+from fpn_plugin import UserError
+from fpn_plugin.conversion import INPUT_KEYS, convert_main, from_library, library_name, to_library
+from fpn_plugin.engine import load_config
+from fpn_plugin.engine.checkpoint import read_checkpoint
+from fpn_plugin.engine.trainer import FPNTrainer
+
+FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+CPU = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+
+
+def config(name: str, classes: int):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", str(classes)]
+    return load_config(name, [*INPUT_KEYS, *CPU, *opts])
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Batch norms that do something, and predictors of which every row differs."""
+    torch.manual_seed(0)
+    for key, value in model.state_dict().items():
+        if "running_var" in key:
+            value.uniform_(0.5, 1.5)
+        elif key.endswith(("running_mean", "bias")):
+            value.normal_(0, 0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def faster():
+    return randomised(fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7))
+
+
+def test_the_pyramid_the_rpn_and_the_heads_are_torchvisions(faster):
+    cfg = config(FASTER, 6)
+    model = FPNTrainer.build_model(cfg).eval()
+    model.load_state_dict(from_library(faster.state_dict(), cfg, "torchvision"), strict=True)
+    x = torch.randn(1, 3, 128, 160)
+    with torch.no_grad():
+        theirs, ours = list(faster.backbone(x).values()), model.backbone(x)
+        for level, expected in zip(("p2", "p3", "p4", "p5", "p6"), theirs, strict=True):
+            torch.testing.assert_close(ours[level], expected, rtol=1e-4, atol=1e-4)
+        logits, deltas = model.proposal_generator.rpn_head(theirs)
+        their_logits, their_deltas = faster.rpn.head(theirs)
+        for mine, expected in zip([*logits, *deltas], [*their_logits, *their_deltas], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+        regions = torch.randn(5, 256, 7, 7)
+        features = model.roi_heads.box_head(regions)
+        torch.testing.assert_close(features, faster.roi_heads.box_head(regions))
+        scores, boxes = model.roi_heads.box_predictor(features)
+        their_scores, their_boxes = faster.roi_heads.box_predictor(features)
+    # torchvision's background is class 0, Detectron2's the last; the background has no box here.
+    torch.testing.assert_close(scores, their_scores.roll(-1, dims=1))
+    torch.testing.assert_close(boxes, their_boxes[:, 4:])
+
+
+@pytest.mark.parametrize("classes", [6, 80])
+def test_torchvisions_weights_come_back_as_they_went(classes):
+    theirs = 7 if classes == 6 else 91
+    net = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=theirs)
+    state = randomised(net).state_dict()
+    converted = from_library(state, config(MASK, classes), "torchvision")
+    blank = {k: torch.full_like(v, -7) for k, v in state.items()}
+    back = to_library(converted, "torchvision", into=blank)
+    assert back.keys() == state.keys()
+    unused = [0] if classes == 6 else [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+    for key, value in back.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if "bbox_pred" in key and "box_predictor" in key:
+            rows = [4 * n + i for n in unused for i in range(4)]
+        elif "cls_score" in key:
+            rows = unused[1:]  # the background has a score
+        elif "mask_fcn_logits" in key:
+            rows = unused
+        else:
+            rows = []
+        kept = [i for i in range(len(value)) if i not in rows] if value.dim() else ...
+        assert torch.equal(value[kept], state[key][kept]), key
+        assert all((value[i] == -7).all() for i in rows), key
+    # Filled into what it came from, it is that.
+    whole = to_library(converted, "torchvision", into=state)
+    assert all(torch.equal(whole[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "mmdet"])
+def test_the_plugins_weights_come_back_as_they_went(library):
+    cfg = config(MASK, 5)
+    state = randomised(FPNTrainer.build_model(cfg)).state_dict()
+    there = to_library(state, library)
+    assert len(there) == len({k for k in state if not k.startswith("pixel_")})
+    back = from_library(there, cfg, library)
+    for key, value in back.items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_torchvision_itself_loads_what_was_converted(faster):
+    cfg = config(FASTER, 6)
+    state = randomised(FPNTrainer.build_model(cfg)).state_dict()
+    told = faster.load_state_dict(to_library(state, "torchvision"), strict=False)
+    assert not told.unexpected_keys
+    assert all(key.endswith("num_batches_tracked") for key in told.missing_keys)
+
+
+# Names that mmdetection 3.3's faster-rcnn_r50_fpn and mask-rcnn_r50_fpn give their parameters.
+MMDET_NAMES = {
+    "backbone.bottom_up.stem.conv1.weight": "backbone.conv1.weight",
+    "backbone.bottom_up.stem.conv1.norm.running_var": "backbone.bn1.running_var",
+    "backbone.bottom_up.res2.0.shortcut.weight": "backbone.layer1.0.downsample.0.weight",
+    "backbone.bottom_up.res5.2.conv3.norm.bias": "backbone.layer4.2.bn3.bias",
+    "backbone.fpn_lateral2.weight": "neck.lateral_convs.0.conv.weight",
+    "backbone.fpn_output5.bias": "neck.fpn_convs.3.conv.bias",
+    "proposal_generator.rpn_head.conv.weight": "rpn_head.rpn_conv.weight",
+    "proposal_generator.rpn_head.objectness_logits.bias": "rpn_head.rpn_cls.bias",
+    "proposal_generator.rpn_head.anchor_deltas.weight": "rpn_head.rpn_reg.weight",
+    "roi_heads.box_head.fc1.weight": "roi_head.bbox_head.shared_fcs.0.weight",
+    "roi_heads.box_predictor.cls_score.weight": "roi_head.bbox_head.fc_cls.weight",
+    "roi_heads.box_predictor.bbox_pred.bias": "roi_head.bbox_head.fc_reg.bias",
+    "roi_heads.mask_head.mask_fcn1.weight": "roi_head.mask_head.convs.0.conv.weight",
+    "roi_heads.mask_head.deconv.bias": "roi_head.mask_head.upsample.bias",
+    "roi_heads.mask_head.predictor.weight": "roi_head.mask_head.conv_logits.weight",
+}
+
+
+def test_names_are_mmdetections():
+    assert {key: library_name(key, "mmdet") for key in MMDET_NAMES} == MMDET_NAMES
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_tool_writes_weights_and_the_config_that_loads_them(faster, tmp_path, suffix):
+    source = tmp_path / "torchvision.pth"
+    torch.save(faster.state_dict(), source)
+    output = tmp_path / f"converted{suffix}"
+    opts = [*CPU, "MODEL.ROI_HEADS.NUM_CLASSES", "6"]
+    convert_main(
+        [
+            "--from",
+            "torchvision",
+            "--weights",
+            str(source),
+            "--config-file",
+            FASTER,
+            "--output",
+            str(output),
+            *opts,
+        ]
+    )
+    cfg = load_config(str(output.with_suffix(".yaml")))
+    assert (str(output), "RGB") == (cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT)
+    model = FPNTrainer.build_model(cfg)
+    model.load_state_dict(read_checkpoint(output)["model"], strict=True)
+    back = tmp_path / "back.pth"
+    convert_main(
+        [
+            "--to",
+            "torchvision",
+            "--weights",
+            str(output),
+            "--into",
+            str(source),
+            "--output",
+            str(back),
+        ]
+    )
+    state = torch.load(back)
+    assert all(torch.equal(state[key], value) for key, value in faster.state_dict().items())
+
+
+def test_what_does_not_fit_is_named(faster):
+    state = faster.state_dict()
+    with pytest.raises(UserError, match=r"lack roi_heads.mask_head.0.0.weight"):
+        from_library(state, config(MASK, 6), "torchvision")
+    with pytest.raises(UserError, match=r"is \(7, 1024\).*number of classes"):
+        small = config(FASTER, 3)
+        from_library({**state}, small, "torchvision")
+    with pytest.raises(UserError, match=r"2 of torchvision's tensors have no place.*extra.bias"):
+        more = {**state, "extra.bias": torch.zeros(1), "extra.weight": torch.zeros(1)}
+        from_library(more, config(FASTER, 6), "torchvision")
+    with pytest.raises(UserError, match="mmdet.s weights lack neck.lateral_convs.0.conv.weight"):
+        from_library(state, config(FASTER, 6), "mmdet")
+
+
+def test_torchvisions_older_layout_is_read(faster):
+    older = {}
+    for key, value in faster.state_dict().items():
+        short = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        if "inner_blocks" in key or "layer_blocks" in key:
+            short = short.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+        older[short] = value
+    assert "backbone.fpn.inner_blocks.0.weight" in older
+    new = from_library(faster.state_dict(), config(FASTER, 6), "torchvision")
+    old = from_library(older, config(FASTER, 6), "torchvision")
+    assert all(torch.equal(new[key], old[key]) for key in new)
