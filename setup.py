@@ -5,12 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # configs/ stands at the top of the checkout and travels inside the package, a folder a package.
-configs = {"fpn_plugin.configs": "configs"}
-configs |= {
-    f"fpn_plugin.configs.{folder.name}": f"configs/{folder.name}"
-    for folder in Path("configs").iterdir()
-    if folder.is_dir()
-}
+folders = [Path("configs"), *(path for path in Path("configs").rglob("*") if path.is_dir())]
+folders = [folder for folder in folders if folder.name != "__pycache__"]
+configs = {".".join(["fpn_plugin", *folder.parts]): str(folder) for folder in folders}
 
 setup(
     packages=[*find_packages(include=["fpn_plugin*"]), *configs],

@@ -12,7 +12,7 @@ from torch import nn
 from .config import add_fpn_config
 from .errors import UserError, near_names
 
-__all__ = ["get", "get_config", "get_config_file", "names"]
+__all__ = ["get", "get_config", "get_config_file", "lazy_names", "names"]
 
 
 def _configs_root() -> Path:
@@ -29,6 +29,12 @@ def names() -> list[str]:
     return sorted(name for name in found if not Path(name).name.startswith("Base"))
 
 
+def lazy_names() -> list[str]:
+    """Names of all packaged lazy configs, for example ``"lazy/mini/faster_rcnn_R_18_FPN.py"``."""
+    root = _configs_root()
+    return sorted(path.relative_to(root).as_posix() for path in (root / "lazy").rglob("*.py"))
+
+
 def get_config_file(name: str) -> str:
     """Path of a packaged config.
 
@@ -40,7 +46,8 @@ def get_config_file(name: str) -> str:
     """
     path = _configs_root() / name
     if not path.is_file():
-        raise UserError(f"no config {name!r} in the package: {near_names(name, names())}")
+        known = [*names(), *lazy_names()]
+        raise UserError(f"no config {name!r} in the package: {near_names(name, known)}")
     return str(path)
 
 

@@ -15,7 +15,7 @@ from fpn_plugin import model_zoo
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.errors import UserError, near_names
 
-__all__ = ["find_config_file", "load_config", "settle_device"]
+__all__ = ["find_config_file", "load_config", "settle_device", "settled_device"]
 
 
 def find_config_file(name: str) -> str:
@@ -78,7 +78,7 @@ def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
     """Puts the model on the CPU where there is no GPU and the user did not ask for one.
 
     Args:
-        cfg: changed in place; says so in one line where it is.
+        cfg: MODEL.DEVICE is changed in place.
         named: whether MODEL.DEVICE stood on the command line. A config file does not count: the
             one that a run leaves behind holds every key.
         num_gpus: processes asked for on this machine.
@@ -86,20 +86,35 @@ def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
     Raises:
         UserError: GPUs were asked for and are not there.
     """
-    if not cfg.MODEL.DEVICE.startswith("cuda"):
-        return
+    cfg.MODEL.DEVICE = settled_device(cfg.MODEL.DEVICE, named, num_gpus, "MODEL.DEVICE")
+
+
+def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
+    """The device, or "cpu" where it is a GPU that is not there and the user did not ask for one.
+
+    Args:
+        device: as the config has it.
+        named: whether the command line named it.
+        num_gpus: processes asked for on this machine.
+        key: the config key that names the device, for messages.
+
+    Raises:
+        UserError: GPUs were asked for and are not there.
+    """
+    if not device.startswith("cuda"):
+        return device
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if there >= num_gpus:
-        return
+        return device
     if there or named or num_gpus > 1:
-        asked = f"--num-gpus {num_gpus}" if num_gpus > 1 else f"MODEL.DEVICE {cfg.MODEL.DEVICE}"
+        asked = f"--num-gpus {num_gpus}" if num_gpus > 1 else f"{key} {device}"
         raise UserError(
-            f"{asked} asks for more GPUs than the {there} found here; MODEL.DEVICE cpu runs "
+            f"{asked} asks for more GPUs than the {there} found here; {key} cpu runs "
             f"{'as many processes' if num_gpus > 1 else 'it'} on the CPU"
         )
-    cfg.MODEL.DEVICE = "cpu"
     if os.environ.get("RANK", "0") == "0":  # torchrun starts many
         print("no GPU found: running on the CPU", flush=True)
+    return "cpu"
 
 
 def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

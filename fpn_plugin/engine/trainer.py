@@ -40,7 +40,7 @@ from fpn_plugin.visualization import plot_losses
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
 
-__all__ = ["FPNTrainer", "results_table", "save_results"]
+__all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
 
 class FPNTrainer(DefaultTrainer):
@@ -67,7 +67,7 @@ class FPNTrainer(DefaultTrainer):
         )
         hooks = super().build_hooks()
         if comm.is_main_process():
-            hooks.append(_LossCurve(Path(self.cfg.OUTPUT_DIR)))
+            hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
         return hooks
 
     @classmethod
@@ -124,13 +124,18 @@ class FPNTrainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None) or {}
 
 
-class _LossCurve(HookBase):
-    """Draws the losses when training ends."""
+class LossCurve(HookBase):
+    """Draws the losses when training ends.
+
+    Args:
+        output_dir: has the metrics.json to draw, and gets loss_curve.png.
+    """
 
     def __init__(self, output_dir: Path) -> None:
         self._output_dir = output_dir
 
     def after_train(self) -> None:
+        """Draws them."""
         metrics = self._output_dir / "metrics.json"
         if metrics.is_file():
             picture = plot_losses(metrics, self._output_dir / "loss_curve.png")

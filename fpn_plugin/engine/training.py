@@ -30,9 +30,13 @@ Examples:
 """
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and --dataset."""
-    parser = default_argument_parser(epilog=_EXAMPLES)
+def argument_parser(examples: str = _EXAMPLES) -> argparse.ArgumentParser:
+    """Detectron2's arguments, and --dataset.
+
+    Args:
+        examples: what --help ends with.
+    """
+    parser = default_argument_parser(epilog=examples)
     for action in parser._actions:
         if action.dest == "config_file":
             action.help = "path of a config, or name of a packaged one"

@@ -11,7 +11,7 @@ from fpn_plugin.errors import UserError, near_names
 
 from .neck import FeaturePyramidNetwork, build_top_block
 
-__all__ = ["build_fpn_backbone"]
+__all__ = ["build_fpn_backbone", "frozen"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
 
@@ -60,10 +60,10 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNe
         match_lateral_size=fpn.MATCH_LATERAL_SIZE,
         out_features=fpn.OUT_FEATURES or None,
     )
-    return _frozen(neck) if fpn.FREEZE else neck
+    return frozen(neck) if fpn.FREEZE else neck
 
 
-def _frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
+def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
     """The same pyramid with nothing left to train; batch norm keeps its statistics as well."""
     for parameter in neck.parameters():
         parameter.requires_grad = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import RPN_HEAD_REGISTRY
@@ -39,6 +41,14 @@ class PerLevelRPNHead(nn.Module):
             )
             for shape, num_anchors in zip(input_shape, generator.num_anchors, strict=True)
         )
+
+    @classmethod
+    def of(cls, heads: Iterable[nn.Module]) -> PerLevelRPNHead:
+        """One made of given heads, finest level first."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.heads = nn.ModuleList(heads)
+        return made
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Computes objectness and box deltas.

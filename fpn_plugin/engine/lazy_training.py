@@ -1,0 +1,174 @@
+"""What tools/lazyconfig_train_net.py does: a lazy config in, a trained and evaluated model out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from fpn_plugin import model_zoo
+from fpn_plugin.data import check_datasets, ensure_mini, register_datasets
+from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.errors import UserError, near_names
+
+from .checkpoint import FittingCheckpointer
+from .launch import launch
+from .settings import settled_device
+from .trainer import LossCurve, save_results
+from .training import argument_parser
+
+__all__ = ["lazy_main", "load_lazy_config"]
+
+_EXAMPLES = """
+Examples:
+  lazyconfig_train_net.py --config-file lazy/mini/faster_rcnn_R_18_FPN.py
+  lazyconfig_train_net.py --config-file my.py --num-gpus 8 train.output_dir=output/my
+  lazyconfig_train_net.py --config-file my.py --eval-only train.init_checkpoint=model_final.pth
+"""
+
+
+def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A lazy config from a path or, failing that, the packaged one of that name.
+
+    A lazy config is Python and is run: load those alone whose author you trust.
+
+    Args:
+        name: for example ``"lazy/COCO-Detection/faster_rcnn_R_50_FPN_1x.py"``.
+        overrides: ``["train.max_iter=100", ...]``.
+
+    Raises:
+        UserError: there is none; or an override that does not fit.
+    """
+    known = model_zoo.lazy_names()
+    path = name if Path(name).is_file() else None
+    if path is None and name.removeprefix("configs/") in known:
+        path = model_zoo.get_config_file(name.removeprefix("configs/"))
+    if path is None:
+        raise UserError(
+            f"no lazy config {name!r}, neither as a path nor in the package: "
+            f"{near_names(name, known)}"
+        )
+    for override in overrides:
+        if override.startswith("--"):
+            raise UserError(f"{override} stands among config options: give it before key=value")
+        if "=" not in override:
+            raise UserError(
+                f"option {override!r}: lazy configs take key=value, as train.max_iter=9"
+            )
+    cfg = LazyConfig.load(path)
+    missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
+    if missing:
+        raise UserError(f"{name} is no config of a training: it has no {', '.join(missing)}")
+    try:
+        return LazyConfig.apply_overrides(cfg, list(overrides))
+    except (OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{' '.join(str(error).split())} (in {list(overrides)})") from error
+
+
+def lazy_main(argv: Sequence[str] | None = None) -> None:
+    """Trains, or evaluates with --eval-only, what the command line says.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    args = argument_parser(_EXAMPLES).parse_args(argv)
+    if not args.config_file:
+        raise UserError("--config-file is missing: a lazy config's path or packaged name")
+    cfg = load_lazy_config(args.config_file, args.opts)
+    named = any(opt.startswith("train.device=") for opt in args.opts)
+    cfg.train.device = settled_device(cfg.train.device, named, args.num_gpus, "train.device")
+    register_datasets(args.dataset)
+    names = {split: _names(cfg, split) for split in ("train", "test")}
+    for split in ("test",) if args.eval_only else ("train", "test"):
+        check_datasets(names[split], f"dataloader.{split}.dataset.names")
+    if set(names["train"] + names["test"]) & set(MINI_NAMES):
+        ensure_mini()
+    args.config_file = ""  # Detectron2 would log it as if it were YAML
+    launch(_worker, args, cfg.train.device, (cfg, args))
+
+
+def _names(cfg: DictConfig, split: str) -> list[str]:
+    names = cfg.dataloader[split].dataset.names
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
+    register_datasets(args.dataset)
+    default_setup(cfg, args)
+    device = cfg.train.device
+    model = instantiate(cfg.model).to(device)
+    if args.eval_only:
+        FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
+            cfg.train.init_checkpoint, resume=args.resume
+        )
+        results = _evaluate(cfg, model)
+    else:
+        results = _train(cfg, model, args.resume)
+    if results and comm.is_main_process():
+        save_results(results, cfg.train.output_dir)
+
+
+def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
+    train = cfg.train
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    on_gpu = train.device.startswith("cuda")
+    model = create_ddp_model(model, **train.ddp, **({} if on_gpu else {"device_ids": None}))
+    kind = AMPTrainer if train.amp.enabled else SimpleTrainer
+    trainer = kind(model, instantiate(cfg.dataloader.train), optimizer)
+    checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
+    main = comm.is_main_process()
+    results: dict[str, Any] = {}
+
+    def evaluate() -> dict[str, Any]:
+        results.update(_evaluate(cfg, model))
+        return results
+
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
+            hooks.EvalHook(train.eval_period, evaluate),
+            hooks.PeriodicWriter(
+                default_writers(train.output_dir, train.max_iter), period=train.log_period
+            )
+            if main
+            else None,
+            LossCurve(Path(train.output_dir)) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
+    return results
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results or {}

@@ -1,0 +1,149 @@
+"""Data, optimizer, schedule and training of a yacs config as lazy nodes."""
+
+from __future__ import annotations
+
+import detectron2.data.transforms as T
+import torch
+from detectron2.config import CfgNode
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
+from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from omegaconf import DictConfig, OmegaConf
+
+from fpn_plugin.data import ReadableImageMapper
+from fpn_plugin.errors import UserError
+
+from .model import known
+
+__all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
+
+
+def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+    node = cfg.INPUT
+    if node.CROP.ENABLED and is_train:
+        raise UserError("INPUT.CROP has no lazy form here; add it to the mapper's augmentations")
+    short = node.MIN_SIZE_TRAIN if is_train else node.MIN_SIZE_TEST
+    resize = L(T.ResizeShortestEdge)(
+        short_edge_length=list(short) if is_train else short,
+        max_size=node.MAX_SIZE_TRAIN if is_train else node.MAX_SIZE_TEST,
+        sample_style=node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice",
+    )
+    augmentations = [resize]
+    if is_train and node.RANDOM_FLIP != "none":
+        horizontal = node.RANDOM_FLIP == "horizontal"
+        augmentations.append(L(T.RandomFlip)(horizontal=horizontal, vertical=not horizontal))
+    proposals = {}
+    if cfg.MODEL.LOAD_PROPOSALS:
+        split = "TRAIN" if is_train else "TEST"
+        proposals["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
+    return L(ReadableImageMapper)(
+        is_train=is_train,
+        augmentations=augmentations,
+        image_format=node.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format=node.MASK_FORMAT,
+        use_keypoint=cfg.MODEL.KEYPOINT_ON,
+        **proposals,
+    )
+
+
+def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+    split = "TRAIN" if is_train else "TEST"
+    files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
+    return L(get_detection_dataset_dicts)(
+        names=list(cfg.DATASETS[split]),
+        filter_empty=is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if is_train and cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=files,
+    )
+
+
+def dataloader_node(cfg: CfgNode) -> DictConfig:
+    """Loaders of training and evaluation, and the evaluator."""
+    return OmegaConf.create(
+        {
+            "train": L(build_detection_train_loader)(
+                dataset=_dataset(cfg, is_train=True),
+                mapper=_mapper(cfg, is_train=True),
+                total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+                aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+                num_workers=cfg.DATALOADER.NUM_WORKERS,
+            ),
+            "test": L(build_detection_test_loader)(
+                dataset=_dataset(cfg, is_train=False),
+                mapper=_mapper(cfg, is_train=False),
+                num_workers=cfg.DATALOADER.NUM_WORKERS,
+            ),
+            "evaluator": L(COCOEvaluator)(
+                dataset_name=cfg.DATASETS.TEST[0], output_dir="${...train.output_dir}/inference"
+            ),
+        },
+        flags={"allow_objects": True},
+    )
+
+
+def optimizer_node(cfg: CfgNode) -> DictConfig:
+    """The optimizer; its ``params.model`` is to be set before it is built."""
+    solver = cfg.SOLVER
+    return L(torch.optim.SGD)(
+        params=L(get_default_optimizer_params)(  # its model is set when the model is there
+            base_lr="${..lr}",
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        ),
+        lr=solver.BASE_LR,
+        momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        weight_decay=solver.WEIGHT_DECAY,
+    )
+
+
+def schedule_node(cfg: CfgNode) -> DictConfig:
+    """The factor of the learning rate over a training."""
+    solver = cfg.SOLVER
+    steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+    schedulers = {
+        "WarmupMultiStepLR": L(MultiStepParamScheduler)(
+            values=[solver.GAMMA**i for i in range(len(steps) + 1)],
+            milestones=steps,
+            num_updates=solver.MAX_ITER,
+        ),
+        "WarmupCosineLR": L(CosineParamScheduler)(
+            start_value=1, end_value=solver.BASE_LR_END / solver.BASE_LR
+        ),
+    }
+    return L(WarmupParamScheduler)(
+        scheduler=known(schedulers, "SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME),
+        warmup_factor=solver.WARMUP_FACTOR,
+        warmup_length=min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        warmup_method=solver.WARMUP_METHOD,
+        rescale_interval=solver.RESCALE_INTERVAL,
+    )
+
+
+def train_node(cfg: CfgNode) -> DictConfig:
+    """What a training needs besides: length, checkpoints, logs."""
+    return OmegaConf.create(
+        {
+            "output_dir": cfg.OUTPUT_DIR,
+            "init_checkpoint": cfg.MODEL.WEIGHTS,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+            "amp": {"enabled": cfg.SOLVER.AMP.ENABLED},
+            "ddp": {"broadcast_buffers": False},
+            "checkpointer": {"period": cfg.SOLVER.CHECKPOINT_PERIOD, "max_to_keep": None},
+            "eval_period": cfg.TEST.EVAL_PERIOD,
+            "log_period": 20,
+            "device": cfg.MODEL.DEVICE,
+            "seed": cfg.SEED,
+        }
+    )
