@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands there."""
+"""The Python in README.md and docs/, run as it stands there."""
 
 import re
 from pathlib import Path
@@ -27,3 +27,21 @@ def test_a_snippet_runs_and_gives_what_its_comments_say(snippet, tmp_path, monke
         levels, pooled = (eval(line.partition("  #")[0], names) for line in last)
         assert f"tensor({levels.tolist()})" in last[0]
         assert str(tuple(pooled.shape)) in last[1]
+
+
+def test_the_snippets_of_the_drop_in_page_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 8
+    names: dict[str, object] = {}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"drop_in.md[{number}]", "exec"), names)
+    assert names["instances"].has("pred_boxes")
+    assert tuple(names["regions"].shape) == (1, 16, 7, 7)
+    assert names["model"].roi_heads.box_pooler.canonical_level == 3
+    Path("own.yaml").write_text("MODEL:\n  FPN:\n    CANONICAL_LEVEL: 5\n")
+    args = names["default_argument_parser"]().parse_args(
+        ["--config-file", "own.yaml", "OUTPUT_DIR", str(tmp_path / "run")]
+    )
+    assert names["setup"](args).MODEL.FPN.CANONICAL_LEVEL == 5

@@ -17,6 +17,7 @@ from fpn_plugin.data import ensure_mini
 from fpn_plugin.demo import demo_main
 from fpn_plugin.engine import run_tool
 from fpn_plugin.engine.training import train_main
+from fpn_plugin.metrics import loss_rows
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -334,3 +335,20 @@ def test_an_error_in_two_processes_is_told_without_a_traceback(own_data, tmp_pat
     assert status == 2
     assert "multiple of 32" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("network", ["timm", "torchvision"])
+def test_a_pyramid_on_another_network_trains_to_a_falling_loss(tmp_path, network, call):
+    ensure_mini({"train": 6, "val": 4})
+    names = {"timm": ("resnet10t", "PRETRAINED", "False"),
+             "torchvision": ("mobilenet_v3_small", "WEIGHTS", "")}  # fmt: skip
+    name, key, value = names[network]
+    node = f"MODEL.{network.upper()}"
+    args = ["--config-file", MINI, "MODEL.FPN.BOTTOM_UP", f"build_{network}_backbone"]
+    args += [f"{node}.NAME", name, f"{node}.{key}", value, f"{node}.NORM", ""]
+    args += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "SOLVER.MAX_ITER", "40", "SOLVER.WARMUP_ITERS", "5"]
+    args += ["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path)]
+    status, _, err = call(train_main, *args)
+    assert status == 0, err[-2000:]
+    first, last = loss_rows(tmp_path / "metrics.json")  # each the median of 20 iterations
+    assert last["total_loss"] < 0.8 * first["total_loss"]
