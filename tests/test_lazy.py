@@ -7,6 +7,8 @@ import torch
 from detectron2.config import instantiate
 from detectron2.model_zoo import get_config as zoo_config
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -150,8 +152,18 @@ def test_fcos_has_the_plugins_pyramid():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     inputs = [{"image": torch.rand(3, 128, 160) * 255, "height": 128, "width": 160}]
+    losses = []
     for model in (ours, theirs):
         model.test_score_thresh = 0.0
+        target = Instances((128, 160))
+        target.gt_boxes = Boxes(torch.tensor([[10.0, 10, 60, 90], [50, 40, 150, 120]]))
+        target.gt_classes = torch.tensor([0, 5])
+        with EventStorage(0):
+            losses.append(model.train()([{**inputs[0], "instances": target}]))
+        model.eval()
+    assert losses[0].keys() == losses[1].keys()
+    for key, value in losses[1].items():
+        torch.testing.assert_close(losses[0][key], value, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         found, expected = (model(inputs)[0]["instances"] for model in (ours, theirs))
     assert len(found) == len(expected) > 10

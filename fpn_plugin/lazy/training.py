@@ -127,7 +127,8 @@ def schedule_node(cfg: CfgNode) -> DictConfig:
         warmup_factor=solver.WARMUP_FACTOR,
         warmup_length=min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
         warmup_method=solver.WARMUP_METHOD,
-        rescale_interval=solver.RESCALE_INTERVAL,
+        # Detectron2 0.6 does not have it yet.
+        **({"rescale_interval": solver.RESCALE_INTERVAL} if "RESCALE_INTERVAL" in solver else {}),
     )
 
 

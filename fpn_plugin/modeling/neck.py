@@ -122,7 +122,9 @@ class FeaturePyramidNetwork(Backbone):
 
         self._out_feature_strides = {name: 2 ** int(name[1:]) for name in self._out_features}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
-        own = bottom_up.size_divisibility  # a network may need padding whatever the pyramid does
+        # A network may need padding whatever the pyramid does; Detectron2's Swin has the property
+        # but not what it returns.
+        own = getattr(bottom_up, "size_divisibility", 0)
         self._size_divisibility = own if match_lateral_size else shapes[-1].stride
 
     def _top_block_levels(self, top_block: nn.Module | None, coarsest: int) -> list[int]:

@@ -1,15 +1,20 @@
 """Weights that fit are loaded; weights that do not are named with the key that mends it."""
 
 import pickle
+from pathlib import Path
 
+import detectron2
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine import FittingCheckpointer
 from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
+
+ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 
 
 def config(*opts) -> CfgNode:
@@ -147,3 +152,56 @@ def test_safetensors_load(saved, tmp_path):
     path.write_bytes(b"no tensors at all")
     with pytest.raises(UserError, match=r"weights.safetensors"):
         load(str(path))
+
+
+KINDS = [
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+]
+
+
+class Told(FittingCheckpointer):
+    """Keeps what the checkpoint and the model did not have in common."""
+
+    def _load_model(self, checkpoint):
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def narrow(cfg: CfgNode) -> CfgNode:
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    return cfg
+
+
+@pytest.mark.parametrize("layout", [".pkl", ".pth"])
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpoints_pass_between_stock_models_and_their_twins(tmp_path, name, layout):
+    stock = get_cfg()
+    stock.merge_from_file(str(ZOO / name))
+    theirs, ours = build_model(narrow(stock)), build_model(narrow(model_zoo.get_config(name)))
+    path = tmp_path / f"zoo{layout}"
+    if layout == ".pkl":
+        arrays = {key: value.numpy() for key, value in theirs.state_dict().items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2"}))
+    else:
+        torch.save({"model": theirs.state_dict()}, path)
+    checkpointer = Told(ours, complete=True)
+    checkpointer.load(str(path))
+    assert not checkpointer.incompatible.missing_keys
+    assert not checkpointer.incompatible.unexpected_keys
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key]), key
+    # And back, by Detectron2's own checkpointer.
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1)
+    FittingCheckpointer(ours, str(tmp_path)).save("plugin")
+    DetectionCheckpointer(theirs).load(str(tmp_path / "plugin.pth"))
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key]), key

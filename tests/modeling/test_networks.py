@@ -10,6 +10,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.mvit import MViT
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.modeling.backbone.swin import SwinTransformer
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -300,14 +303,19 @@ class OwnNetwork(Backbone):
         return {"c3": ShapeSpec(channels=6, stride=8), "c4": ShapeSpec(channels=10, stride=16)}
 
 
+def build_own_network_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return OwnNetwork()
+
+
+def registered(builder) -> str:
+    """The name of a builder that a user registers, whatever it builds."""
+    if builder.__name__ not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(builder)
+    return builder.__name__
+
+
 def test_a_network_of_the_users_own():
-    name = "build_own_network_for_a_test"
-    if name not in BACKBONE_REGISTRY:
-
-        def build_own_network_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-            return OwnNetwork()
-
-        BACKBONE_REGISTRY.register(build_own_network_for_a_test)
+    name = registered(build_own_network_for_a_test)
     cfg = config("resnet:R-18", "MODEL.FPN.BOTTOM_UP", name, "MODEL.FPN.IN_FEATURES", ["c3", "c4"])
     out = build_backbone(cfg)(torch.rand(1, 3, 64, 32))
     assert {k: tuple(v.shape[2:]) for k, v in out.items()} == {
@@ -315,3 +323,57 @@ def test_a_network_of_the_users_own():
         "p4": (4, 2),
         "p5": (2, 1),
     }
+
+
+def build_regnet_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return RegNet(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=ResBottleneckBlock,
+        depth=13,
+        w_a=36.44,
+        w_0=24,
+        w_m=2.49,
+        group_width=8,
+        norm="BN",
+        out_features=["s1", "s2", "s3", "s4"],
+    )
+
+
+def build_swin_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return SwinTransformer(
+        embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4, drop_path_rate=0
+    )
+
+
+def build_mvit_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return MViT(
+        embed_dim=12,
+        depth=4,
+        num_heads=1,
+        last_block_indexes=(0, 1, 2, 3),
+        residual_pooling=True,
+        drop_path_rate=0,
+        img_size=64,
+        out_features=("scale2", "scale3", "scale4", "scale5"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("builder", "stages"),
+    [
+        (build_regnet_for_a_test, ["s1", "s2", "s3", "s4"]),
+        (build_swin_for_a_test, ["p0", "p1", "p2", "p3"]),
+        (build_mvit_for_a_test, ["scale2", "scale3", "scale4", "scale5"]),
+    ],
+)
+def test_detectron2s_other_networks_carry_a_pyramid(builder, stages):
+    opts = ["MODEL.FPN.BOTTOM_UP", registered(builder), "MODEL.FPN.IN_FEATURES", stages]
+    neck = build_backbone(config("resnet:R-18", *opts))
+    image = torch.randn(1, 3, 64, 96)
+    out = neck(image)
+    assert {k: tuple(v.shape[2:]) for k, v in out.items()} == {
+        "p2": (16, 24), "p3": (8, 12), "p4": (4, 6), "p5": (2, 3), "p6": (1, 2),
+    }  # fmt: skip
+    sum(level.square().sum() for level in out.values()).backward()
+    assert not [name for name, p in neck.named_parameters() if p.grad is None]
