@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 import fpn_plugin
+from fpn_plugin.errors import UserError
 
-from .runs import Outcome, RunFolder, code_version
+from .runs import CODE, Outcome, RunFolder, code_version
 from .tables import TABLES, Row, Table
 
-__all__ = ["Summary", "summarize", "write_report"]
+__all__ = ["Summary", "read_runs", "summarize", "write_report"]
 
 _MINI = (
     "**These are runs on the mini dataset: 256 px drawings, ResNet-18 of a quarter of the paper's "
@@ -73,14 +74,45 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
     )
 
 
+def read_runs(report: Path, folders: Iterable[RunFolder]) -> dict[RunFolder, Outcome]:
+    """Outcomes that an earlier report, made elsewhere, has of runs.
+
+    Args:
+        report: a report.json.
+        folders: the runs that are wanted.
+
+    Raises:
+        UserError: it is no report, or what it has was made by another config or other code.
+    """
+    try:
+        recorded = json.loads(report.read_text())["runs"]
+        known = {(entry["run"], entry["seed"], entry["scale"]): entry for entry in recorded}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{report} is no report.json of this tool: {error}") from error
+    found = {}
+    for folder in folders:
+        entry = known.get((folder.run.name, folder.seed, folder.scale))
+        if entry is None:
+            continue
+        outcome = Outcome(**entry["outcome"])
+        differs = folder.differs(outcome.made_by)
+        if differs:
+            raise UserError(
+                f"{report}: {folder.run.name} seed {folder.seed} was made by {differs}; runs are "
+                "never mixed"
+            )
+        found[folder] = outcome
+    return found
+
+
 def write_report(
-    tables: dict[int, list[Row]], finished: dict[str, list[RunFolder]], folder: Path
+    tables: dict[int, list[Row]], outcomes: dict[RunFolder, Outcome], folder: Path
 ) -> Path:
     """Writes the report of rows.
 
     Args:
         tables: the rows asked for, by table.
-        finished: folders of finished runs, by run.
+        outcomes: what came out of finished runs.
         folder: where report.md, report.json and table<N>.png go; named as the scale.
 
     Returns:
@@ -90,15 +122,14 @@ def write_report(
     parts = [f"# The paper's tables at {folder.name} scale", _MINI, _how_made(facts)]
     if folder.name != "mini":
         parts[1] = _PAPER
+    by_run: dict[str, dict[int, Outcome]] = {}
+    for run, outcome in outcomes.items():
+        by_run.setdefault(run.run.name, {})[run.seed] = outcome
     content: dict[str, object] = {"made": facts, "tables": {}}
     for number, rows in tables.items():
         table = TABLES[number]
         summaries = {
-            row.key: summarize(
-                {f.seed: f.outcome(table.task) for f in finished[row.run]}, table.metrics
-            )
-            for row in rows
-            if row.run and finished[row.run]
+            row.key: summarize(by_run[row.run], table.metrics) for row in rows if row.run in by_run
         }
         parts += _section(table, rows, summaries)
         if summaries:
@@ -113,6 +144,15 @@ def write_report(
             }
             for row in rows
         }
+    content["runs"] = [
+        {
+            "run": run.run.name,
+            "seed": run.seed,
+            "scale": run.scale,
+            "outcome": asdict(outcome),
+        }
+        for run, outcome in outcomes.items()
+    ]
     (folder / "report.json").write_text(json.dumps(content, indent=1))
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n")
@@ -136,14 +176,15 @@ def _facts(scale: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" where files that are tracked were changed; "" without one."""
+    """The checkout's commit, "+" where what trains was changed since; "" without a checkout."""
     root = Path(fpn_plugin.__file__).parent
     git = ["git", "-C", str(root)]
     try:
         told = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+        parts = [*CODE, "../configs"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *parts])
     except (OSError, subprocess.CalledProcessError):
         return ""
     return told.stdout.strip() + ("+" if changed.returncode else "")

@@ -9,12 +9,14 @@ from pathlib import Path
 from fpn_plugin.data import check_datasets, ensure_mini
 from fpn_plugin.errors import UserError
 
-from .report import write_report
-from .runs import RunFolder
+from .report import read_runs, write_report
+from .runs import Outcome, RunFolder
 from .scheduler import Task, run_tasks, tasks_for
-from .tables import SCALES, Row, needed_runs, select_rows
+from .tables import SCALES, TABLES, Row, needed_runs, select_rows
 
 __all__ = ["argument_parser", "reproduce_main"]
+
+_SEEDS_LOOKED_FOR = range(20)  # of runs made by earlier calls, to report beside those asked for
 
 _EXAMPLES = """
 Examples:
@@ -45,6 +47,15 @@ def argument_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="runs at a time; GPUs, or the CPU's threads, are divided among them",
+    )
+    parser.add_argument(
+        "--with",
+        dest="reports",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="REPORT",
+        help="report.json of runs made elsewhere, by the same code and config, to report as well",
     )
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and stop")
     parser.add_argument(
@@ -81,7 +92,7 @@ def reproduce_main(argv: Sequence[str] | None = None) -> None:
         return
     _check_data(folders)
     run_tasks(tasks, args.at_once)
-    report = write_report(tables, _finished(args, rows), Path(args.output) / args.scale)
+    report = write_report(tables, _outcomes(args, tables), Path(args.output) / args.scale)
     print(f"{report.read_text()}\nreport: {report}")
 
 
@@ -94,19 +105,22 @@ def _check_data(folders: Sequence[RunFolder]) -> None:
         check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
 
 
-def _finished(args: argparse.Namespace, rows: Sequence[Row]) -> dict[str, list[RunFolder]]:
-    """Finished folders by run: of the seeds asked for, and of others that lie beside them."""
-    found: dict[str, list[RunFolder]] = {}
-    for name in dict.fromkeys(row.run for row in rows if row.run):
-        [run] = [r for r in needed_runs(rows) if r.name == name]
-        parent = RunFolder(run, args.scale, 0, Path(args.output)).path.parent
-        seeds = sorted(int(p.name.removeprefix("seed")) for p in parent.glob("seed*"))
-        of_run = [
-            RunFolder(run, args.scale, seed, Path(args.output), tuple(args.opts)) for seed in seeds
-        ]
-        for folder in of_run:
-            folder.check()
-        found[name] = [folder for folder in of_run if folder.finished]
+def _outcomes(args: argparse.Namespace, tables: dict[int, list[Row]]) -> dict[RunFolder, Outcome]:
+    """What finished runs of the rows came to, in the output folder and in other reports."""
+    found: dict[RunFolder, Outcome] = {}
+    for number, rows in tables.items():
+        runs = {run.name: run for run in needed_runs(rows)}
+        for name in dict.fromkeys(row.run for row in rows if row.run):
+            of_run = [
+                RunFolder(runs[name], args.scale, seed, Path(args.output), tuple(args.opts))
+                for seed in sorted({*args.seeds, *_SEEDS_LOOKED_FOR})
+            ]
+            for report in args.reports:
+                found |= read_runs(report, of_run)
+            for folder in of_run:
+                if folder.finished:
+                    folder.check()
+                    found[folder] = folder.outcome(TABLES[number].task)
     return found
 
 

@@ -28,12 +28,12 @@ from fpn_plugin.metrics import loss_rows
 
 from .tables import Run
 
-__all__ = ["Outcome", "RunFolder", "code_version"]
+__all__ = ["CODE", "Outcome", "RunFolder", "code_version"]
 
 _MADE_BY = "made_by.json"
 _GROUPS = "groups.json"
 # What a training reads; a change elsewhere leaves finished runs what they are.
-_CODE = ("config.py", "proposals.py", "modeling", "data", "engine")
+CODE = ("config.py", "proposals.py", "modeling", "data", "engine")
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def code_version() -> str:
     """Twelve hex digits that change when the code that trains and evaluates does."""
     package = Path(fpn_plugin.__file__).parent
     digest = hashlib.sha256()
-    for part in _CODE:
+    for part in CODE:
         path = package / part
         for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(source.relative_to(package).as_posix().encode())
@@ -58,12 +58,14 @@ class Outcome:
         groups: AR@1000 or AP of each group of categories, where a dataset has groups.
         seconds_per_iteration: median over the training.
         seconds_per_image: median over the evaluation, one image a call.
+        made_by: config, code and versions that made it.
     """
 
     metrics: dict[str, float]
     groups: dict[str, float]
     seconds_per_iteration: float
     seconds_per_image: float
+    made_by: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class RunFolder:
         """The file of its proposals for a dataset."""
         return self.path / "proposals" / f"{dataset}.pkl"
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What makes a run: every key of its config but the folder, the code, the versions."""
         return {
             "config": json.loads(json.dumps(_flat(self.config()), default=str)),
             "code": code_version(),
@@ -145,7 +148,16 @@ class RunFolder:
                     "remove it, or give another --output"
                 )
             return
-        had, wanted = json.loads(note.read_text()), self._identity()
+        told = self.differs(json.loads(note.read_text()))
+        if told:
+            raise UserError(
+                f"{self.path} was made by {told}: remove it, or give another --output; runs are "
+                "never mixed"
+            )
+
+    def differs(self, had: dict[str, Any]) -> str:
+        """What of another identity would have made another run; "" where nothing."""
+        wanted = self.identity()
         told = []
         if had["config"] != wanted["config"]:
             keys = sorted(set(had["config"]) | set(wanted["config"]))
@@ -157,17 +169,13 @@ class RunFolder:
             told.append(f"another config ({len(differing)} keys: {shown})")
         if had["code"] != wanted["code"]:
             told.append(f"other code ({had['code']} there, {wanted['code']} now)")
-        if told:
-            raise UserError(
-                f"{self.path} was made by {' and '.join(told)}: remove it, or give another "
-                "--output; runs are never mixed"
-            )
+        return " and ".join(told)
 
     def claim(self) -> None:
         """Makes the folder and notes what makes it."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / _MADE_BY).is_file():
-            (self.path / _MADE_BY).write_text(json.dumps(self._identity(), indent=1))
+            (self.path / _MADE_BY).write_text(json.dumps(self.identity(), indent=1))
 
     @property
     def finished(self) -> bool:
@@ -196,6 +204,7 @@ class RunFolder:
             groups=json.loads(groups.read_text()),
             seconds_per_iteration=statistics.median(times) if times else float("nan"),
             seconds_per_image=speed["median_seconds_per_call"],
+            made_by=json.loads((self.path / _MADE_BY).read_text()),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,8 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
     bar = tqdm(
         total=sum(lengths.values()), initial=sum(reached.values()), unit="it", smoothing=0.02
     )
+    # Ended politely, it ends what it started; two processes must never share a run's folder.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         while waiting or running:
             for task in [t for t in waiting if all(before.done for before in t.after)]:
@@ -142,11 +145,16 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
             bar.refresh()
             time.sleep(_POLL_SECONDS if running else 0)
     finally:
+        signal.signal(signal.SIGTERM, before)
         bar.close()
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.wait()
+
+
+def _leave(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:

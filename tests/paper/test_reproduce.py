@@ -13,7 +13,7 @@ import pytest
 from fpn_plugin import UserError
 from fpn_plugin.data import ensure_mini
 from fpn_plugin.paper import runs
-from fpn_plugin.paper.report import summarize, write_report
+from fpn_plugin.paper.report import read_runs, summarize, write_report
 from fpn_plugin.paper.reproduce import reproduce_main
 from fpn_plugin.paper.runs import Outcome, RunFolder
 from fpn_plugin.paper.scheduler import tasks_for
@@ -123,7 +123,8 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
 
 def outcome(scale: float, groups: bool = True) -> Outcome:
     metrics = dict.fromkeys(["AR@100", "AR@1000", "ARs@1000", "ARm@1000", "ARl@1000"], scale)
-    return Outcome(metrics, {"digit": scale, "disc": scale + 1} if groups else {}, 0.5, 0.25)
+    by_group = {"digit": scale, "disc": scale + 1} if groups else {}
+    return Outcome(metrics, by_group, 0.5, 0.25, {})
 
 
 def test_seeds_are_put_together_by_mean_and_standard_deviation():
@@ -134,23 +135,16 @@ def test_seeds_are_put_together_by_mean_and_standard_deviation():
     assert summarize({0: outcome(50)}, TABLES[1].metrics).spread["AR1k"] == 0
 
 
-def test_the_report_sets_rows_beside_the_papers(tmp_path, monkeypatch):
+def test_the_report_sets_rows_beside_the_papers(tmp_path):
     figures = {("1a", 0): 50, ("1a", 1): 52, ("1c", 0): 60, ("1c", 1): 64, ("1f", 0): 63}
-    by_run = {row.run: row.key for row in TABLES[1].rows}
-    monkeypatch.setattr(
-        RunFolder, "outcome", lambda self, _: outcome(figures[by_run[self.run.name], self.seed])
-    )
     rows = [row for row in TABLES[1].rows if row.key in ("1a", "1c", "1d", "1f")]
-    finished = {
-        row.run: [
-            RunFolder(RUNS[row.run], "mini", seed, tmp_path)
-            for seed in (0, 1)
-            if (row.key, seed) in figures
-        ]
-        for row in rows
+    runs_of = {row.key: RUNS[row.run] for row in rows}
+    outcomes = {
+        RunFolder(runs_of[key], "mini", seed, tmp_path): outcome(figure)
+        for (key, seed), figure in figures.items()
     }
     (tmp_path / "mini").mkdir()
-    text = write_report({1: rows}, finished, tmp_path / "mini").read_text()
+    text = write_report({1: rows}, outcomes, tmp_path / "mini").read_text()
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in text.splitlines()
@@ -202,6 +196,17 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     assert len(before) == 2
     reproduce_main(args)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    # What another machine reported goes into this one's report, if the same code made it.
+    there, here = tmp_path / "mini" / "report.json", tmp_path / "here"
+    folder = RunFolder(RUNS["table2_c_FPN"], "mini", 0, here, TINY)
+    [(found, recorded)] = read_runs(there, [folder]).items()
+    assert found == folder
+    assert recorded.metrics == results
+    changed = RunFolder(folder.run, "mini", 0, here, (*TINY, "SOLVER.BASE_LR", "0.5"))
+    with pytest.raises(UserError, match=r"report.json: table2_c_FPN seed 0 was made by another"):
+        read_runs(there, [changed])
+    with pytest.raises(UserError, match="no report.json of this tool"):
+        read_runs(second / "results.json", [folder])
     reproduce_main([*args[:3], "--dry-run", *args[3:]])
     assert "0 of 3 to run" in capsys.readouterr().out
 
