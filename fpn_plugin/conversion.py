@@ -1,7 +1,8 @@
 """Weights of other libraries' FPN detectors into this plugin's names and back: torchvision, mmdet.
 
-A converted model computes what the original does up to the input: torchvision's and mmdetection's
-PyTorch-style models take RGB, which :data:`INPUT_KEYS` sets.
+Faster and Mask R-CNN. :data:`CONFIG_KEYS` says what a config must have to compute what the original
+does: its input, its strides, its pooling. What still differs are torchvision's anchors, which it
+rounds to whole pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 
 __all__ = [
-    "INPUT_KEYS",
+    "CONFIG_KEYS",
     "LIBRARIES",
     "argument_parser",
     "convert_main",
@@ -31,14 +32,25 @@ __all__ = [
     "to_library",
 ]
 
-# What torchvision's and mmdetection's PyTorch-style models were trained on, as config keys.
-INPUT_KEYS = [
+_PYTORCH_STYLE = [
     "INPUT.FORMAT", "RGB",
     "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]",
     "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]",
     "MODEL.RESNETS.STRIDE_IN_1X1", "False",
     "MODEL.FPN.COARSEST_OUTPUT_CONV", "True",
 ]  # fmt: skip
+# What a config must say for converted weights.
+CONFIG_KEYS = {
+    "torchvision": [
+        *_PYTORCH_STYLE,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlign",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "2",
+        "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign",
+        "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", "2",
+    ],
+    "mmdet": _PYTORCH_STYLE,
+}  # fmt: skip
+_BN_EPS = 1e-5  # of Detectron2's frozen batch norm
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
@@ -110,13 +122,17 @@ def library_name(key: str, library: str) -> str:
     return key
 
 
-def from_library(state: dict[str, Tensor], cfg: CfgNode, library: str) -> dict[str, Tensor]:
+def from_library(
+    state: dict[str, Tensor], cfg: CfgNode, library: str, bn_eps: float = _BN_EPS
+) -> dict[str, Tensor]:
     """A library's detector as a state dict for a config's model.
 
     Args:
         state: the library's.
-        cfg: of the model, whose names and shapes it must have; see :data:`INPUT_KEYS`.
+        cfg: of the model, whose names and shapes it must have; see :data:`CONFIG_KEYS`.
         library: one of :data:`LIBRARIES`.
+        bn_eps: what the original adds to its batch norms' variance, put into the variance where
+            it is another than here. torchvision's COCO_V1 weights were made with 0.
 
     Returns:
         Every parameter and buffer of the model, in its order. Where torchvision has COCO's 91
@@ -143,6 +159,8 @@ def from_library(state: dict[str, Tensor], cfg: CfgNode, library: str) -> dict[s
                 "of its width and number of classes?"
             )
         converted[key] = tensor.clone()
+        if key.endswith("running_var"):
+            converted[key] += bn_eps - _BN_EPS
     used = {_present(library_name(key, library), state) for key in wanted}
     left = [k for k in state if k not in used and not k.endswith(_NOT_CONVERTED)]
     if left:
@@ -247,6 +265,18 @@ Examples:
     direction.add_argument("--from", dest="source", choices=LIBRARIES, help="library it is from")
     direction.add_argument("--to", dest="target", choices=LIBRARIES, help="library it is for")
     parser.add_argument("--weights", required=True, help=".pth, .pkl or .safetensors")
+    parser.add_argument(
+        "--bn-eps",
+        type=float,
+        default=_BN_EPS,
+        help="of the original's batch norms; 0 for torchvision's COCO_V1 weights",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read weights that hold more than tensors, as mmdetection's checkpoints do, which "
+        "runs code that is in them: for files whose author you trust",
+    )
     parser.add_argument("--config-file", help="of the model, path or packaged name; for --from")
     parser.add_argument("--into", help="weights of the library whose layout to fill; for --to")
     parser.add_argument("--output", required=True, help="file to write, .pth or .safetensors")
@@ -264,7 +294,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
         UserError: a file cannot be read, or does not fit the config.
     """
     args = argument_parser().parse_args(argv)
-    state = _tensors(read_checkpoint(args.weights))
+    state = _tensors(read_checkpoint(args.weights, trust_pickle=args.trust_pickle))
     output = Path(args.output)
     if args.target:
         into = _tensors(read_checkpoint(args.into)) if args.into else None
@@ -273,8 +303,8 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.config_file:
         raise UserError("--from needs --config-file: the config of the model they are for")
-    cfg = load_config(args.config_file, [*INPUT_KEYS, *args.opts])
-    write_checkpoint(from_library(state, cfg, args.source), output)
+    cfg = load_config(args.config_file, [*CONFIG_KEYS[args.source], *args.opts])
+    write_checkpoint(from_library(state, cfg, args.source, args.bn_eps), output)
     cfg.MODEL.WEIGHTS = str(output)
     config = output.with_suffix(".yaml")
     config.write_text(cfg.dump())

@@ -14,7 +14,7 @@ def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
     Args:
         metrics_file: one JSON object a line, as Detectron2 writes it; may be missing.
     """
-    rows: dict[int, dict[str, float]] = {}
+    rows: list[dict[str, float]] = []
     for line in metrics_file.read_text().splitlines() if metrics_file.is_file() else []:
         try:
             row = json.loads(line)
@@ -22,6 +22,7 @@ def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
             continue  # a run that was killed left half a line
         if "total_loss" in row:
             # One that went on from a checkpoint, or began anew, replaces what came later before.
-            rows = {i: old for i, old in rows.items() if i < row["iteration"]}
-            rows[row["iteration"]] = row
-    return [rows[i] for i in sorted(rows)]
+            while rows and rows[-1]["iteration"] >= row["iteration"]:
+                rows.pop()
+            rows.append(row)
+    return rows

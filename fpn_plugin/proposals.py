@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
-from detectron2.engine import default_argument_parser
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -65,9 +64,8 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
-    # Processes on one machine find each other as those of a training do.
-    url = default_argument_parser().get_default("dist_url")
-    parser.set_defaults(num_machines=1, machine_rank=0, dist_url=url)
+    parser.add_argument("--dist-url", default="auto", help="where processes find each other")
+    parser.set_defaults(num_machines=1, machine_rank=0)
     return parser
 
 
@@ -105,7 +103,8 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     FittingCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     for split in args.splits:
         target = Path(args.output) / f"{split}.pkl"
-        if target.is_file():
+        if target.is_file() and _stamp_of(target).is_file():
+            _check_stamp(cfg, _stamp_of(target), target)
             print(f"{target} is there already")
             continue
         _dump(cfg, model, split, target)
@@ -120,7 +119,9 @@ def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path) -> None:
         for start in range(0, len(records), _IMAGES_PER_PART)
     }
     if comm.is_main_process():
-        _claim(parts_folder, cfg)
+        _check_stamp(cfg, parts_folder / "made_by", parts_folder)
+        parts_folder.mkdir(parents=True, exist_ok=True)
+        (parts_folder / "made_by").write_text(_stamp(cfg))
     comm.synchronize()
     mine = list(work.items())[comm.get_rank() :: comm.get_world_size()]
     with tqdm(
@@ -136,22 +137,28 @@ def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path) -> None:
     comm.synchronize()
     if comm.is_main_process():
         _merge(list(work), target)
+        _stamp_of(target).write_text(_stamp(cfg))
         shutil.rmtree(parts_folder)
 
 
-def _claim(folder: Path, cfg: CfgNode) -> None:
-    """Makes the folder of parts; one that other weights or settings began is refused."""
+def _stamp(cfg: CfgNode) -> str:
+    """Digits that change with the config and with the weights file."""
     weights = Path(cfg.MODEL.WEIGHTS)
-    told = f"{cfg.dump()}{weights.stat().st_mtime_ns if weights.is_file() else ''}"
-    stamp = hashlib.sha256(told.encode()).hexdigest()
-    note = folder / "made_by"
-    if note.is_file() and note.read_text() != stamp:
+    written = weights.stat().st_mtime_ns if weights.is_file() else ""
+    return hashlib.sha256(f"{cfg.dump()}{written}".encode()).hexdigest()
+
+
+def _stamp_of(target: Path) -> Path:
+    return target.with_suffix(".made_by")
+
+
+def _check_stamp(cfg: CfgNode, stamp: Path, what: Path) -> None:
+    """Refuses proposals that other weights or settings made or began."""
+    if stamp.is_file() and stamp.read_text() != _stamp(cfg):
         raise UserError(
-            f"{folder} holds proposals that other weights or another config began: remove it, or "
-            "give another --output"
+            f"{what} holds proposals of other weights or another config: remove it, or give "
+            "another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(stamp)
 
 
 def _write_part(cfg: CfgNode, model: nn.Module, records: list[dict[str, Any]], part: Path) -> None:

@@ -1,11 +1,14 @@
 """Weights from and to other libraries: the same numbers, and the same function."""
 
+import copy
+
 import pytest
 import torch
+from detectron2.structures import Boxes
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 
 from fpn_plugin import UserError
-from fpn_plugin.conversion import INPUT_KEYS, convert_main, from_library, library_name, to_library
+from fpn_plugin.conversion import CONFIG_KEYS, convert_main, from_library, library_name, to_library
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.engine.trainer import FPNTrainer
@@ -17,7 +20,7 @@ CPU = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
 
 def config(name: str, classes: int):
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", str(classes)]
-    return load_config(name, [*INPUT_KEYS, *CPU, *opts])
+    return load_config(name, [*CONFIG_KEYS["torchvision"], *CPU, *opts])
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -57,6 +60,32 @@ def test_the_pyramid_the_rpn_and_the_heads_are_torchvisions(faster):
     # torchvision's background is class 0, Detectron2's the last; the background has no box here.
     torch.testing.assert_close(scores, their_scores.roll(-1, dims=1))
     torch.testing.assert_close(boxes, their_boxes[:, 4:])
+
+
+def test_regions_are_pooled_as_torchvision_pools_them(faster):
+    cfg = config(FASTER, 6)
+    pooler = FPNTrainer.build_model(cfg).roi_heads.box_pooler
+    x = {str(i): torch.randn(1, 256, 160 // 4 // 2**i, 160 // 4 // 2**i) for i in range(4)}
+    boxes = torch.rand(40, 4, generator=torch.Generator().manual_seed(2)) * 70
+    boxes[:, 2:] += boxes[:, :2] + 5
+    expected = faster.roi_heads.box_roi_pool(x, [boxes], [(160, 160)])
+    ours = pooler(list(x.values()), [Boxes(boxes)])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_epsilon_is_put_into_the_variance(faster):
+    cfg = config(FASTER, 6)
+    model = FPNTrainer.build_model(cfg).eval()
+    model.load_state_dict(from_library(faster.state_dict(), cfg, "torchvision", bn_eps=1e-2))
+    theirs = copy.deepcopy(faster)
+    for module in theirs.modules():
+        if hasattr(module, "running_var"):
+            module.eps = 1e-2
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.backbone(x)["0"]
+        torch.testing.assert_close(model.backbone(x)["p2"], expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(faster.backbone(x)["0"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("classes", [6, 80])

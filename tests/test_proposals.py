@@ -119,7 +119,7 @@ def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
     dump_main(args(own, weights, tmp_path / "at_once"))
     cut, at_once = ((tmp_path / name / "own.pkl").read_bytes() for name in ("p", "at_once"))
     assert cut == at_once
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["own.pkl"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["own.made_by", "own.pkl"]
 
 
 def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
@@ -128,7 +128,18 @@ def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
     (parts / "made_by").write_text("something else")
     with pytest.raises(SystemExit):
         dump_main(args(own, weights, tmp_path / "p"))
-    assert "own.parts holds proposals that other weights" in capfd.readouterr().err
+    assert "own.parts holds proposals of other weights" in capfd.readouterr().err
+
+
+def test_proposals_of_other_weights_are_not_taken_for_these(own, weights, tmp_path, capfd):
+    dump_main(args(own, weights, tmp_path / "p"))
+    dump_main(args(own, weights, tmp_path / "p"))
+    assert "own.pkl is there already" in capfd.readouterr().out
+    state = torch.load(weights)
+    torch.save(state, weights)  # trained again
+    with pytest.raises(SystemExit):
+        dump_main(args(own, weights, tmp_path / "p"))
+    assert "own.pkl holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):

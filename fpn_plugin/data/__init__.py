@@ -1,6 +1,12 @@
 """Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
 
-from .coco import check_coco, check_config_datasets, check_datasets, register_datasets
+from .coco import (
+    check_coco,
+    check_config_datasets,
+    check_datasets,
+    check_proposal_files,
+    register_datasets,
+)
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, register_mini
 
@@ -9,6 +15,7 @@ __all__ = [
     "check_coco",
     "check_config_datasets",
     "check_datasets",
+    "check_proposal_files",
     "ensure_mini",
     "read_image_or_say",
     "register_datasets",

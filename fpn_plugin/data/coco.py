@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from fpn_plugin.errors import UserError, near_names
 
 from .mini import MINI_NAMES
 
-__all__ = ["check_coco", "check_config_datasets", "check_datasets", "register_datasets"]
+__all__ = [
+    "check_coco",
+    "check_config_datasets",
+    "check_datasets",
+    "check_proposal_files",
+    "register_datasets",
+]
 
 
 def register_datasets(specs: Iterable[str]) -> None:
@@ -89,7 +95,8 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     if cfg.MODEL.LOAD_PROPOSALS:
         for split in ("TRAIN", "TEST") if training else ("TEST",):
-            _check_proposal_files(cfg, split)
+            files, key = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], f"DATASETS.PROPOSAL_FILES_{split}"
+            check_proposal_files(cfg.DATASETS[split], files, key)
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
         if kind not in ("coco", "coco_panoptic_seg"):
@@ -116,13 +123,20 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
             )
 
 
-def _check_proposal_files(cfg: CfgNode, split: str) -> None:
-    """Refuses MODEL.LOAD_PROPOSALS without a proposal file for each dataset of a split."""
-    key = f"DATASETS.PROPOSAL_FILES_{split}"
-    names, files = cfg.DATASETS[split], cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
+def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:
+    """Refuses training on proposals without a file of them for each dataset.
+
+    Args:
+        names: of the datasets.
+        files: of their proposals.
+        key: the config key that names the files, for the message.
+
+    Raises:
+        UserError: says which is not there, and what makes it.
+    """
     if len(files) != len(names):
         raise UserError(
-            f"MODEL.LOAD_PROPOSALS is True, so {key} must name a file for each of DATASETS.{split} "
+            f"the model reads proposals, so {key} must name a file for each of the datasets "
             f"{list(names)}; it has {len(files)}"
         )
     for name, file in zip(names, files, strict=True):

@@ -75,12 +75,22 @@ def _load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
     return _ArraysOnly(file, encoding=encoding).load()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+class _WeightsOnly:
+    """torch.load as every version of torch should have it by default."""
+
+    @staticmethod
+    def load(file: str | IO[bytes]) -> dict[str, Any]:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
     """What a weights file holds, read without running code that is in it.
 
     Args:
         path: ``.safetensors``; ``.pkl`` of arrays, as in Detectron2's model zoo; or any file of
             torch.save that holds tensors and plain values.
+        trust_pickle: read files of torch.save that hold more, which runs code that is in them:
+            for a file whose author is trusted.
 
     Raises:
         UserError: it cannot be read, or would run code.
@@ -92,7 +102,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
                 return _load_arrays(file)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        return _WeightsOnly.load(path)
     except UserError as error:
         raise UserError(f"{path!r} is not loaded: {error}") from error
     except OSError as error:
@@ -181,7 +193,10 @@ class FittingCheckpointer(DetectionCheckpointer):
         try:
             if filename.endswith(".safetensors"):
                 return read_checkpoint(filename)
-            with mock.patch.object(detection_checkpoint, "pickle", harmless):
+            with (
+                mock.patch.object(detection_checkpoint, "pickle", harmless),
+                mock.patch.object(detection_checkpoint, "torch", _WeightsOnly),
+            ):
                 return super()._load_file(filename)
         except UserError as error:
             raise UserError(f"{self._path!r} is not loaded: {error}") from error
@@ -190,7 +205,7 @@ class FittingCheckpointer(DetectionCheckpointer):
             raise UserError(f"{self._path!r} is not a checkpoint: {first_line}") from error
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        return _WeightsOnly.load(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = set(checkpoint["model"])

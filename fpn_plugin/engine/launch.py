@@ -39,7 +39,8 @@ def run_tool(main: Callable[[], Any]) -> None:
     except ProcessExitedException as error:  # of a process that has said why
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        told = "interrupted; the same command goes on (train_net.py: with --resume)"
+        print(f"\n{told}", file=sys.stderr)
         sys.exit(_INTERRUPTED_STATUS)
 
 

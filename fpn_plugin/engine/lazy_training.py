@@ -23,7 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from fpn_plugin import model_zoo
-from fpn_plugin.data import check_datasets, ensure_mini, register_datasets
+from fpn_plugin.data import (
+    check_datasets,
+    check_proposal_files,
+    ensure_mini,
+    register_datasets,
+)
 from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.errors import UserError, near_names
 
@@ -100,6 +105,10 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     names = {split: _names(cfg, split) for split in ("train", "test")}
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
+        files = cfg.dataloader[split].dataset.get("proposal_files")
+        if files is not None:
+            key = f"dataloader.{split}.dataset.proposal_files"
+            check_proposal_files(names[split], files, key)
     if set(names["train"] + names["test"]) & set(MINI_NAMES):
         ensure_mini()
     args.config_file = ""  # Detectron2 would log it as if it were YAML

@@ -48,18 +48,31 @@ from fpn_plugin.modeling.neck import build_top_block
 __all__ = ["build_network", "build_per_level_head", "build_res5", "model_node", "with_pyramid"]
 
 
-def build_network(builder: str, freeze_at: int, **nodes: dict[str, Any]) -> Backbone:
+def build_network(
+    builder: str,
+    freeze_at: int,
+    input_format: str = "BGR",
+    pixel_mean: list[float] | None = None,
+    pixel_std: list[float] | None = None,
+    **nodes: dict[str, Any],
+) -> Backbone:
     """A network from the BACKBONE registry, by the keys that its builder reads.
 
     Args:
         builder: its name there.
         freeze_at: MODEL.BACKBONE.FREEZE_AT.
+        input_format: as the model's; networks of timm and torchvision read it.
+        pixel_mean: likewise; Detectron2's default by default.
+        pixel_std: likewise.
         nodes: nodes under MODEL with the keys that differ from their defaults, for example
-            ``RESNETS={"DEPTH": 101}``; INPUT and PIXEL_MEAN, PIXEL_STD likewise.
+            ``RESNETS={"DEPTH": 101}``.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
     cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    cfg.INPUT.FORMAT = input_format
+    cfg.MODEL.PIXEL_MEAN = list(pixel_mean or cfg.MODEL.PIXEL_MEAN)
+    cfg.MODEL.PIXEL_STD = list(pixel_std or cfg.MODEL.PIXEL_STD)
     for node, keys in nodes.items():
         for key, value in keys.items():
             cfg.MODEL[node][key] = (
@@ -87,11 +100,7 @@ def model_node(cfg: CfgNode) -> DictConfig:
 
 
 def known(table: dict[str, Any], key: str, value: str) -> Any:
-    """What a table has for the value of a key.
-
-    Raises:
-        UserError: nothing; says what there is.
-    """
+    """What a table has for the value of a key; a UserError names what it has, where not that."""
     if value not in table:
         raise UserError(
             f"{key} {value!r} has no lazy form here; those that have: {', '.join(table)}"
@@ -505,6 +514,8 @@ def with_pyramid(model: DictConfig) -> DictConfig:
         if OmegaConf.is_dict(node):
             target = node.get("_target_")
             if target in (FPN, f"{FPN.__module__}.{FPN.__name__}", "detectron2.modeling.FPN"):
+                if node.pop("square_pad", 0):
+                    raise UserError("square_pad of detectron2.modeling.FPN has no like here")
                 node._target_ = FeaturePyramidNetwork
                 node.coarsest_output_conv = True
                 found += 1

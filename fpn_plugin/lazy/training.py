@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +13,8 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
@@ -39,10 +42,13 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     if is_train and node.RANDOM_FLIP != "none":
         horizontal = node.RANDOM_FLIP == "horizontal"
         augmentations.append(L(T.RandomFlip)(horizontal=horizontal, vertical=not horizontal))
-    proposals = {}
+    more: dict[str, Any] = {}
     if cfg.MODEL.LOAD_PROPOSALS:
         split = "TRAIN" if is_train else "TEST"
-        proposals["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
+        more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
+    if cfg.MODEL.KEYPOINT_ON:
+        names = list(cfg.DATASETS.TRAIN)
+        more["keypoint_hflip_indices"] = L(create_keypoint_hflip_indices)(dataset_names=names)
     return L(ReadableImageMapper)(
         is_train=is_train,
         augmentations=augmentations,
@@ -50,7 +56,7 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=node.MASK_FORMAT,
         use_keypoint=cfg.MODEL.KEYPOINT_ON,
-        **proposals,
+        **more,
     )
 
 
@@ -65,6 +71,15 @@ def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
         else 0,
         proposal_files=files,
     )
+
+
+def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
+    kinds: list[Any] = [COCOEvaluator]
+    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+        kinds = [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]
+    folder = "${train.output_dir}/inference"
+    nodes = [L(kind)(dataset_name=cfg.DATASETS.TEST[0], output_dir=folder) for kind in kinds]
+    return nodes if len(nodes) > 1 else nodes[0]
 
 
 def dataloader_node(cfg: CfgNode) -> DictConfig:
@@ -83,9 +98,7 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
                 mapper=_mapper(cfg, is_train=False),
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
-            "evaluator": L(COCOEvaluator)(
-                dataset_name=cfg.DATASETS.TEST[0], output_dir="${...train.output_dir}/inference"
-            ),
+            "evaluator": _evaluators(cfg),
         },
         flags={"allow_objects": True},
     )

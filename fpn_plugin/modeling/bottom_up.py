@@ -10,6 +10,7 @@ from detectron2.modeling.backbone import Backbone
 from fpn_plugin.errors import UserError, near_names
 
 from .neck import FeaturePyramidNetwork, build_top_block
+from .networks import ImageNetwork
 
 __all__ = ["build_fpn_backbone", "frozen"]
 
@@ -67,6 +68,8 @@ def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
     """The same pyramid with nothing left to train; batch norm keeps its statistics as well."""
     for parameter in neck.parameters():
         parameter.requires_grad = False
+    if isinstance(neck.bottom_up, ImageNetwork):  # it knows what its norms are made of
+        neck.bottom_up.freeze_norms()
     return FrozenBatchNorm2d.convert_frozen_batchnorm(neck)
 
 

@@ -13,7 +13,6 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.ops.misc import Conv2dNormActivation
 
 from fpn_plugin.errors import UserError, near_names
 
@@ -39,6 +38,7 @@ class ImageNetwork(Backbone):
     Args:
         net: gives a map for each stage, as a list or as a dict in order, finest first.
         strides: of the stages, in input pixels; stage k of stride 2^k is named ``res{k}``.
+        out_features: the stages to give; the others are there to be frozen.
         channels: of the stages.
         channels_last: whether maps are ``(N, H, W, C)``.
         mean: of what the network was trained on, RGB in [0, 1].
@@ -59,6 +59,7 @@ class ImageNetwork(Backbone):
         net: nn.Module,
         strides: Sequence[int],
         channels: Sequence[int],
+        out_features: Sequence[str],
         *,
         channels_last: bool = False,
         mean: Sequence[float] = _IMAGENET_MEAN,
@@ -72,7 +73,8 @@ class ImageNetwork(Backbone):
         if norm and norm not in converters:
             raise UserError(f"NORM {norm!r} is unknown: {near_names(norm, converters)} Or none, ''")
         names = [f"res{stride.bit_length() - 1}" for stride in strides]
-        self._out_features = names
+        self._stages = names
+        self._out_features = [name for name in names if name in out_features]
         self._out_feature_strides = dict(zip(names, strides, strict=True))
         self._out_feature_channels = dict(zip(names, channels, strict=True))
         self._channels_last = channels_last
@@ -82,6 +84,7 @@ class ImageNetwork(Backbone):
         self._freeze(self._tried(), cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
         if norm:
             self.net = converters[norm](self.net)
+        self._frozen_norms = converters["FrozenBN"]
 
     def _set_input(self, cfg: CfgNode, mean: Sequence[float], std: Sequence[float]) -> None:
         """One factor and one shift a channel from the model's normalisation to the network's."""
@@ -99,6 +102,10 @@ class ImageNetwork(Backbone):
         scale, shift = model_std / own_std, (model_mean - own_mean) / own_std
         self.register_buffer("_scale", scale.view(-1, 1, 1), persistent=False)
         self.register_buffer("_shift", shift.view(-1, 1, 1), persistent=False)
+
+    def freeze_norms(self) -> None:
+        """Makes every batch norm one that keeps its statistics."""
+        self.net = self._frozen_norms(self.net)
 
     @property
     def size_divisibility(self) -> int:
@@ -124,7 +131,7 @@ class ImageNetwork(Backbone):
         was_training = self.net.training
         self.net.eval()
         try:
-            maps = self(torch.zeros(1, 3, height, width))
+            maps = self._all_stages(torch.zeros(1, 3, height, width))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             raise UserError(_no_such_size(self.net, error)) from error
         finally:
@@ -151,7 +158,7 @@ class ImageNetwork(Backbone):
         if name not in maps:
             raise UserError(
                 f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but {name} is not among this network's "
-                f"stages {self._out_features}: 0 freezes nothing"
+                f"stages {self._stages}: 0 freezes nothing"
             )
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(maps[name].sum(), parameters, allow_unused=True)
@@ -172,12 +179,16 @@ class ImageNetwork(Backbone):
         Returns:
             ``{"res2": (N, C, H / 4, W / 4), ...}``, finest first.
         """
+        maps = self._all_stages(x)
+        return {name: maps[name] for name in self._out_features}
+
+    def _all_stages(self, x: Tensor) -> dict[str, Tensor]:
         x = x.flip(1) if self._flip else x
         maps = self.net(x * self._scale + self._shift)
         given = maps.values() if isinstance(maps, dict) else maps
         if self._channels_last:
             given = [level.permute(0, 3, 1, 2) for level in given]
-        return dict(zip(self._out_features, given, strict=True))
+        return dict(zip(self._stages, given, strict=True))
 
 
 @BACKBONE_REGISTRY.register()
@@ -214,6 +225,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
     with torch.device("meta"):
         info = create().feature_info
     wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TIMM.OUT_FEATURES")
+    wanted = _with_frozen(wanted, info.reduction(), cfg)
     what = f"timm's {node.NAME}"
     chosen = _chosen(wanted, info.reduction(), what, "MODEL.TIMM.OUT_FEATURES")
     indices = tuple(info.out_indices[i] for i in chosen)
@@ -223,6 +235,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
         net,
         wanted,
         net.feature_info.channels(),
+        node.OUT_FEATURES,
         channels_last=getattr(net, "output_fmt", "NCHW") == "NHWC",
         mean=config["mean"],
         std=config["std"],
@@ -244,17 +257,14 @@ def _create_timm(
     if node.DROP_PATH:
         kwargs["drop_path_rate"] = node.DROP_PATH
     try:
-        # Windowed transformers otherwise insist on the size they were trained on.
-        return create_model(node.NAME, strict_img_size=False, **kwargs)
-    except TypeError:
-        pass
-    try:
-        return create_model(node.NAME, **kwargs)
-    except TypeError as error:
-        raise UserError(f"timm's {node.NAME} cannot be built so: {error}") from error
-    except (RuntimeError, AttributeError, AssertionError) as error:
+        try:
+            # Windowed transformers otherwise insist on the size they were trained on.
+            return create_model(node.NAME, strict_img_size=False, **kwargs)
+        except TypeError:  # others do not know the word
+            return create_model(node.NAME, **kwargs)
+    except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
         told = " ".join(str(error).split())[:200]
-        raise UserError(f"timm's {node.NAME} gives no feature maps: {told}") from error
+        raise UserError(f"timm's {node.NAME} gives no feature maps so: {told}") from error
 
 
 @BACKBONE_REGISTRY.register()
@@ -279,16 +289,17 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNet
             f"MODEL.TORCHVISION.NAME {node.NAME!r} is no classification network of torchvision "
             f"{torchvision.__version__}: {near_names(node.NAME, known)}"
         )
-    try:
-        net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
-    except (KeyError, ValueError) as error:
+    known_weights = torchvision.models.get_model_weights(node.NAME).__members__
+    if node.WEIGHTS and node.WEIGHTS not in known_weights:
         raise UserError(
-            f"MODEL.TORCHVISION.WEIGHTS {node.WEIGHTS!r} is not known for {node.NAME}: DEFAULT "
-            "for the best there are, or an empty string for none"
-        ) from error
+            f"MODEL.TORCHVISION.WEIGHTS {node.WEIGHTS!r} is not known for {node.NAME}: "
+            f"{near_names(node.WEIGHTS, known_weights)} Or an empty string for none"
+        )
+    net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
     blocks = _torchvision_blocks(net)
-    wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TORCHVISION.OUT_FEATURES")
     strides = [stride for _, stride, _ in blocks]
+    wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TORCHVISION.OUT_FEATURES")
+    wanted = _with_frozen(wanted, strides, cfg)
     indices = _chosen(
         wanted, strides, f"torchvision's {node.NAME}", "MODEL.TORCHVISION.OUT_FEATURES"
     )
@@ -296,8 +307,16 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNet
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nodes differ between training and evaluation
         extractor = create_feature_extractor(net, {path: path for path, _, _ in chosen})
+    preset = known_weights[node.WEIGHTS or "DEFAULT"].transforms()
     return ImageNetwork(
-        extractor, wanted, [channels for _, _, channels in chosen], cfg=cfg, norm=node.NORM
+        extractor,
+        wanted,
+        [channels for _, _, channels in chosen],
+        node.OUT_FEATURES,
+        mean=preset.mean,
+        std=preset.std,
+        cfg=cfg,
+        norm=node.NORM,
     )
 
 
@@ -307,14 +326,18 @@ def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
     container = next((getattr(net, name) for name in holders if hasattr(net, name)), net)
     paths = {module: path for path, module in net.named_modules()}
     found: list[tuple[str, int, int]] = []
+    blocks_of: dict[float, bool] = {}  # strides that have had a block of several convolutions
     height, width = _TRIED_ON
 
     def note(module: nn.Module, _: object, output: object) -> None:
         if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[-1] == 1:
             return
         down, across = height / output.shape[-2], width / output.shape[-1]
-        bare = isinstance(module, Conv2dNormActivation) and any(s == down for _, s, _ in found)
+        convolutions = sum(isinstance(part, nn.Conv2d) for part in module.modules())
+        # What follows the blocks of a stride, a convolution and its norm, is the classifier's.
+        bare = convolutions <= 1 and blocks_of.get(down)
         if down == across and down == int(down) and not bare:
+            blocks_of[down] = convolutions > 1 or blocks_of.get(down, False)
             found.append((paths[module], int(down), output.shape[1]))
 
     hooks = [child.register_forward_hook(note) for child in container.children()]
@@ -347,6 +370,12 @@ def _wanted_strides(names: Sequence[str], key: str) -> list[int]:
     if not names:
         raise UserError(f"{key} is empty: name stages, res2 to res5 usually")
     return sorted(known[name] for name in names)
+
+
+def _with_frozen(wanted: Sequence[int], offered: Sequence[int], cfg: CfgNode) -> list[int]:
+    """The strides wanted and, where the network has it, that of the last stage to freeze."""
+    frozen = 2**cfg.MODEL.BACKBONE.FREEZE_AT
+    return sorted({*wanted, frozen} if frozen > 1 and frozen in offered else wanted)
 
 
 def _chosen(wanted: Sequence[int], offered: Sequence[int], what: str, key: str) -> list[int]:

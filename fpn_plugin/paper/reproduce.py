@@ -12,7 +12,7 @@ from fpn_plugin.errors import UserError
 from .report import read_runs, write_report
 from .runs import Outcome, RunFolder
 from .scheduler import Task, run_tasks, tasks_for
-from .tables import SCALES, TABLES, Row, needed_runs, select_rows
+from .tables import RUNS, SCALES, TABLES, Row, needed_runs, select_rows
 
 __all__ = ["argument_parser", "reproduce_main"]
 
@@ -109,18 +109,22 @@ def _outcomes(args: argparse.Namespace, tables: dict[int, list[Row]]) -> dict[Ru
     """What finished runs of the rows came to, in the output folder and in other reports."""
     found: dict[RunFolder, Outcome] = {}
     for number, rows in tables.items():
-        runs = {run.name: run for run in needed_runs(rows)}
         for name in dict.fromkeys(row.run for row in rows if row.run):
             of_run = [
-                RunFolder(runs[name], args.scale, seed, Path(args.output), tuple(args.opts))
+                RunFolder(RUNS[name], args.scale, seed, Path(args.output), tuple(args.opts))
                 for seed in sorted({*args.seeds, *_SEEDS_LOOKED_FOR})
             ]
             for report in args.reports:
                 found |= read_runs(report, of_run)
             for folder in of_run:
-                if folder.finished:
+                if not folder.finished:
+                    continue
+                try:
                     folder.check()
-                    found[folder] = folder.outcome(TABLES[number].task)
+                except UserError as error:  # those asked for were checked before they ran
+                    print(f"not in the report: {error}")
+                    continue
+                found[folder] = folder.outcome(TABLES[number].task)
     return found
 
 

@@ -242,7 +242,10 @@ def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str
     if task == "bbox":
         per_category = results[task]
         return {
-            group: statistics.mean(per_category[f"AP-{c['name']}"] for c in categories)
+            # Without any detection there is no AP of a category.
+            group: statistics.mean(
+                per_category.get(f"AP-{category['name']}", float("nan")) for category in categories
+            )
             for group, categories in groups.items()
         }
     with (folder.path / "inference" / "box_proposals.pkl").open("rb") as file:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from fpn_plugin.errors import UserError
@@ -64,7 +65,7 @@ class Task:
 
     def command(self, num_gpus: int) -> list[str]:
         """Its command line."""
-        gpus = ["--num-gpus", str(max(1, num_gpus))]
+        gpus = ["--num-gpus", str(max(1, num_gpus)), "--dist-url", "auto"]
         path = self.folder.path
         if self.dump:
             code, args = _DUMP, ["--config-file", str(path / "config.yaml"), *gpus]
@@ -161,18 +162,37 @@ def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:
     if not task.dump:
         task.folder.claim()
     environment = dict(os.environ)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    each = max(1, gpus // at_once) if gpus else 0
-    if gpus:
-        chosen = [(slot * each + i) % gpus for i in range(each)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen))
+    mine = _gpus_of(task.folder.config(), _visible_gpus(), slot, at_once)
+    if mine:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     elif at_once > 1:
         threads = max(1, (os.cpu_count() or 1) // at_once)
         environment["OMP_NUM_THREADS"] = str(threads)
     with task.log.open("ab") as log:
         return subprocess.Popen(
-            task.command(each), stdout=log, stderr=subprocess.STDOUT, env=environment
+            task.command(len(mine)), stdout=log, stderr=subprocess.STDOUT, env=environment
         )
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    return named[:count] if named else [str(gpu) for gpu in range(count)]
+
+
+def _gpus_of(cfg: CfgNode, gpus: Sequence[str], slot: int, at_once: int) -> list[str]:
+    """The GPUs of one of the runs that go on at once; none on the CPU.
+
+    Detectron2 wants a batch that its GPUs can share alike. A network whose batch norm is trained
+    gets one, so that a batch is normalised as a whole wherever it runs.
+    """
+    if not gpus or not cfg.MODEL.DEVICE.startswith("cuda"):
+        return []
+    each = max(1, len(gpus) // at_once)
+    batch = 1 if cfg.MODEL.RESNETS.NORM == "BN" else cfg.SOLVER.IMS_PER_BATCH
+    used = max(n for n in range(1, each + 1) if batch % n == 0)
+    return [gpus[(slot * each + i) % len(gpus)] for i in range(used)]
 
 
 def _check(task: Task, process: subprocess.Popen[bytes]) -> None:

@@ -253,7 +253,8 @@ _TABLES = (
                 "5-R101-no",
             ),
         ),
-        "Differences are to the same network without sharing.",
+        "Differences are to the same network without sharing. Published seconds an image, on one "
+        "M40, with sharing: 0.148 (ResNet-50) and 0.172 (ResNet-101).",
     ),
 )
 TABLES = {table.number: table for table in _TABLES}

@@ -89,6 +89,14 @@ def test_any_network_carries_a_pyramid(network):
     with torch.no_grad():
         for name, level in other(image).items():
             assert torch.equal(level, pyramid[name])
+    # Frozen by key, it computes the same in training: no norm or activation was lost.
+    fixed = build_backbone(config(network, "MODEL.FPN.FREEZE", True))
+    fixed.train("swin_" not in network)  # whose stochastic depth is on by default
+    fixed.load_state_dict(neck.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, level in fixed(image).items():
+            torch.testing.assert_close(level, pyramid[name], rtol=1e-3, atol=1e-3)
+    assert not [name for name, p in fixed.named_parameters() if p.requires_grad]
     # In training, every parameter gets a gradient.
     neck.train()
     sum(level.square().sum() for level in neck(image).values()).backward()
@@ -233,6 +241,35 @@ def test_a_frozen_norm_keeps_the_activation_that_timm_put_into_it():
             torch.testing.assert_close(level, plain(image)[stage], rtol=1e-4, atol=1e-5)
 
 
+def test_a_pyramid_from_p3_freezes_what_lies_below():
+    opts = ["MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"], "MODEL.BACKBONE.FREEZE_AT", 2]
+    for network in ("timm:resnet10t", "torchvision:mobilenet_v2"):
+        bottom_up = build_backbone(config(network, *opts)).bottom_up
+        maps = bottom_up(torch.randn(1, 3, 64, 64))
+        assert list(maps) == list(bottom_up.output_shape()) == ["res3", "res4", "res5"]
+        frozen = [name for name, p in bottom_up.named_parameters() if not p.requires_grad]
+        assert frozen and all(level.requires_grad for level in maps.values())
+
+
+def test_a_stage_is_the_last_block_of_its_stride_not_what_the_classifier_adds():
+    channels = {
+        "shufflenet_v2_x0_5": 192, "mnasnet0_5": 160, "mobilenet_v2": 320, "efficientnet_b0": 320,
+        "resnet18": 512, "vgg11": 512,
+    }  # fmt: skip
+    for name, expected in channels.items():
+        neck = build_backbone(config(f"torchvision:{name}"))
+        assert neck.bottom_up.output_shape()["res5"].channels == expected, name
+
+
+def test_torchvisions_other_normalisations_are_read():
+    half = build_backbone(
+        config("torchvision:efficientnet_v2_l", "MODEL.FPN.IN_FEATURES", ["res2"])
+    )
+    # Detectron2's mean grey becomes (mean - 0.5) / 0.5 of RGB in [0, 1].
+    mean = torch.tensor([123.675, 116.28, 103.53]) / 255
+    torch.testing.assert_close(half.bottom_up._shift.flatten(), (mean - 0.5) / 0.5)
+
+
 def test_norms_are_converted():
     norms = lambda neck, kind: sum(isinstance(m, kind) for m in neck.bottom_up.modules())  # noqa: E731
     plain = build_backbone(config("torchvision:resnet18"))
@@ -267,6 +304,7 @@ def test_a_network_is_built_no_deeper_than_it_is_read():
         ("timm:vit_tiny_patch16_224", [], r"strides \[16\].*asks for res2 \(stride 4\)"),
         ("timm:coatnet_pico_rw_224", [], "does not take images of 128 x 160 px"),
         ("timm:inception_v3", [], r"res2 of .* stride 4 would be \(1, 192, 32, 40\)"),
+        ("timm:resnet18.nope", [], "gives no feature maps so: .*nope"),
         ("timm:resnet81", [], r"no model of timm 1.*did you mean resnet"),
         ("timm:resnet10t", ["MODEL.TIMM.NORM", "GN"], "NORM 'GN' is unknown"),
         ("timm:pvt_v2_b0", ["MODEL.BACKBONE.FREEZE_AT", 1], "res1 is not among"),

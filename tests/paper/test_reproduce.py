@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from fpn_plugin import UserError
+from fpn_plugin import UserError, model_zoo
 from fpn_plugin.data import ensure_mini
 from fpn_plugin.paper import runs
 from fpn_plugin.paper.report import read_runs, summarize, write_report
 from fpn_plugin.paper.reproduce import reproduce_main
 from fpn_plugin.paper.runs import Outcome, RunFolder
-from fpn_plugin.paper.scheduler import tasks_for
+from fpn_plugin.paper.scheduler import _gpus_of, _visible_gpus, tasks_for
 from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -121,6 +122,34 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
     assert version() != before
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "gpus", "slot", "at_once", "expected"),
+    [
+        ("paper/table1_c_FPN", "cuda", "01234567", 0, 1, "01234567"),
+        ("paper/table1_c_FPN", "cuda", "012345", 0, 1, "0123"),  # 16 images: 6 cannot share them
+        ("paper/table1_c_FPN", "cuda", "4567", 1, 2, "67"),
+        ("paper/table1_c_FPN", "cuda", "0", 1, 2, "0"),
+        ("mini/table1_c_FPN", "cuda", "23", 0, 1, "2"),  # one batch norm over the whole batch
+        ("mini/table1_c_FPN", "cuda", "0123", 2, 4, "2"),
+        ("mini/table1_c_FPN", "cpu", "0123", 0, 1, ""),
+        ("mini/table1_c_FPN", "cuda", "", 0, 1, ""),
+    ],
+)
+def test_gpus_are_shared_as_batches_can_be(name, device, gpus, slot, at_once, expected):
+    cfg = model_zoo.get_config(f"{name}.yaml")
+    cfg.MODEL.DEVICE = device
+    assert "".join(_gpus_of(cfg, list(gpus), slot, at_once)) == expected
+
+
+def test_only_visible_gpus_are_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert _visible_gpus() == ["5", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _visible_gpus() == ["0", "1"]
+
+
 def outcome(scale: float, groups: bool = True) -> Outcome:
     metrics = dict.fromkeys(["AR@100", "AR@1000", "ARs@1000", "ARm@1000", "ARl@1000"], scale)
     by_group = {"digit": scale, "disc": scale + 1} if groups else {}
@@ -177,7 +206,7 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     while not (first / "train.log").is_file() and time.monotonic() < deadline:
         pass
     cut.send_signal(signal.SIGINT)
-    assert b"--resume" not in cut.communicate(timeout=60)[0] or cut.returncode == 130
+    assert b"the same command goes on" in cut.communicate(timeout=60)[0]
     assert cut.returncode == 130
     reproduce_main(args)
     told = capsys.readouterr()
