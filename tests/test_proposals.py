@@ -40,8 +40,8 @@ def own(tmp_path):
             label = {"id": i, "image_id": 10 + i, "category_id": 1, "bbox": [2, 3, 20, 18]}
             content["annotations"].append({**label, "area": 360, "iscrowd": 0})
     (tmp_path / "own.json").write_text(json.dumps(content))
-    yield f"own={tmp_path / 'own.json'}:{tmp_path / 'images'}"
-    for name in {"own"} & set(DatasetCatalog.list()):
+    yield f"proposed={tmp_path / 'own.json'}:{tmp_path / 'images'}"
+    for name in {"proposed"} & set(DatasetCatalog.list()):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
@@ -57,14 +57,14 @@ def weights(tmp_path) -> Path:
 
 def args(own: str, weights: Path, output: Path, *more: str) -> list[str]:
     return [
-        "--config-file", RPN, "--dataset", own, "--splits", "own", "--output", str(output),
+        "--config-file", RPN, "--dataset", own, "--splits", "proposed", "--output", str(output),
         *TINY, "MODEL.WEIGHTS", str(weights), *more,
     ]  # fmt: skip
 
 
 def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights, tmp_path):
     dump_main(args(own, weights, tmp_path / "p"))
-    saved = pickle.loads((tmp_path / "p" / "own.pkl").read_bytes())
+    saved = pickle.loads((tmp_path / "p" / "proposed.pkl").read_bytes())
     assert saved["ids"] == [10, 11, 12, 13, 14]
     model = FPNTrainer.build_model(load_config(RPN, TINY)).eval()
     model.load_state_dict(torch.load(weights)["model"])
@@ -84,14 +84,14 @@ def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights
 
 def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_path):
     dump_main(args(own, weights, tmp_path / "p"))
-    file = str(tmp_path / "p" / "own.pkl")
-    records = get_detection_dataset_dicts(["own"], filter_empty=False, proposal_files=[file])
+    file = str(tmp_path / "p" / "proposed.pkl")
+    records = get_detection_dataset_dicts(["proposed"], filter_empty=False, proposal_files=[file])
     saved = pickle.loads(Path(file).read_bytes())
     for record, boxes in zip(records, saved["boxes"], strict=True):
         np.testing.assert_array_equal(np.sort(record["proposal_boxes"], 0), np.sort(boxes, 0))
     train_main(
         ["--config-file", "mini/table2_c_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "2",
-         "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+         "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
          "DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)",
          "DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "OUTPUT_DIR", str(tmp_path / "fast")]
     )  # fmt: skip
@@ -111,35 +111,35 @@ def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(proposals, "_write_part", cut_off)
     with pytest.raises(KeyboardInterrupt):
         dump_main(args(own, weights, tmp_path / "p"))
-    assert not (tmp_path / "p" / "own.pkl").exists()
+    assert not (tmp_path / "p" / "proposed.pkl").exists()
     made.clear()
     dump_main(args(own, weights, tmp_path / "p"))
     assert made == [[14]]  # the two parts before were there
     monkeypatch.undo()
     dump_main(args(own, weights, tmp_path / "at_once"))
-    cut, at_once = ((tmp_path / name / "own.pkl").read_bytes() for name in ("p", "at_once"))
+    cut, at_once = ((tmp_path / name / "proposed.pkl").read_bytes() for name in ("p", "at_once"))
     assert cut == at_once
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["own.made_by", "own.pkl"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["proposed.made_by", "proposed.pkl"]
 
 
 def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
-    parts = tmp_path / "p" / "own.parts"
+    parts = tmp_path / "p" / "proposed.parts"
     parts.mkdir(parents=True)
     (parts / "made_by").write_text("something else")
     with pytest.raises(SystemExit):
         dump_main(args(own, weights, tmp_path / "p"))
-    assert "own.parts holds proposals of other weights" in capfd.readouterr().err
+    assert "proposed.parts holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_proposals_of_other_weights_are_not_taken_for_these(own, weights, tmp_path, capfd):
     dump_main(args(own, weights, tmp_path / "p"))
     dump_main(args(own, weights, tmp_path / "p"))
-    assert "own.pkl is there already" in capfd.readouterr().out
+    assert "proposed.pkl is there already" in capfd.readouterr().out
     state = torch.load(weights)
     torch.save(state, weights)  # trained again
     with pytest.raises(SystemExit):
         dump_main(args(own, weights, tmp_path / "p"))
-    assert "own.pkl holds proposals of other weights" in capfd.readouterr().err
+    assert "proposed.pkl holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
@@ -150,14 +150,14 @@ def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ("()", r"PROPOSAL_FILES_TRAIN must name a file for each .*own.*; it has 0"),
-        ("('no/own.pkl',)", r"'no/own.pkl', which is not there.*dump_proposals.py .*--splits own"),
+        ("()", r"PROPOSAL_FILES_TRAIN must name a file for each .*proposed.*; it has 0"),
+        ("('no/proposed.pkl',)", r"'no/proposed.pkl', which is not there.*dump_proposals.py .*--splits proposed"),
     ],
 )
 def test_a_missing_proposal_file_names_the_command_that_makes_it(own, tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         train_main(
             ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
-             "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)",
+             "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
              "DATASETS.PROPOSAL_FILES_TRAIN", files, "OUTPUT_DIR", str(tmp_path)]
         )  # fmt: skip
