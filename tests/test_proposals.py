@@ -119,7 +119,10 @@ def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
     dump_main(args(own, weights, tmp_path / "at_once"))
     cut, at_once = ((tmp_path / name / "proposed.pkl").read_bytes() for name in ("p", "at_once"))
     assert cut == at_once
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["proposed.made_by", "proposed.pkl"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
+        "proposed.made_by",
+        "proposed.pkl",
+    ]
 
 
 def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
@@ -151,7 +154,10 @@ def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
     ("files", "message"),
     [
         ("()", r"PROPOSAL_FILES_TRAIN must name a file for each .*proposed.*; it has 0"),
-        ("('no/proposed.pkl',)", r"'no/proposed.pkl', which is not there.*dump_proposals.py .*--splits proposed"),
+        (
+            "('no/proposed.pkl',)",
+            r"'no/proposed.pkl', which is not there.*dump_proposals.py .*--splits proposed",
+        ),
     ],
 )
 def test_a_missing_proposal_file_names_the_command_that_makes_it(own, tmp_path, files, message):

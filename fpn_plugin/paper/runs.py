@@ -182,6 +182,11 @@ class RunFolder:
         """Whether it was trained and evaluated to the end."""
         return (self.path / "results.json").is_file()
 
+    def tidy(self) -> None:
+        """Removes the checkpoints that a finished run would have been resumed from."""
+        for checkpoint in self.path.glob("model_[0-9]*.pth"):
+            checkpoint.unlink()
+
     def iteration(self) -> int:
         """How many iterations of its training are done, as far as its log tells."""
         rows = loss_rows(self.path / "metrics.json")

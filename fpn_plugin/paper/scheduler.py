@@ -197,6 +197,7 @@ def _gpus_of(cfg: CfgNode, gpus: Sequence[str], slot: int, at_once: int) -> list
 
 def _check(task: Task, process: subprocess.Popen[bytes]) -> None:
     if process.returncode == 0 and task.done:
+        task.folder.tidy()
         return
     lines = task.log.read_text(errors="replace").strip().splitlines()
     raise UserError(

@@ -25,7 +25,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 TINY = (
     "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
     "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "DATALOADER.NUM_WORKERS",
-    "0", "MODEL.RPN.POST_NMS_TOPK_TEST", "30",
+    "0", "MODEL.RPN.POST_NMS_TOPK_TEST", "30", "SOLVER.CHECKPOINT_PERIOD", "1",
 )  # fmt: skip
 
 
@@ -223,6 +223,7 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     assert (first / "proposals" / "mini_val.pkl").is_file()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_final.pth")}
     assert len(before) == 2
+    assert not list(tmp_path.rglob("model_0*.pth"))  # of no use any more
     reproduce_main(args)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     # What another machine reported goes into this one's report, if the same code made it.
