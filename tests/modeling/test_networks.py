@@ -103,29 +103,26 @@ def test_any_network_carries_a_pyramid(network):
     assert not [name for name, p in neck.named_parameters() if p.grad is None]
 
 
-ODD = [
-    "timm:resnet10t",
-    "timm:convnext_atto",
-    "timm:pvt_v2_b0",
-    "timm:swin_tiny_patch4_window7_224",
-    "torchvision:regnet_x_400mf",
-    "torchvision:mobilenet_v3_small",
-    "resnet:R-18",
-]
+# What cannot add maps of odd sizes, or cuts its input into windows.
+NEED_PADDING = {
+    "timm:hrnet_w18_small", "timm:dla34", "timm:swin_tiny_patch4_window7_224",
+    "timm:swinv2_tiny_window8_256",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("network", ODD)
-@pytest.mark.parametrize("size", [(75, 100), (33, 161)])
-def test_odd_input_sizes_with_match_lateral_size(network, size):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_odd_input_sizes_with_match_lateral_size(network):
     neck = build_backbone(config(network, "MODEL.FPN.MATCH_LATERAL_SIZE", True)).eval()
     # Detectron2's models pad what the backbone says it needs; most networks need nothing.
-    assert neck.size_divisibility == (32 if "swin" in network else 0)
+    assert neck.size_divisibility == (32 if network in NEED_PADDING else 0)
+    size = (75, 100)
     if neck.size_divisibility:
         with pytest.raises((AssertionError, RuntimeError)):
             neck(torch.randn(1, 3, *size))
-        size = [-(-side // 32) * 32 for side in size]
+        size = (96, 128)
+    image = torch.randn(1, 3, *size)
     with torch.no_grad():
-        maps, pyramid = neck.bottom_up(torch.randn(1, 3, *size)), neck(torch.randn(1, 3, *size))
+        maps, pyramid = neck.bottom_up(image), neck(image)
     for stage, level in zip(STAGES, ("p2", "p3", "p4", "p5"), strict=True):
         assert pyramid[level].shape[-2:] == maps[stage].shape[-2:]
         stride = 2 ** int(stage[-1])
@@ -202,32 +199,32 @@ def test_torchvisions_network_sees_what_it_was_trained_on(opts):
         torch.testing.assert_close(stage, level, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "network", ["timm:mobilenetv3_small_050", "timm:convnext_atto", "torchvision:mobilenet_v2"]
-)
+@pytest.mark.parametrize("network", [n for n in NETWORKS if not n.startswith("resnet:")])
 @pytest.mark.parametrize("freeze_at", [2, 4])
 def test_frozen_stages_get_no_gradient_and_keep_their_statistics(network, freeze_at):
-    neck = build_backbone(config(network, "MODEL.BACKBONE.FREEZE_AT", freeze_at)).train()
-    bottom_up = neck.bottom_up
+    neck = build_backbone(config(network, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
+    bottom_up = neck.train().bottom_up
     image = torch.randn(2, 3, 64, 64)
     before = {k: v.clone() for k, v in bottom_up.state_dict().items()}
     maps = bottom_up(image)
     for stage, level in maps.items():
-        assert level.requires_grad == (int(stage[-1]) > freeze_at), stage
+        # HRNet's branches are mixed to the end: a finer map is made of more than a coarser one.
+        if "hrnet" not in network or stage == f"res{freeze_at}":
+            assert level.requires_grad == (int(stage[-1]) > freeze_at), stage
     neck(image)["p2"].sum().backward()
-    trained = [name for name, p in bottom_up.named_parameters() if p.grad is not None]
-    assert trained
     frozen = [name for name, p in bottom_up.named_parameters() if not p.requires_grad]
-    assert not set(trained) & set(frozen)
-    if "convnext" not in network:
-        changed = [k for k, v in bottom_up.state_dict().items() if not torch.equal(v, before[k])]
-        assert changed  # statistics of the stages that are trained
-        assert frozen or not changed
-        # A stage that is frozen computes the same in training as in evaluation.
-        with torch.no_grad():
-            for stage, level in bottom_up.eval()(image).items():
-                if int(stage[-1]) <= freeze_at:
-                    torch.testing.assert_close(level, maps[stage])
+    assert frozen
+    assert not [n for n, p in bottom_up.named_parameters() if p.grad is not None and n in frozen]
+    with_norms = any("running_mean" in key for key in before)
+    changed = {k for k, v in bottom_up.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed or not with_norms or "hrnet" in network  # statistics of what is trained
+    if any(isinstance(m, timm.layers.DropPath) and m.drop_prob for m in bottom_up.modules()):
+        return
+    # A stage that is frozen computes the same in training as in evaluation.
+    with torch.no_grad():
+        for stage, level in bottom_up.eval()(image).items():
+            if not maps[stage].requires_grad:
+                torch.testing.assert_close(level, maps[stage], rtol=1e-3, atol=1e-3)
 
 
 def test_a_frozen_norm_keeps_the_activation_that_timm_put_into_it():
