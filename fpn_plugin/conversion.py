@@ -1,8 +1,8 @@
 """Weights of other libraries' FPN detectors into this plugin's names and back: torchvision, mmdet.
 
-Faster and Mask R-CNN. :data:`CONFIG_KEYS` says what a config must have to compute what the original
-does: its input, its strides, its pooling. What still differs are torchvision's anchors, which it
-rounds to whole pixels.
+Faster, Mask and (torchvision's) Keypoint R-CNN. :data:`CONFIG_KEYS` says what a config must have to
+compute what the original does: its input, its strides, its pooling. What still differs are
+torchvision's anchors, which it rounds to whole pixels.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ CONFIG_KEYS = {
         "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "2",
         "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign",
         "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", "2",
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlign",
+        "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", "2",
     ],
     "mmdet": _PYTORCH_STYLE,
 }  # fmt: skip
@@ -85,6 +87,15 @@ _TORCHVISION: Rules = (
     (r"^roi_heads\.mask_head\.mask_fcn(\d)\.", _shifted("roi_heads.mask_head.{n1}.0.", 1, -1)),
     (r"^roi_heads\.mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
     (r"^roi_heads\.mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    # A convolution and a ReLU in turn, numbered from 0.
+    (
+        r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.",
+        lambda match: f"roi_heads.keypoint_head.{2 * int(match[1]) - 2}.",
+    ),
+    (
+        r"^roi_heads\.keypoint_head\.score_lowres\.",
+        "roi_heads.keypoint_predictor.kps_score_lowres.",
+    ),
 )
 _MMDET: Rules = (
     *_RESNET,

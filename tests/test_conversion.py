@@ -5,7 +5,11 @@ import copy
 import pytest
 import torch
 from detectron2.structures import Boxes
-from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    fasterrcnn_resnet50_fpn,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+)
 
 from fpn_plugin import UserError
 from fpn_plugin.conversion import CONFIG_KEYS, convert_main, from_library, library_name, to_library
@@ -115,6 +119,22 @@ def test_torchvisions_weights_come_back_as_they_went(classes):
     # Filled into what it came from, it is that.
     whole = to_library(converted, "torchvision", into=state)
     assert all(torch.equal(whole[key], state[key]) for key in state)
+
+
+def test_keypoint_heads_are_torchvisions():
+    net = keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
+    theirs = randomised(net).roi_heads
+    cfg = config("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", 1)
+    model = FPNTrainer.build_model(cfg).eval()
+    converted = from_library(net.state_dict(), cfg, "torchvision")
+    model.load_state_dict(converted, strict=True)
+    regions = torch.randn(2, 256, 14, 14)
+    with torch.no_grad():
+        expected = theirs.keypoint_predictor(theirs.keypoint_head(regions))
+        ours = model.roi_heads.keypoint_head.layers(regions)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    back = to_library(converted, "torchvision", into=net.state_dict())
+    assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("library", ["torchvision", "mmdet"])
