@@ -1,15 +1,15 @@
 """Weights of other libraries' FPN detectors into this plugin's names and back: torchvision, mmdet.
 
-Faster, Mask and (torchvision's) Keypoint R-CNN. :data:`CONFIG_KEYS` says what a config must have to
-compute what the original does: its input, its strides, its pooling. What still differs are
-torchvision's anchors, which it rounds to whole pixels.
+Faster and Mask R-CNN; of torchvision's also Keypoint R-CNN and RetinaNet. :data:`CONFIG_KEYS` says
+what a config must have to compute what the original does: its input, its strides, its pooling. What
+still differs are torchvision's anchors, which it rounds to whole pixels.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ def _shifted(template: str, group: int, by: int) -> Callable[[re.Match[str]], st
     return replace
 
 
+def _halved(template: str) -> Callable[[re.Match[str]], str]:
+    """A replacement for one of convolutions that are numbered with the ReLUs between them."""
+    return lambda match: template.format(int(match[1]) // 2)
+
+
 _RESNET: Rules = (
     (r"^backbone\.bottom_up\.stem\.conv1\.norm\.", "BODY.bn1."),
     (r"^backbone\.bottom_up\.stem\.conv1\.", "BODY.conv1."),
@@ -78,8 +83,13 @@ _RESNET: Rules = (
 _TORCHVISION: Rules = (
     *_RESNET,
     ("^BODY", "backbone.body"),
-    (r"^backbone\.fpn_lateral(\d)\.", _shifted("backbone.fpn.inner_blocks.{n1}.0.", 1, -2)),
-    (r"^backbone\.fpn_output(\d)\.", _shifted("backbone.fpn.layer_blocks.{n1}.0.", 1, -2)),
+    (r"^backbone\.fpn_lateral(\d)\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"^backbone\.fpn_output(\d)\.", r"backbone.fpn.layer_blocks.\1.0."),
+    (r"^backbone\.top_block\.", "backbone.fpn.extra_blocks."),
+    (r"^head\.cls_score\.", "head.classification_head.cls_logits."),
+    (r"^head\.bbox_pred\.", "head.regression_head.bbox_reg."),
+    (r"^head\.cls_subnet\.(\d)\.", _halved("head.classification_head.conv.{}.0.")),
+    (r"^head\.bbox_subnet\.(\d)\.", _halved("head.regression_head.conv.{}.0.")),
     (r"^proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
     (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
     (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
@@ -100,8 +110,8 @@ _TORCHVISION: Rules = (
 _MMDET: Rules = (
     *_RESNET,
     ("^BODY", "backbone"),
-    (r"^backbone\.fpn_lateral(\d)\.", _shifted("neck.lateral_convs.{n1}.conv.", 1, -2)),
-    (r"^backbone\.fpn_output(\d)\.", _shifted("neck.fpn_convs.{n1}.conv.", 1, -2)),
+    (r"^backbone\.fpn_lateral(\d)\.", r"neck.lateral_convs.\1.conv."),
+    (r"^backbone\.fpn_output(\d)\.", r"neck.fpn_convs.\1.conv."),
     (r"^proposal_generator\.rpn_head\.conv\.", "rpn_head.rpn_conv."),
     (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn_head.rpn_cls."),
     (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_head.rpn_reg."),
@@ -126,8 +136,19 @@ _BY_CLASS = (
 _NOT_CONVERTED = ("num_batches_tracked", "pixel_mean", "pixel_std")
 
 
-def library_name(key: str, library: str) -> str:
-    """The name that a library has for a parameter of this plugin's models."""
+def library_name(key: str, library: str, finest: int = 2) -> str:
+    """The name that a library has for a parameter of this plugin's models.
+
+    Args:
+        key: of the parameter.
+        library: one of :data:`LIBRARIES`.
+        finest: the pyramid's finest level, from which both libraries count from 0.
+    """
+    key = re.sub(
+        r"^(backbone\.fpn_(?:lateral|output))(\d)",
+        lambda match: f"{match[1]}{int(match[2]) - finest}",
+        key,
+    )
     for pattern, replacement in LIBRARIES[library]:
         key = re.sub(pattern, replacement, key)
     return key
@@ -153,14 +174,18 @@ def from_library(
         UserError: something is missing, has another shape, or has no place in the model.
     """
     wanted = _wanted(cfg)
+    finest = _finest(wanted)
     converted: dict[str, Tensor] = {}
+    used: set[str] = set()
     for key, shape in wanted.items():
-        name = _present(library_name(key, library), state)
+        theirs = library_name(key, library, finest)
+        name = _present(theirs, state)
         if name is None:
             raise UserError(
-                f"{library}'s weights lack {library_name(key, library)}, which the model's {key} "
-                "is made of: is the config of their kind and depth?"
+                f"{library}'s weights lack {theirs}, which the model's {key} is made of: is the "
+                "config of their kind and depth?"
             )
+        used.add(name)
         tensor = state[name]
         rows = _class_rows(key, tensor, shape, library)
         tensor = tensor if rows is None else tensor[rows]
@@ -172,7 +197,6 @@ def from_library(
         converted[key] = tensor.clone()
         if key.endswith("running_var"):
             converted[key] += bn_eps - _BN_EPS
-    used = {_present(library_name(key, library), state) for key in wanted}
     left = [k for k in state if k not in used and not k.endswith(_NOT_CONVERTED)]
     if left:
         raise UserError(
@@ -198,10 +222,11 @@ def to_library(
         UserError: a tensor does not fit ``into``.
     """
     converted: dict[str, Tensor] = {} if into is None else {k: v.clone() for k, v in into.items()}
+    finest = _finest(state)
     for key, tensor in state.items():
         if key.endswith(_NOT_CONVERTED):
             continue
-        name = library_name(key, library)
+        name = library_name(key, library, finest)
         name = _present(name, converted) or name
         if into is not None and name not in converted:
             raise UserError(f"{library}'s layout has no {name}, which {key} would become")
@@ -215,6 +240,12 @@ def to_library(
             full[rows] = tensor
         converted[name] = full
     return converted
+
+
+def _finest(keys: Iterable[str]) -> int:
+    """The finest level that parameters of these names are of."""
+    levels = [int(m[1]) for key in keys if (m := re.match(r"backbone\.fpn_lateral(\d)", key))]
+    return min(levels, default=2)
 
 
 def _wanted(cfg: CfgNode) -> dict[str, torch.Size]:
@@ -235,25 +266,47 @@ def _present(name: str, state: dict[str, Tensor]) -> str | None:
 
 def _class_rows(key: str, full: Tensor, shape: torch.Size, library: str) -> list[int] | None:
     """Rows of a library's predictor that are this plugin's, in its order; None where all are."""
+    if library == "torchvision" and key.startswith(("head.cls_score.", "head.bbox_pred.")):
+        return _dense_rows(full.shape[0], shape[0], scores="cls_score" in key)
     if library != "torchvision" or not key.startswith(_BY_CLASS):
         return None
     per_class = 4 if "bbox_pred" in key else 1
     scores = "cls_score" in key
     classes = shape[0] // per_class - (1 if scores else 0)
-    given = full.shape[0] // per_class - 1
-    if (given, classes) == (90, 80):
-        numbers = sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
-    elif given == classes:
-        numbers = list(range(1, classes + 1))
-    else:
+    numbers = _class_numbers(full.shape[0] // per_class - 1, classes)
+    if numbers is None:
         return None  # the shapes will be found to differ
     order = [*numbers, 0] if scores else numbers
     return [number * per_class + i for number in order for i in range(per_class)]
 
 
+def _class_numbers(given: int, classes: int) -> list[int] | None:
+    """Torchvision's numbers, from 1 on, of a model's classes."""
+    if (given, classes) == (90, 80):
+        return sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
+    return list(range(1, classes + 1)) if given == classes else None
+
+
+def _dense_rows(given: int, wanted: int, *, scores: bool) -> list[int] | None:
+    """Rows of RetinaNet's predictors. Of a cell's nine anchors torchvision has the three scales
+    of a ratio side by side, Detectron2 the three ratios of a scale.
+    """
+    anchors = [ratio * 3 + scale for scale in range(3) for ratio in range(3)]
+    if scores:
+        numbers = _class_numbers(given // 9 - 1, wanted // 9)
+        each = given // 9
+    else:
+        numbers, each = list(range(4)), 4
+    if numbers is None or given % 9 or wanted % 9:
+        return None
+    return [anchor * each + number for anchor in anchors for number in numbers]
+
+
 def _with_background(key: str, tensor: Tensor, library: str) -> Tensor:
     """A tensor of zeros of the library's shape."""
     rows = tensor.shape[0]
+    if library == "torchvision" and key.startswith("head.cls_score."):
+        rows += 9  # one for each anchor
     if library == "torchvision" and key.startswith(_BY_CLASS) and "cls_score" not in key:
         rows += 4 if "bbox_pred" in key else 1
     return tensor.new_zeros(rows, *tensor.shape[1:])
@@ -314,12 +367,22 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.config_file:
         raise UserError("--from needs --config-file: the config of the model they are for")
-    cfg = load_config(args.config_file, [*CONFIG_KEYS[args.source], *args.opts])
+    keys = [*CONFIG_KEYS[args.source], *_top_block_keys(state)]
+    cfg = load_config(args.config_file, [*keys, *args.opts])
     write_checkpoint(from_library(state, cfg, args.source, args.bn_eps), output)
     cfg.MODEL.WEIGHTS = str(output)
     config = output.with_suffix(".yaml")
     config.write_text(cfg.dump())
     print(f"{output}, and {config} that loads it")
+
+
+def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
+    """The config keys that say what a torchvision RetinaNet's P6 reads: P5, or C5."""
+    p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
+    if p6 is None:
+        return []
+    on_level = p6.shape[0] == p6.shape[1]
+    return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if on_level else "p6p7_c5"]
 
 
 def _tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     keypointrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
 )
 
 from fpn_plugin import UserError
@@ -119,6 +121,48 @@ def test_torchvisions_weights_come_back_as_they_went(classes):
     # Filled into what it came from, it is that.
     whole = to_library(converted, "torchvision", into=state)
     assert all(torch.equal(whole[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("classes", [5, 80])
+def test_retinanet_is_torchvisions(classes):
+    theirs = 6 if classes == 5 else 91
+    net = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=theirs)
+    randomised(net)
+    for name in ("cls_logits", "bbox_reg"):  # rows that differ
+        for head in (net.head.classification_head, net.head.regression_head):
+            if hasattr(head, name):
+                torch.nn.init.normal_(getattr(head, name).weight, std=0.01)
+    keys = [*CONFIG_KEYS["torchvision"], *CPU, "MODEL.FPN.TOP_BLOCK", "p6p7_p5"]
+    keys += ["MODEL.RETINANET.NUM_CLASSES", str(classes)]
+    cfg = load_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml", keys)
+    model = FPNTrainer.build_model(cfg).eval()
+    converted = from_library(net.state_dict(), cfg, "torchvision")
+    model.load_state_dict(converted, strict=True)
+    x = torch.randn(1, 3, 128, 160)
+    with torch.no_grad():
+        pyramid = list(net.backbone(x).values())
+        ours = list(model.backbone(x).values())
+        for mine, expected in zip(ours, pyramid, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+        logits, deltas = model.head(pyramid)
+        out = net.head(pyramid)
+    # By cell, scale, ratio here; by cell, ratio, scale there.
+    numbers = range(1, 6)
+    if classes == 80:
+        numbers = sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
+    for mine, expected, width in (
+        (logits, out["cls_logits"][..., list(numbers)], classes),
+        (deltas, out["bbox_regression"], 4),
+    ):
+        flat = [m.view(1, 3, 3, width, *m.shape[2:]).permute(0, 4, 5, 2, 1, 3) for m in mine]
+        flat = torch.cat([m.reshape(1, -1, width) for m in flat], dim=1)
+        torch.testing.assert_close(flat, expected, rtol=1e-3, atol=1e-4)
+    back = to_library(converted, "torchvision", into=net.state_dict())
+    assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
+    blank = {k: torch.full_like(v, -7) for k, v in net.state_dict().items()}
+    back = to_library(converted, "torchvision", into=blank)
+    again = from_library(back, cfg, "torchvision")
+    assert all(torch.equal(again[key], value) for key, value in converted.items())
 
 
 def test_keypoint_heads_are_torchvisions():
