@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes, RotatedBoxes
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fpn_plugin.errors import UserError, near_names
 
 from .levels import check_finite, levels_of
+from .roi_align import pyramid_roi_align
 
 __all__ = ["PyramidROIPooler"]
 
@@ -23,8 +25,9 @@ class PyramidROIPooler(ROIPooler):
     """Pools each box from one level of a feature pyramid; may stand wherever ROIPooler does.
 
     Same constructor and call as :class:`detectron2.modeling.poolers.ROIPooler`, same values and
-    gradients. Beyond it:
+    gradients, on a CPU up to the order of summation. Beyond it:
 
+    * ROIAlign on a CPU is vectorised and uses all threads, see :mod:`.roi_align`;
     * non-square output over several levels;
     * box coordinates are never rounded to the features' dtype: where features are float16 or
       bfloat16, pooling is done in float32 and its result returned in the features' dtype;
@@ -118,24 +121,55 @@ class PyramidROIPooler(ROIPooler):
         rois = convert_boxes_to_pooler_format(box_lists).to(x[0].dtype)
         check_finite(rois[:, 1:])
         if len(x) == 1:
-            return self.level_poolers[0](x[0], rois).to(dtype)
+            levels = rois.new_zeros(len(rois), dtype=torch.int64)
+        else:
+            levels = levels_of(
+                rois[:, 1:],
+                self.min_level,
+                self.max_level,
+                self.canonical_box_size,
+                self.canonical_level,
+            )
+            levels -= self.min_level
+        if self._is_fast_on_cpu(x, len(rois)):
+            pooled = self._pool_on_cpu(x, rois, levels)
+        else:
+            pooled = self._pool_by_level(x, rois, levels)
+        return pooled.to(dtype)
 
-        levels = levels_of(
-            rois[:, 1:],
-            self.min_level,
-            self.max_level,
-            self.canonical_box_size,
-            self.canonical_level,
+    def _is_fast_on_cpu(self, x: list[Tensor], boxes: int) -> bool:
+        if x[0].device.type != "cpu" or not isinstance(self.level_poolers[0], ROIAlign):
+            return False
+        if all(level.is_contiguous(memory_format=torch.channels_last) for level in x):
+            return True
+        # Maps in the usual layout are copied first, which takes as long per 500 to 1,000 cells as
+        # torchvision's operator takes for a box.
+        return boxes * 500 >= sum(level[:, 0].numel() for level in x)
+
+    def _pool_on_cpu(self, x: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        align = self.level_poolers[0]
+        return pyramid_roi_align(
+            x,
+            rois,
+            levels,
+            align.output_size,
+            [pool.spatial_scale for pool in self.level_poolers],
+            align.sampling_ratio,
+            align.aligned,
         )
+
+    def _pool_by_level(self, x: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+        if len(x) == 1:
+            return self.level_poolers[0](x[0], rois)
         # Boxes in order of their level, so that one transfer of the counts says where each
         # level's boxes lie. A level without boxes is pooled too: its parameters then get a zero
         # gradient instead of none, which distributed training waits for.
         order = torch.argsort(levels, stable=True)
-        counts = torch.bincount(levels - self.min_level, minlength=len(x)).tolist()
+        counts = torch.bincount(levels, minlength=len(x)).tolist()
         pooled = [
             pool(features, of_level)
             for pool, features, of_level in zip(
                 self.level_poolers, x, rois[order].split(counts), strict=True
             )
         ]
-        return torch.cat(pooled)[torch.argsort(order)].to(dtype)
+        return torch.cat(pooled)[torch.argsort(order)]

@@ -1,6 +1,7 @@
 """Whole models: twins of the zoo against stock ones, heads, and the keys that reach them."""
 
 from pathlib import Path
+from unittest import mock
 
 import detectron2
 import pytest
@@ -113,6 +114,13 @@ def compare(ours, theirs, inputs) -> None:
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None or not parameter.requires_grad, name
 
+    # With torchvision's RoIAlign for both, every digit is the same.
+    with mock.patch.object(PyramidROIPooler, "_is_fast_on_cpu", lambda *_: False):
+        compare_detections(ours, theirs, inputs, exactly=True)
+    compare_detections(ours, theirs, inputs, exactly=False)
+
+
+def compare_detections(ours, theirs, inputs, exactly) -> None:
     detections = []
     for model in (ours.eval(), theirs.eval()):
         with torch.no_grad():
@@ -131,7 +139,12 @@ def compare(ours, theirs, inputs) -> None:
             expected = other.get(field)
             if isinstance(value, Boxes):
                 value, expected = value.tensor, expected.tensor
-            assert torch.equal(value, expected), field
+            if exactly:
+                assert torch.equal(value, expected), field
+            elif value.dtype == torch.bool:  # masks: a pixel may lie just at the threshold
+                assert (value != expected).float().mean() < 1e-6, field
+            else:
+                torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
 
 
 ONE_OF_A_KIND = [

@@ -28,6 +28,12 @@ def boxes(count: int, spread: float = 1.0) -> Boxes:
     return Boxes(torch.cat([center - size / 2, center + size / 2], dim=1))
 
 
+def assert_pooled_alike(ours, theirs, pooler_type):
+    """On a CPU sums of RoIAlign have another order; RoIPool picks values, the same ones."""
+    tolerance = 0 if pooler_type == "ROIPool" else 2e-6
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
 def pool_with_gradients(pooler, maps, box_lists):
     maps = [m.clone().requires_grad_() for m in maps]
     pooled = pooler(maps, box_lists)
@@ -44,7 +50,7 @@ def test_values_and_gradients_are_detectron2s(pooler_type, sampling_ratio, sprea
     maps, box_lists = features(), [boxes(60, spread), boxes(45, spread)]
     ours, our_grads = pool_with_gradients(PyramidROIPooler(*args), maps, box_lists)
     theirs, their_grads = pool_with_gradients(ROIPooler(*args), maps, box_lists)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_pooled_alike(ours, theirs, pooler_type)
     for mine, other in zip(our_grads, their_grads, strict=True):
         assert other.abs().sum() > 0
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
@@ -64,8 +70,8 @@ def test_any_boxes_pool_as_in_detectron2(corners, split, pooler_type, canonical)
     tensor = torch.cat([tensor[:, :2], tensor[:, :2] + (tensor[:, 2:]).abs()], dim=1)
     box_lists = [Boxes(tensor[:split]), Boxes(tensor[split:])]
     args = (5, SCALES, 0, pooler_type, *canonical)
-    torch.testing.assert_close(
-        PyramidROIPooler(*args)(maps, box_lists), ROIPooler(*args)(maps, box_lists), rtol=0, atol=0
+    assert_pooled_alike(
+        PyramidROIPooler(*args)(maps, box_lists), ROIPooler(*args)(maps, box_lists), pooler_type
     )
 
 
@@ -101,7 +107,7 @@ def test_output_need_not_be_square():
         low = 0 if k == 0 else 56 * 2**k
         high = torch.inf if k == 3 else 112 * 2**k
         here = (size >= low) & (size < high)
-        torch.testing.assert_close(wide[here], single[here], rtol=0, atol=0)
+        assert_pooled_alike(wide[here], single[here], "ROIAlignV2")
     assert levels.min_level == 2
 
 
@@ -120,8 +126,8 @@ def test_each_box_is_read_from_its_level(s0, k0, expected):
     sizes = [40, 56, 112, 224, 448]
     box_lists = [Boxes(torch.tensor([[100.0, 100, 100 + s, 100 + s] for s in sizes]))]
     pooled = PyramidROIPooler(3, SCALES, 0, "ROIAlignV2", s0, k0)(maps, box_lists)
-    assert pooled.amax(dim=(1, 2, 3)).tolist() == expected
-    assert pooled.amin(dim=(1, 2, 3)).tolist() == expected
+    assert pooled.amax(dim=(1, 2, 3)).tolist() == pytest.approx(expected)
+    assert pooled.amin(dim=(1, 2, 3)).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("counts", [[0], [0, 0], [0, 5], [5, 0]])
