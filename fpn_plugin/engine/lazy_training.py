@@ -31,6 +31,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
 from .checkpoint import FittingCheckpointer
 from .launch import launch
@@ -125,6 +126,8 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     device = cfg.train.device
     model = instantiate(cfg.model).to(device)
+    if not device.startswith("cuda"):
+        optimize_for_cpu_training(model)
     if args.eval_only:
         FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
             cfg.train.init_checkpoint, resume=args.resume

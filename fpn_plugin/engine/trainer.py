@@ -35,6 +35,7 @@ from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper
 from fpn_plugin.errors import UserError
+from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.visualization import plot_losses
 
 from .building import explained_build_errors
@@ -72,13 +73,16 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The config's model.
+        """The config's model, made to train fast where that is on a CPU.
 
         Raises:
             UserError: a key that Detectron2 only asserts on, or a level that is not there.
         """
         with explained_build_errors(cfg):
-            return super().build_model(cfg)
+            model = super().build_model(cfg)
+        if not cfg.MODEL.DEVICE.startswith("cuda"):
+            optimize_for_cpu_training(model)
+        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

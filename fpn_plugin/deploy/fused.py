@@ -1,0 +1,191 @@
+"""Detectron2's and the plugin's modules with fused convolutions: the same values, fewer passes."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling import FPN
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from detectron2.modeling.proposal_generator.rpn import (
+    RPN,
+    StandardRPNHead,
+    find_top_rpn_proposals,
+)
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpn_plugin.modeling import FeaturePyramidNetwork
+
+from .convolution import FusedConv2d
+
+__all__ = ["FusedNeck", "as_plugin_pyramid", "fuse_resnets", "fuse_rpn_heads", "select_first"]
+
+
+class FusedBlock(nn.Module):
+    """A ResNet block: each ReLU, and the sum with the shortcut, inside a convolution."""
+
+    def __init__(self, block: BasicBlock | BottleneckBlock, dtype: torch.dtype, first: bool):
+        super().__init__()
+        names = (
+            ["conv1", "conv2", "conv3"]
+            if isinstance(block, BottleneckBlock)
+            else ["conv1", "conv2"]
+        )
+        self.convs = nn.ModuleList(FusedConv2d(getattr(block, n), dtype, relu=True) for n in names)
+        self.shortcut = None if block.shortcut is None else FusedConv2d(block.shortcut, dtype)
+        self.stride = block.stride
+        # The input of a stage's first block may be read by others; later ones' by the block alone.
+        self._first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for conv in self.convs[:-1]:
+            out = conv(out)
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x)
+        else:
+            shortcut = x.clone() if self._first else x
+        return self.convs[-1].add_to(shortcut, out)
+
+
+class FusedStem(nn.Module):
+    """BasicStem with its ReLU inside the convolution."""
+
+    def __init__(self, stem: BasicStem, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv1 = FusedConv2d(stem.conv1, dtype, relu=True)
+        self.stride = stem.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+
+
+def fuse_resnets(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replaces stems and blocks of Detectron2's ResNets, in place, where no norm is left.
+
+    Returns:
+        How many blocks were replaced.
+    """
+    count = 0
+    for resnet in [module for module in model.modules() if isinstance(module, ResNet)]:
+        if type(resnet.stem) is BasicStem and _without_norm(resnet.stem):
+            resnet.stem = FusedStem(resnet.stem, dtype)
+        for stage in resnet.stages:
+            for i, block in enumerate(stage):
+                if type(block) in (BasicBlock, BottleneckBlock) and _without_norm(block):
+                    stage[i] = FusedBlock(block, dtype, first=i == 0)
+                    count += 1
+    return count
+
+
+def _without_norm(module: nn.Module) -> bool:
+    return all(getattr(m, "norm", None) is None for m in module.modules())
+
+
+def as_plugin_pyramid(fpn: FPN) -> FeaturePyramidNetwork | None:
+    """The plugin's pyramid with the modules of a stock one; None where it has what ours lacks."""
+    if fpn.padding_constraints.get("square_size"):
+        return None
+    neck = FeaturePyramidNetwork(
+        fpn.bottom_up,
+        fpn.in_features,
+        fpn._out_feature_channels[fpn._out_features[0]],
+        top_block=fpn.top_block,
+        fuse_type=fpn._fuse_type,
+        coarsest_output_conv=True,
+    )
+    for name, module in fpn.named_children():
+        if name.startswith("fpn_"):
+            setattr(neck, name, module)
+    return neck.eval()
+
+
+class FusedNeck(FeaturePyramidNetwork):
+    """The pyramid with the sum of section 3 inside the lateral convolution."""
+
+    def __init__(self, neck: FeaturePyramidNetwork) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(neck.__dict__)
+
+    def _merge(self, stage: Tensor, level: int, coarser: Tensor | None) -> Tensor:
+        lateral = getattr(self, f"fpn_lateral{level}", None)
+        plain = coarser is None or not self._top_down or self._match_lateral_size
+        if plain or not isinstance(lateral, FusedConv2d):
+            return super()._merge(stage, level, coarser)
+        upsampled = F.interpolate(coarser, scale_factor=2.0, mode="nearest")
+        self._check_fits(upsampled, stage)
+        merged = lateral.add_to(upsampled, stage)
+        return merged.div_(2) if self._fuse_type == "avg" else merged
+
+
+class FusedRPNHead(nn.Module):
+    """StandardRPNHead whose two predictors are one convolution; float32 comes out."""
+
+    def __init__(self, head: StandardRPNHead, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden = list(head.conv) if isinstance(head.conv, nn.Sequential) else [head.conv]
+        self.conv = nn.Sequential(*(FusedConv2d(conv, dtype, relu=True) for conv in hidden))
+        both = (head.objectness_logits, head.anchor_deltas)
+        self._split = [predictor.out_channels for predictor in both]
+        predictor = nn.Conv2d(both[0].in_channels, sum(self._split), 1)
+        predictor.weight.data = torch.cat([p.weight.detach() for p in both])
+        predictor.bias.data = torch.cat([p.bias.detach() for p in both])
+        self.predictor = FusedConv2d(predictor, dtype)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = [], []
+        for level in features:
+            both = self.predictor(self.conv(level)).float().split(self._split, dim=1)
+            logits.append(both[0])
+            deltas.append(both[1])
+        return logits, deltas
+
+
+def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
+    """Replaces StandardRPNHeads, also those within a PerLevelRPNHead, in place."""
+    count = 0
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if type(child) is StandardRPNHead:
+                module._modules[name] = FusedRPNHead(child, dtype)
+                count += 1
+    return count
+
+
+def select_first(rpn: RPN) -> None:
+    """Makes an RPN decode the candidates it selects, instead of selecting among all it decoded.
+
+    Which those are depends on their logits alone, so proposals are the same. In place.
+    """
+
+    def predict_proposals(
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        chosen_logits, boxes = [], []
+        most = rpn.pre_nms_topk[rpn.training]
+        for of_level, logits, deltas in zip(
+            anchors, pred_objectness_logits, pred_anchor_deltas, strict=True
+        ):
+            top, index = logits.topk(min(most, logits.shape[1]), dim=1)
+            box_dim = deltas.shape[-1]
+            picked = deltas.gather(1, index[:, :, None].expand(-1, -1, box_dim))
+            decoded = rpn.box2box_transform.apply_deltas(
+                picked.reshape(-1, box_dim), of_level.tensor[index].reshape(-1, box_dim)
+            )
+            chosen_logits.append(top)
+            boxes.append(decoded.view(*index.shape, box_dim))
+        return find_top_rpn_proposals(
+            boxes,
+            chosen_logits,
+            image_sizes,
+            rpn.nms_thresh,
+            most,
+            rpn.post_nms_topk[rpn.training],
+            rpn.min_box_size,
+            rpn.training,
+        )
+
+    rpn.predict_proposals = predict_proposals
