@@ -21,6 +21,7 @@ with _warnings.catch_warnings():
     from . import model_zoo
     from .config import add_fpn_config
     from .data import register_mini as _register_mini
+    from .deploy import optimize_for_inference
     from .errors import UserError
     from .modeling import (
         FeaturePyramidNetwork,
@@ -48,6 +49,7 @@ __all__ = [
     "build_timm_backbone",
     "build_torchvision_backbone",
     "model_zoo",
+    "optimize_for_inference",
 ]
 
 __version__ = "0.1.0"

@@ -59,7 +59,10 @@ class FusedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` of any dtype to ``(N, C', H', W')``, channels last."""
         if x.numel() == 0:  # no detections
-            return F.conv2d(x.to(self.weight.dtype), *self._what())
+            weight, bias, padding, *others = self._what()
+            stride, dilation, groups = others
+            x = x.to(weight.dtype)
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return torch.ops.mkldnn._convolution_pointwise(
             self._input(x), *self._what(), "relu" if self.relu else "none", [], ""
         )

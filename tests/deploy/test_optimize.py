@@ -1,0 +1,231 @@
+"""An optimised model gives the original's detections."""
+
+import copy
+
+import detectron2.modeling
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+from fpn_plugin import UserError, model_zoo, optimize_for_inference
+from fpn_plugin.deploy import fold_batch_norms, optimize, steps_of
+from fpn_plugin.deploy.convolution import FusedConv2d
+from fpn_plugin.inference import recorded_levels
+
+
+def detect(model, image):
+    with torch.no_grad():
+        return model([image])[0]["instances"]
+
+
+def assert_same_detections(ours, theirs, *, least=1):
+    assert len(ours) == len(theirs) >= least
+    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=0, atol=0.01)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+    assert torch.equal(ours.pred_classes, theirs.pred_classes)
+    if theirs.has("pred_masks"):
+        differ = (ours.pred_masks != theirs.pred_masks).sum()
+        assert differ <= 1e-4 * theirs.pred_masks.numel()
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask", "retinanet"])
+def test_detections_are_the_originals_at_every_size(kind, trained, images):
+    model = trained(kind)
+    state = copy.deepcopy(model.state_dict())
+    before = [detect(model, image) for image in images]
+    fast = optimize_for_inference(model)
+    confident = 0
+    for image, expected in zip(images, before, strict=True):
+        assert_same_detections(detect(fast, image), expected)
+        confident += int((expected.scores > 0.4).sum())
+    assert confident > 5  # it has learned something
+    # The original is what it was.
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for image, expected in zip(images, before, strict=True):
+        assert torch.equal(detect(model, image).pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert any(isinstance(module, FusedConv2d) for module in fast.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert all(step.taken for step in steps_of(fast)) and not steps_of(model)
+
+
+def test_a_batch_of_images_and_an_image_without_detections(trained, images):
+    model = trained("mask")
+    fast = optimize_for_inference(model)
+    empty = {"image": torch.zeros(3, 100, 140)}
+    with torch.no_grad():
+        together, expected = fast([images[1], empty]), model([images[1], empty])
+    for ours, theirs in zip(together, expected, strict=True):
+        assert_same_detections(ours["instances"], theirs["instances"], least=0)
+    for each in (model, fast):
+        each.roi_heads.box_predictor.test_score_thresh = 1.1
+        assert len(detect(each, images[0])) == 0
+
+
+def test_a_stock_model_becomes_as_fast(trained, images, config_of):
+    ours = trained("faster")
+    cfg = get_cfg()
+    for key, value in config_of("faster").MODEL.items():
+        if key in cfg.MODEL and key != "FPN":
+            cfg.MODEL[key] = value
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    stock = detectron2.modeling.build_model(cfg).eval()
+    state = ours.state_dict()
+    for part in ("weight", "bias"):  # the convolution on P5 that ours has not
+        state[f"backbone.fpn_output5.{part}"] = stock.state_dict()[f"backbone.fpn_output5.{part}"]
+    stock.load_state_dict(state)
+    fast = optimize_for_inference(stock)
+    for image in images:
+        assert_same_detections(detect(fast, image), detect(stock, image))
+    assert type(stock.roi_heads.box_pooler) is detectron2.modeling.poolers.ROIPooler
+    kinds = {type(module).__name__ for module in fast.modules()}
+    assert {"FusedNeck", "FusedBlock", "FusedRPNHead", "PyramidROIPooler"} <= kinds
+
+
+def test_bfloat16_finds_the_same_objects(trained, images):
+    model = trained("faster")
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    if steps_of(fast)[-1].name != "bfloat16":
+        pytest.skip("this CPU has no bfloat16 convolutions")
+    found = missed = 0
+    for image in images:
+        expected, ours = detect(model, image), detect(fast, image)
+        assert ours.scores.dtype == ours.pred_boxes.tensor.dtype == torch.float32
+        overlaps = detectron2.structures.pairwise_iou(expected.pred_boxes, ours.pred_boxes)
+        same = (overlaps > 0.5) & (expected.pred_classes[:, None] == ours.pred_classes)
+        sure = expected.scores > 0.4
+        found += int(same.any(dim=1)[sure].sum())
+        missed += int((~same.any(dim=1))[sure].sum())
+    assert found > 5 and missed <= 0.15 * found
+
+
+def test_the_level_of_each_detection_is_still_known(trained, images):
+    model = trained("faster")
+    fast = optimize_for_inference(model)
+    with recorded_levels(fast):
+        ours = detect(fast, images[1])
+    with recorded_levels(model):
+        theirs = detect(model, images[1])
+    assert torch.equal(ours.pyramid_level, theirs.pyramid_level)
+
+
+def test_the_predictor_takes_it(trained, images, config_of, tmp_path):
+    cfg = config_of("faster")
+    model = trained("faster")
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    predictor = DefaultPredictor(cfg)
+    image = images[1]["image"].permute(1, 2, 0).numpy().astype(np.uint8)
+    expected = predictor(image)["instances"]
+    predictor.model = optimize_for_inference(predictor.model)
+    assert_same_detections(predictor(image)["instances"], expected)
+
+
+def test_without_fused_operators_it_still_runs(trained, images, monkeypatch):
+    model = trained("faster")
+    monkeypatch.setattr(optimize, "can_fuse", lambda _: False)
+    fast = optimize_for_inference(model, dtype=torch.float16)
+    skipped = [step.name for step in steps_of(fast) if not step.taken]
+    assert skipped == ["torch.float16", "fusing"]
+    for image in images:
+        assert_same_detections(detect(fast, image), detect(model, image))
+
+
+def test_without_a_compiler_it_says_so_and_still_runs(trained, images, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    model = trained("faster")
+    fast = optimize_for_inference(model, compile=True, example=images[0]["image"])
+    (skipped,) = [step for step in steps_of(fast) if not step.taken]
+    assert str(skipped) == "skipped compiling: RuntimeError: no C++ compiler"
+    assert "first call" in {step.name for step in steps_of(fast)}
+    assert_same_detections(detect(fast, images[0]), detect(model, images[0]))
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "mobilenetv3_small_050",
+         "MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.NORM", ""],
+        ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "resnet18",
+         "MODEL.TIMM.PRETRAINED", False],
+        ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "convnext_atto",
+         "MODEL.TIMM.PRETRAINED", False],
+        ["MODEL.FPN.BOTTOM_UP", "build_torchvision_backbone", "MODEL.TORCHVISION.NAME",
+         "regnet_y_400mf", "MODEL.TORCHVISION.WEIGHTS", ""],
+        ["MODEL.FPN.TOP_DOWN", False],
+        ["MODEL.FPN.LATERAL", False],
+        ["MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN"],
+        ["MODEL.FPN.MATCH_LATERAL_SIZE", True],
+        ["MODEL.FPN.OUT_FEATURES", ["p2"], "MODEL.FPN.TOP_BLOCK", "none", "MODEL.RPN.IN_FEATURES",
+         ["p2"], "MODEL.ROI_HEADS.IN_FEATURES", ["p2"], "MODEL.ANCHOR_GENERATOR.SIZES", [[32]]],
+        ["MODEL.RPN.HEAD_NAME", "PerLevelRPNHead"],
+        ["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+         True],
+    ],
+    ids=lambda opts: "-".join(str(opt) for opt in opts[:4]),
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_networks_and_pyramids_run_with_the_same_features(opts, dtype, images, config_of):
+    cfg = config_of("faster")
+    cfg.merge_from_list(opts)
+    model = detectron2.modeling.build_model(cfg).eval()
+    for module in model.modules():  # as after training
+        if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.8, 1.2)
+    fast = optimize_for_inference(model, dtype=dtype)
+    for image in images[:2]:
+        with torch.no_grad():
+            x = model.preprocess_image([image]).tensor
+            expected, ours = model.backbone(x), fast.backbone(x)
+            fast([image])
+        assert ours.keys() == expected.keys()
+        for name, level in expected.items():
+            error = (ours[name].float() - level).norm() / level.norm()
+            assert error < (1e-4 if dtype == torch.float32 else 0.1), name
+
+
+def test_norms_are_folded_where_the_order_of_modules_does_not_show_them():
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)
+            self.second_norm, self.second = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            y = self.second(x)
+            return self.second_norm(y) + y  # y is read twice: its norm cannot be folded
+
+    net = Shuffled().eval()
+    for norm in (net.norm, net.second_norm):
+        norm.running_mean.uniform_(-1, 1)
+    x = torch.randn(1, 3, 9, 9)
+    expected = net(x)
+    assert fold_batch_norms(net) == (0, 2)
+    # Both were folded, the values changed, both were put back.
+    assert fold_batch_norms(net, example=x) == (0, 2)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
+def test_a_norm_that_still_counts_is_not_folded():
+    conv = Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4)).train()
+    assert fold_batch_norms(nn.Sequential(conv)) == (0, 0)
+    assert isinstance(conv.norm, nn.BatchNorm2d)
+
+
+def test_what_cannot_be_optimised_is_named():
+    with pytest.raises(UserError, match="Linear has no backbone"):
+        optimize_for_inference(nn.Linear(2, 2))
+    model = model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", device="cpu")
+    with pytest.raises(UserError, match="none of float32, bfloat16 and float16"):
+        optimize_for_inference(model, dtype=torch.int8)
