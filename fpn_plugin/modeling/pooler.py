@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.layers import ROIAlign
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, RotatedBoxes
 from torch import Tensor
 
@@ -118,24 +118,36 @@ class PyramidROIPooler(ROIPooler):
         if len(box_lists) == 0:
             return x[0].new_zeros((0, x[0].shape[1], *self.output_size), dtype=dtype)
 
-        rois = convert_boxes_to_pooler_format(box_lists).to(x[0].dtype)
-        check_finite(rois[:, 1:])
+        rois = _with_image_indices(box_lists).to(x[0].dtype)
         if len(x) == 1:
+            check_finite(rois[:, 1:])
             levels = rois.new_zeros(len(rois), dtype=torch.int64)
+            counts = [len(rois)]
         else:
-            levels = levels_of(
-                rois[:, 1:],
-                self.min_level,
-                self.max_level,
-                self.canonical_box_size,
-                self.canonical_level,
-            )
-            levels -= self.min_level
+            levels, counts = self._levels_and_counts(rois)
         if self._is_fast_on_cpu(x, len(rois)):
             pooled = self._pool_on_cpu(x, rois, levels)
         else:
-            pooled = self._pool_by_level(x, rois, levels)
+            pooled = self._pool_by_level(x, rois, levels, counts)
         return pooled.to(dtype)
+
+    def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
+        """Indices of levels, and how many boxes each has: one transfer from the device."""
+        levels = levels_of(
+            rois[:, 1:],
+            self.min_level,
+            self.max_level,
+            self.canonical_box_size,
+            self.canonical_level,
+        )
+        levels -= self.min_level
+        indices = torch.arange(len(self.level_poolers), device=levels.device)
+        per_level = (levels[:, None] == indices).sum(dim=0)
+        finite = torch.isfinite(rois[:, 1:]).all()
+        *counts, all_finite = torch.cat([per_level, finite.view(1).to(per_level)]).tolist()
+        if not all_finite:
+            check_finite(rois[:, 1:])
+        return levels, counts
 
     def _is_fast_on_cpu(self, x: list[Tensor], boxes: int) -> bool:
         if x[0].device.type != "cpu" or not isinstance(self.level_poolers[0], ROIAlign):
@@ -158,14 +170,15 @@ class PyramidROIPooler(ROIPooler):
             align.aligned,
         )
 
-    def _pool_by_level(self, x: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+    def _pool_by_level(
+        self, x: list[Tensor], rois: Tensor, levels: Tensor, counts: list[int]
+    ) -> Tensor:
         if len(x) == 1:
             return self.level_poolers[0](x[0], rois)
-        # Boxes in order of their level, so that one transfer of the counts says where each
-        # level's boxes lie. A level without boxes is pooled too: its parameters then get a zero
-        # gradient instead of none, which distributed training waits for.
+        # Boxes in order of their level, so that the counts say where each level's boxes lie. A
+        # level without boxes is pooled too: its parameters then get a zero gradient instead of
+        # none, which distributed training waits for.
         order = torch.argsort(levels, stable=True)
-        counts = torch.bincount(levels, minlength=len(x)).tolist()
         pooled = [
             pool(features, of_level)
             for pool, features, of_level in zip(
@@ -173,3 +186,14 @@ class PyramidROIPooler(ROIPooler):
             )
         ]
         return torch.cat(pooled)[torch.argsort(order)]
+
+
+def _with_image_indices(box_lists: list[Boxes] | list[RotatedBoxes]) -> Tensor:
+    """``(M, 5)`` or, rotated, ``(M, 6)``: the image's index before each box."""
+    tensors = [boxes.tensor for boxes in box_lists]
+    return torch.cat(
+        [
+            torch.cat([tensor.new_full((len(tensor), 1), image), tensor], dim=1)
+            for image, tensor in enumerate(tensors)
+        ]
+    )

@@ -6,6 +6,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import MultiScaleRoIAlign
 
 from fpn_plugin import PyramidROIPooler, UserError
@@ -217,6 +218,37 @@ def test_calls_that_do_not_fit_are_named():
         pooler(features(1)[:3], [boxes(1)])
     with pytest.raises(UserError, match="boxes of 2 images and features of 1"):
         pooler(features(1), [boxes(1), boxes(1)])
+
+
+class _Transfers(TorchDispatchMode):
+    """Counts what makes a GPU's queue run empty: operators whose result's size or value the host
+    must know."""
+
+    WAITS = ("aten.nonzero", "aten._local_scalar_dense", "aten.bincount", "aten.repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith(self.WAITS)
+        # Indexing by a mask waits for the number of its True.
+        masks = args[1] if str(func) == "aten.index.Tensor" else ()
+        self.count += any(m is not None and m.dtype == torch.bool for m in masks)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once(monkeypatch):
+    monkeypatch.setattr(PyramidROIPooler, "_is_fast_on_cpu", lambda *_: False)  # as on a GPU
+    maps, box_lists = features(), [boxes(50), boxes(50)]
+    counts = []
+    for kind in (PyramidROIPooler, ROIPooler):
+        pooler = kind(7, SCALES, 0, "ROIAlignV2")
+        with _Transfers() as transfers:
+            pooler(maps, box_lists)
+        counts.append(transfers.count)
+    # tolist() is a copy, which the mode does not see: it is the one of ours.
+    assert counts == [0, 5]
 
 
 def test_it_has_no_state():
