@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from PIL import Image
 from tqdm import tqdm
 
 from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
+from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
-from fpn_plugin.inference import Detector
+from fpn_plugin.inference import Detector, class_names
 from fpn_plugin.visualization import DrawnBox, draw_detections
 
 __all__ = ["argument_parser", "demo_main"]
@@ -58,6 +58,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--threshold", type=float, default=0.5, help="least score to draw; the JSON has all"
     )
     parser.add_argument("--max-images", type=int, help="take only the first so many")
+    add_optimize_argument(parser)
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -79,12 +80,12 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     register_datasets(args.dataset)
     jobs = list(_jobs(args))[: args.max_images]
     originals = {job.path.resolve() for job in jobs}
-    names = _class_names(cfg)
+    names = class_names(cfg)
     # The dataset was loaded for its images, and told its categories.
     truth_names = names
     if args.ground_truth:
         truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", names)
-    detector = Detector(cfg)
+    detector = Detector(cfg, optimize_dtype(args))
     if not names:
         print(
             "category names are not known: --dataset NAME=JSON:IMAGES of DATASETS.TEST tells them"
@@ -140,21 +141,6 @@ def _jobs(args: argparse.Namespace) -> Iterator[_Job]:
             yield _Job(given)
         else:
             raise UserError(f"--input {str(given)!r} is neither a file nor a folder")
-
-
-def _class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes, as far as its datasets tell them."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = MetadataCatalog.get(name).get("thing_classes")
-        if names is None and name in DatasetCatalog.list():
-            # A JSON tells its categories when it is loaded.
-            if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
-                continue
-            DatasetCatalog.get(name)
-            names = MetadataCatalog.get(name).get("thing_classes")
-        if names is not None:
-            return list(names)
-    return []
 
 
 def _class_name(index: int, names: Sequence[str]) -> str:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from torch import nn
 
+from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.checkpoint import FittingCheckpointer
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler, assign_levels
 
-__all__ = ["Detector", "recorded_levels"]
+__all__ = ["Detector", "class_names", "recorded_levels"]
 
 
 class Detector:
@@ -26,12 +29,13 @@ class Detector:
 
     Args:
         cfg: the config; MODEL.WEIGHTS must give every parameter of its model.
+        optimize: run :func:`fpn_plugin.optimize_for_inference`'s copy, of this dtype.
 
     Raises:
         UserError: the weights are not there or do not fit, or the model detects nothing (RPN).
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, optimize: torch.dtype | None = None) -> None:
         weights = cfg.MODEL.WEIGHTS
         cfg = cfg.clone()
         cfg.defrost()
@@ -39,11 +43,17 @@ class Detector:
         with explained_build_errors(cfg):
             self._predictor = DefaultPredictor(cfg)
         FittingCheckpointer(self._predictor.model, complete=True).load(weights)
+        if optimize is not None:
+            self.model = optimize_for_inference(self.model, dtype=optimize)
 
     @property
     def model(self) -> nn.Module:
-        """The model, in evaluation mode."""
+        """The model, in evaluation mode; it may be replaced by an optimised copy."""
         return self._predictor.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._predictor.model = model
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Detects objects in an image.
@@ -104,3 +114,18 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del predictor.inference
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the model's classes, as far as its datasets tell them."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is None and name in DatasetCatalog.list():
+            # A JSON tells its categories when it is loaded.
+            if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
+                continue
+            DatasetCatalog.get(name)
+            names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None:
+            return list(names)
+    return []

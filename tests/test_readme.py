@@ -10,7 +10,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -21,6 +21,9 @@ def test_a_snippet_runs_and_gives_what_its_comments_say(snippet, tmp_path, monke
     exec(compile(snippet, "README.md", "exec"), names)
     if "cfg" in names:
         assert names["cfg"].MODEL.MASK_ON
+    elif "fast" in names:
+        assert "bfloat16" in str(names["steps_of"](names["faster"])[-1])
+        assert not names["steps_of"](names["model"])
     else:
         assert tuple(names["pyramid"]["p5"].shape) == (1, 256, 10, 15)
         last = [line for line in snippet.splitlines() if line.startswith(("assign", "pooler("))]

@@ -61,9 +61,8 @@ def optimize_for_inference(
 
     Batch norms are folded into convolutions; maps are channels last; on a CPU, convolutions take
     ReLUs and sums into themselves; boxes are pooled by :class:`PyramidROIPooler`; the RPN decodes
-    what it selects. A step that cannot be taken is
-    skipped, with a line in the log, and the model still runs. Image sizes may vary from call to
-    call.
+    what it selects. A step that cannot be taken is skipped, with a line in the log, and the model
+    still runs. Image sizes may vary from call to call.
 
     Args:
         model: one of Detectron2's architectures with a ``backbone``, built by the plugin or not;
@@ -102,8 +101,8 @@ def optimize_for_inference(
 
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(model.parameters()).device
-    _fold(model, device, step)
-    _use_plugin_modules(model, step)
+    fold(model, step)
+    use_plugin_modules(model, step)
     on_cpu = device.type == "cpu"
     if on_cpu and dtype != torch.float32 and not can_fuse(dtype):
         step(str(dtype), "this CPU or this torch has no convolutions in it; float32", taken=False)
@@ -137,12 +136,14 @@ def steps_of(model: nn.Module) -> list[Step]:
     return list(getattr(model, "optimization_steps", ()))
 
 
-def _fold(model: nn.Module, device: torch.device, step: Callable[..., None]) -> None:
+def fold(model: nn.Module, step: Callable[..., None]) -> None:
+    """Folds batch norms of all of a model, in place."""
     folded, left = fold_batch_norms(model)
     bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     if left:
         generator = torch.Generator().manual_seed(0)
-        example = torch.randn(1, 3, 128, 128, generator=generator).to(device)
+        example = torch.randn(1, 3, 128, 128, generator=generator)
+        example = example.to(next(model.parameters()).device)
         try:
             more, left = fold_batch_norms(bottom_up, example=example)
             folded += more
@@ -151,8 +152,8 @@ def _fold(model: nn.Module, device: torch.device, step: Callable[..., None]) -> 
     step("folding", f"{folded} batch norms into their convolutions, {left} left")
 
 
-def _use_plugin_modules(model: nn.Module, step: Callable[..., None]) -> None:
-    """The plugin's pyramid and poolers in place of stock ones, and an RPN that selects first."""
+def use_plugin_modules(model: nn.Module, step: Callable[..., None]) -> None:
+    """Puts in the plugin's pyramid and poolers, and an RPN that selects first, in place."""
     if type(model.backbone) is FPN:
         neck = as_plugin_pyramid(model.backbone)
         if neck is None:

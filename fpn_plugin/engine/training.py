@@ -11,6 +11,8 @@ from detectron2.utils import comm
 
 from fpn_plugin.data import check_config_datasets, ensure_mini, register_datasets
 from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.deploy import optimize_for_inference
+from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
 from fpn_plugin.errors import UserError
 
 from .checkpoint import FittingCheckpointer
@@ -62,7 +64,11 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used. All that can be checked is checked before the
             first process starts.
     """
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    add_optimize_argument(parser)
+    args = parser.parse_args(argv)
+    if args.optimize and not args.eval_only:
+        raise UserError("--optimize is for --eval-only: an optimised model cannot be trained")
     cfg = load_config(args.config_file, args.opts)
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
@@ -86,6 +92,8 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
         FittingCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
+        if args.optimize:
+            model = optimize_for_inference(model, dtype=optimize_dtype(args))
         results = FPNTrainer.test(cfg, model)
     else:
         trainer = FPNTrainer(cfg)

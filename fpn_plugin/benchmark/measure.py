@@ -1,0 +1,348 @@
+"""The measurements: each takes models apart just enough to time one thing."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpn_plugin.deploy import optimize_for_inference, steps_of
+from fpn_plugin.deploy.optimize import fold, use_plugin_modules
+from fpn_plugin.modeling import PyramidROIPooler
+
+from .models import (
+    photograph,
+    plugin_model,
+    proposals_of,
+    stock_model,
+    torchvision_model,
+    training_batch,
+)
+from .timing import Comparison, compare
+
+__all__ = ["SCALINGS", "Bench", "memory", "peak", "scaling"]
+
+_PROPOSALS = 1000
+_LEVELS = ("p2", "p3", "p4", "p5")
+
+
+class Bench:
+    """Comparisons at one image size, on one device.
+
+    Args:
+        device: "cpu" or "cuda".
+        image: as :func:`photograph` gives it.
+        pairs: timed pairs of each comparison.
+    """
+
+    def __init__(self, device: str, image: Tensor, pairs: int) -> None:
+        self.device, self.image, self.pairs = device, image, pairs
+        self.stock = stock_model(device, image)
+        self.inputs = [{"image": image}]
+        self.half = torch.bfloat16 if device == "cpu" else torch.float16
+        self.fast = optimize_for_inference(self.stock)
+        self.fast_half = optimize_for_inference(self.stock, dtype=self.half)
+        with torch.no_grad(), proposals_of(self.stock) as pooled:
+            self.stock(self.inputs)
+        (self.proposals,) = pooled
+        count = sum(map(len, self.proposals))
+        if count < _PROPOSALS:
+            raise RuntimeError(f"only {count} proposals were pooled: too few to time pooling")
+
+    def differences(self) -> dict[str, float]:
+        """Largest difference of boxes (px) and scores between stock and optimised float32.
+
+        Detections are matched by class and place; ``unmatched`` counts those of stock's that
+        have no partner within 0.01 px.
+        """
+        with torch.no_grad():
+            theirs = self.stock(self.inputs)[0]["instances"]
+            ours = self.fast(self.inputs)[0]["instances"]
+        apart = torch.cdist(
+            theirs.pred_boxes.tensor.cpu(), ours.pred_boxes.tensor.cpu(), p=torch.inf
+        )
+        apart[theirs.pred_classes.cpu()[:, None] != ours.pred_classes.cpu()] = torch.inf
+        nearest, index = apart.min(dim=1)
+        matched = nearest <= 0.01
+        scores = (theirs.scores.cpu() - ours.scores.cpu()[index]).abs()
+        return {
+            "detections": len(theirs),
+            "unmatched": int((~matched).sum()),
+            "box_px": float(nearest[matched].max()),
+            "score": float(scores[matched].max()),
+        }
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Each against stock Detectron2 on the same weights, then against torchvision's model."""
+        stock, fast = self._call(self.stock), self._call(self.fast)
+        half = str(self.half).removeprefix("torch.")
+        yield self._compare("Faster R-CNN R50-FPN, float32", stock, fast, 1.8)
+        yield self._compare(f"the same, {half}", stock, self._call(self.fast_half), 3.2)
+        yield self._neck()
+        yield self._pooler(torch.contiguous_format, 4.0)
+        yield self._pooler(torch.channels_last, None)
+        yield self._pooler_training()
+        yield self._training()
+        height, width = self.image.shape[1:]
+        other = torchvision_model(self.device, height, width)
+        picture = [(self.image.flip(0) / 255).to(self.device)]
+        yield compare(
+            "Faster R-CNN R50-FPN, float32",
+            "torchvision",
+            no_grad(lambda: other(picture)),
+            fast,
+            pairs=self.pairs,
+        )
+
+    def steps(self) -> Iterator[Comparison]:
+        """What each step of optimising brings, one after the other; and compiling instead."""
+
+        def say(*_: object, **__: object) -> None:
+            """Steps are named below."""
+
+        model = copy.deepcopy(self.stock)
+        fold(model, say)
+        yield self._compare("batch norms folded", *self._calls(model), None)
+        use_plugin_modules(model, say)
+        yield self._compare("+ pooling, decoding what is selected", *self._calls(model), None)
+        yield self._compare("+ fused convolutions, channels last", *self._calls(self.fast), None)
+        half = f"+ {self.half}".replace("torch.", "")
+        yield self._compare(half, *self._calls(self.fast_half), None)
+        for dtype in (torch.float32, self.half):
+            model = optimize_for_inference(self.stock, dtype=dtype, compile=True)
+            name = f"compiled instead of fused, {dtype}".replace("torch.", "")
+            compiled = any(each.name == "compiling" and each.taken for each in steps_of(model))
+            if compiled:
+                yield self._compare(name, *self._calls(model), None)
+
+    def _calls(self, model: nn.Module) -> tuple[Callable[[], object], Callable[[], object]]:
+        return self._call(self.stock), self._call(model)
+
+    def floor(self) -> dict[str, float]:
+        """Seconds of the optimised model, and of its convolutions and matrix products alone."""
+        shapes: list[tuple[nn.Module, Tensor]] = []
+        layers = [m for m in self.fast.modules() if type(m).__name__ == "FusedConv2d"]
+        layers += [m for m in self.fast.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+        # Residual and lateral convolutions are called by a method of their own.
+        for module in layers:
+            if hasattr(module, "add_to"):
+                self._record(module, shapes)
+            else:
+                module.register_forward_pre_hook(
+                    lambda m, inputs: shapes.append((m, inputs[0].detach()))
+                )
+        with torch.no_grad():
+            self.fast(self.inputs)
+        self.fast = optimize_for_inference(self.stock)
+        bare = [(_bare(module), x) for module, x in shapes]
+        run = no_grad(lambda: [call(x) for call, x in bare])
+        whole = self._call(self.fast)
+        pairs = compare("bare convolutions", "whole model", whole, run, pairs=self.pairs)
+        return {
+            "model": sorted(pairs.baseline_seconds)[self.pairs // 2],
+            "convolutions": sorted(pairs.seconds)[self.pairs // 2],
+        }
+
+    def _record(self, module: nn.Module, shapes: list[tuple[nn.Module, Tensor]]) -> None:
+        original = module._input
+
+        def recorded(x: Tensor) -> Tensor:
+            x = original(x)
+            shapes.append((module, x.detach()))
+            return x
+
+        module._input = recorded
+
+    def _call(self, model: nn.Module) -> Callable[[], object]:
+        return no_grad(lambda: model(self.inputs))
+
+    def _compare(
+        self, name: str, stock: Callable, ours: Callable, target: float | None
+    ) -> Comparison:
+        return compare(name, "stock Detectron2", stock, ours, pairs=self.pairs, target=target)
+
+    def _neck(self) -> Comparison:
+        with torch.no_grad():
+            x = self.stock.preprocess_image(self.inputs).tensor
+            stages = self.stock.backbone.bottom_up(x)
+        last = {k: v.contiguous(memory_format=torch.channels_last) for k, v in stages.items()}
+        calls = []
+        for backbone, maps in ((self.stock.backbone, stages), (self.fast.backbone, last)):
+            calls.append(no_grad(lambda b=backbone, m=maps: _with_stages(b, m)))
+        return self._compare("neck alone, float32", *calls, 1.5)
+
+    def _features(self, layout: torch.memory_format) -> list[Tensor]:
+        with torch.no_grad():
+            pyramid = self.stock.backbone(self.stock.preprocess_image(self.inputs).tensor)
+        return [pyramid[level].contiguous(memory_format=layout) for level in _LEVELS]
+
+    def _pooler(self, layout: torch.memory_format, target: float | None) -> Comparison:
+        features = self._features(layout)
+        calls = [
+            no_grad(lambda m=model: m.roi_heads.box_pooler(features, self.proposals))
+            for model in (self.stock, self.fast)
+        ]
+        name = "NCHW" if layout == torch.contiguous_format else "channels last"
+        return self._compare(f"pooler, {_PROPOSALS} boxes, {name}", *calls, target)
+
+    def _pooler_training(self) -> Comparison:
+        """1,024 boxes, forward and backward."""
+        features = [level.requires_grad_() for level in self._features(torch.contiguous_format)]
+        boxes = self.proposals[0].tensor
+        more = torch.cat([boxes, boxes[:24] + 1])[:1024]
+
+        def run(pooler: nn.Module) -> None:
+            pooled = pooler(features, [Boxes(more)])
+            torch.autograd.grad(pooled, features, torch.ones_like(pooled))
+
+        stock = self.stock.roi_heads.box_pooler
+        ours: PyramidROIPooler = self.fast.roi_heads.box_pooler
+        return self._compare(
+            "pooler, 1024 boxes, forward and backward", lambda: run(stock), lambda: run(ours), 2.0
+        )
+
+    def _training(self) -> Comparison:
+        batch = training_batch(self.image, 2)
+        calls = []
+        for model in (self.stock, plugin_model(self.stock, self.device)):
+            calls.append(lambda m=model: train_once(m, batch))
+        pairs = self._compare("training iteration, batch 2", *calls, 1.2)
+        self.stock.eval()
+        return pairs
+
+
+def no_grad(call: Callable[[], object]) -> Callable[[], object]:
+    """The call without gradients."""
+    return torch.no_grad()(call)
+
+
+def train_once(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """An iteration's forward and backward pass."""
+    model.train()
+    torch.manual_seed(1)
+    with EventStorage(0):
+        sum(model(batch).values()).backward()
+    model.zero_grad()
+
+
+def _with_stages(backbone: nn.Module, stages: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A pyramid of stages that are there already."""
+    bottom_up = backbone.bottom_up
+    del backbone._modules["bottom_up"]
+    backbone.__dict__["bottom_up"] = lambda _: stages
+    try:
+        return type(backbone).forward(backbone, stages["res2"])
+    finally:
+        del backbone.__dict__["bottom_up"]
+        backbone.bottom_up = bottom_up
+
+
+def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    if type(module) is nn.Linear:
+        return lambda x: F.linear(x, module.weight, module.bias)
+    weight = module.weight
+    geometry = (module.stride, module.padding, module.dilation, module.groups)
+    return lambda x: F.conv2d(x, weight, module.bias, *geometry)
+
+
+SCALINGS: dict[str, list[int]] = {
+    "image side": [400, 800, 1200, 1600],
+    "proposals": [100, 300, 1000, 2000],
+    "batch": [1, 2, 4, 8],
+    "channels": [64, 128, 192, 256],
+}
+
+
+def scaling(what: str, value: int, device: str, image_path: str | None) -> dict[str, float]:
+    """Medians of three of stock and optimised float32, in seconds, at one value of one quantity."""
+    side = value if what == "image side" else 800
+    image = photograph(image_path, side, side)
+    opts: dict[str, Any] = {}
+    if what == "proposals":
+        opts = {"MODEL__RPN__POST_NMS_TOPK_TEST": value, "MODEL__RPN__PRE_NMS_TOPK_TEST": 2000}
+    elif what == "channels":
+        opts = {"MODEL__FPN__OUT_CHANNELS": value}
+    stock = stock_model(device, image, **opts)
+    fast = optimize_for_inference(stock)
+    inputs = [{"image": image}] * (value if what == "batch" else 1)
+    pairs = compare(
+        f"{what} {value}",
+        "stock",
+        no_grad(lambda: stock(inputs)),
+        no_grad(lambda: fast(inputs)),
+        pairs=3,
+    )
+    return {"stock": sorted(pairs.baseline_seconds)[1], "optimised": sorted(pairs.seconds)[1]}
+
+
+_MEMORY_KINDS = (
+    "stock",
+    "optimised",
+    "training stock",
+    "training plugin",
+    "pooler stock",
+    "pooler",
+)
+
+
+def memory(device: str, height: int, width: int, image_path: str | None) -> dict[str, float]:
+    """Peak memory, in MB, of processes of their own: inference, training and pooling, both ways."""
+    peaks = {}
+    for kind in _MEMORY_KINDS:
+        arguments = (kind, device, height, width, image_path)
+        code = f"from fpn_plugin.benchmark.measure import peak; peak(*{arguments!r})"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+        )
+        peaks[kind] = float(done.stdout.split()[-1])
+    return peaks
+
+
+def _peak_of_process() -> float:
+    """Most memory that this process has had so far, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def peak(kind: str, device: str, height: int, width: int, image_path: str | None) -> None:
+    """Prints the peak memory, in MB, that one way needs; called in a process of its own."""
+    image = photograph(image_path, height, width)
+    small = photograph(image_path, 320, 320)
+    model = stock_model(device, small)
+    base = 0.0
+    if kind.startswith("training"):
+        if kind == "training plugin":
+            model = plugin_model(model, device)
+        train_once(model, training_batch(image, 2))
+    elif kind.startswith("pooler"):
+        pooler = model.roi_heads.box_pooler
+        if kind == "pooler":
+            pooler = optimize_for_inference(model).roi_heads.box_pooler
+        generator = torch.Generator().manual_seed(0)
+        corner = torch.rand(1000, 2, generator=generator) * 0.8
+        size = torch.exp(torch.rand(1000, 2, generator=generator) * 3.5 + 2.5)
+        corner *= torch.tensor([width, height])
+        boxes = [Boxes(torch.cat([corner, corner + size], dim=1).to(device))]
+        del model
+        maps = [torch.rand(1, 256, height // s, width // s, device=device) for s in (4, 8, 16, 32)]
+        base = _peak_of_process()
+        with torch.no_grad():
+            pooler(maps, boxes)
+    else:
+        if kind == "optimised":
+            model = optimize_for_inference(model)
+        with torch.no_grad():
+            model([{"image": image}])
+    if device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print(_peak_of_process() - base)

@@ -1,0 +1,152 @@
+"""benchmark.json, benchmark.md and charts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+import fpn_plugin
+
+from .timing import Comparison
+
+__all__ = ["environment", "write_report"]
+
+_OURS, _THEIRS = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
+
+
+def environment(device: str, size: tuple[int, int]) -> dict[str, str]:
+    """What the figures depend on."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device}, {processor}",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "image": f"{size[1]} x {size[0]} px",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+        "fpn_plugin": fpn_plugin.__version__,
+    }
+
+
+def write_report(
+    folder: Path, content: dict[str, Any], comparisons: dict[str, list[Comparison]]
+) -> Path:
+    """Writes what there is so far; called after each measurement.
+
+    Args:
+        folder: gets benchmark.json, benchmark.md and a chart a scaling.
+        content: by part: environment, differences, floor, memory, accuracy, scaling.
+        comparisons: by part, comparisons and steps, in the order to list them in.
+
+    Returns:
+        benchmark.md.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {
+        part: [{**vars(each), "ratio": each.ratio, "ratios": each.ratios} for each in of_part]
+        for part, of_part in comparisons.items()
+    }
+    (folder / "benchmark.json").write_text(json.dumps({**content, **told}, indent=1))
+    parts = ["# Benchmark\n", _line(content["environment"])]
+    if any(comparisons.values()):
+        parts.append("Both sides in turn; medians, least and greatest in parentheses.\n")
+    if comparisons.get("comparisons"):
+        parts.append(_comparison_table(comparisons["comparisons"]))
+    if comparisons.get("steps"):
+        parts.append("## What each step brings\n")
+        parts.append(_comparison_table(comparisons["steps"]))
+    for name, title in _TITLES.items():
+        if content.get(name):
+            parts.append(f"## {title}\n\n{_table(content[name])}\n")
+    if content.get("scaling"):
+        parts.append("## How the cost grows\n\nSeconds a call, medians of three.\n")
+    for what, points in content.get("scaling", {}).items():
+        picture = _chart(folder, what, points)
+        rows = [
+            [value, p["stock"], p["optimised"], p["stock"] / p["optimised"]]
+            for value, p in points.items()
+        ]
+        headers = [what, "stock (s)", "optimised (s)", "ratio"]
+        parts.append(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f"))
+        parts.append(f"\n![{what}]({picture.name})\n")
+    path = folder / "benchmark.md"
+    path.write_text("\n".join(parts))
+    return path
+
+
+_TITLES = {
+    "differences": "Detections, stock against optimised float32",
+    "accuracy": "AP on mini_val of a trained mini model (not COCO)",
+    "agreement": "Detections of that model on mini_val, optimised float32 against the original",
+    "floor": "What is not convolution (seconds)",
+    "memory": "Peak memory (MB)",
+}
+
+
+def _line(values: dict[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in values.items()) + ".\n"
+
+
+def _table(values: dict[str, Any]) -> str:
+    return tabulate(
+        [list(values.values())], headers=list(values), tablefmt="github", floatfmt=".4g"
+    )
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def _comparison_table(comparisons: list[Comparison]) -> str:
+    rows = [
+        [
+            each.name,
+            each.baseline,
+            _spread(each.baseline_seconds, 3),
+            _spread(each.seconds, 3),
+            _spread(each.ratios, 2),
+            "-" if each.target is None else f">= {each.target}",
+        ]
+        for each in comparisons
+    ]
+    headers = ["what", "against", "its seconds", "plugin's seconds", "times faster", "aim"]
+    return tabulate(rows, headers=headers, tablefmt="github") + "\n"
+
+
+def _chart(folder: Path, what: str, points: dict[int, dict[str, float]]) -> Path:
+    figure = Figure(figsize=(6, 4), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    values = [int(value) for value in points]
+    for name, color, marker in (("stock", _THEIRS, "s"), ("optimised", _OURS, "o")):
+        seconds = [point[name] for point in points.values()]
+        axes.plot(values, seconds, color=color, marker=marker, lw=2, label=name)
+    axes.set_xlabel({"image side": "image side (px)"}.get(what, what))
+    axes.set_ylabel("seconds a call")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(values)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = folder / f"{what.replace(' ', '_')}.png"
+    figure.savefig(path)
+    return path

@@ -1,0 +1,123 @@
+"""What tools/benchmark.py does: measures, and writes after each measurement what there is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from tqdm import tqdm
+
+from fpn_plugin.deploy import optimize_for_inference
+from fpn_plugin.deploy.trial import Agreement
+from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.settings import load_config, settled_device
+from fpn_plugin.engine.trainer import FPNTrainer
+from fpn_plugin.errors import UserError
+
+from .measure import SCALINGS, Bench, memory, scaling
+from .models import photograph
+from .report import environment, write_report
+from .timing import Comparison
+
+__all__ = ["argument_parser", "benchmark_main"]
+
+_PARTS = ("comparisons", "steps", "memory", "accuracy", "scaling")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/benchmark.py."""
+    parser = argparse.ArgumentParser(
+        description="Time the plugin against stock Detectron2 and torchvision. Leave the machine "
+        "alone meanwhile.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", default="output/benchmark", help="folder to write to")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each comparison")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"))
+    parser.add_argument("--image", help="a photograph; scikit-learn's by default")
+    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument(
+        "--trained", metavar="RUN", help="a run's folder, as output/demo: its AP in half precision"
+    )
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
+    return parser
+
+
+def benchmark_main(argv: Sequence[str] | None = None) -> None:
+    """Runs the parts asked for.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    args = argument_parser().parse_args(argv)
+    if args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs}: at least one is needed")
+    device = settled_device(args.device, True, 1, "--device")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, size = Path(args.output), tuple(args.size)
+    content: dict[str, Any] = {"environment": environment(device, size)}
+    done: dict[str, list[Comparison]] = {"comparisons": [], "steps": []}
+    if {"comparisons", "steps"} & set(args.parts):
+        bench = Bench(device, photograph(args.image, *size), args.pairs)
+        content["differences"] = bench.differences()
+        for part in ("comparisons", "steps"):
+            for comparison in getattr(bench, part)() if part in args.parts else ():
+                done[part].append(comparison)
+                print(f"{comparison.name}, against {comparison.baseline}: {comparison.ratio:.2f}")
+                write_report(folder, content, done)
+        if "comparisons" in args.parts:
+            content["floor"] = bench.floor()
+        del bench
+    if "memory" in args.parts:
+        content["memory"] = memory(device, *size, args.image)
+        write_report(folder, content, done)
+    if "accuracy" in args.parts and args.trained:
+        content["accuracy"], content["agreement"] = _accuracy(Path(args.trained), device)
+        write_report(folder, content, done)
+    if "scaling" in args.parts:
+        points = [(what, value) for what, values in SCALINGS.items() for value in values]
+        content["scaling"] = {what: {} for what in SCALINGS}
+        for what, value in tqdm(points, desc="scaling", unit="point"):
+            content["scaling"][what][value] = scaling(what, value, device, args.image)
+            write_report(folder, content, done)
+    print(f"report: {write_report(folder, content, done)}")
+
+
+def _accuracy(run: Path, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """AP of a trained model and its fast copies, and how far the float32 one's detections are."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"--trained {str(run)!r} has no config.yaml: name a run's OUTPUT_DIR")
+    cfg = load_config(str(config), ["MODEL.DEVICE", device])
+    original = FPNTrainer.build_model(cfg)
+    FittingCheckpointer(original, complete=True).load(str(run / "model_final.pth"))
+    original.eval()
+    half = torch.bfloat16 if device == "cpu" else torch.float16
+    fast = optimize_for_inference(original)
+    models = {
+        "original": original,
+        "optimised float32": fast,
+        f"optimised {half}".replace("torch.", ""): optimize_for_inference(original, dtype=half),
+    }
+    dataset = cfg.DATASETS.TEST[0]
+    points = {}
+    for name, model in models.items():
+        evaluator = COCOEvaluator(dataset, tasks=("bbox",), distributed=False)
+        # Detectron2's own test(): the plugin's writes files besides.
+        results = DefaultTrainer.test.__func__(FPNTrainer, cfg, model, [evaluator])
+        points[name] = results["bbox"]["AP"]
+    agreement = Agreement()
+    with torch.no_grad():
+        for batch in tqdm(FPNTrainer.build_test_loader(cfg, dataset), desc="comparing"):
+            for theirs, ours in zip(original(batch), fast(batch), strict=True):
+                agreement.add(theirs["instances"].to("cpu"), ours["instances"].to("cpu"))
+    return points, vars(agreement)

@@ -1,0 +1,189 @@
+"""TorchScript, torch.export and ONNX files of a detector, each held to the detector's output."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fpn_plugin.errors import UserError
+
+from .folding import fold_batch_norms
+from .graph import DetectionGraph, detection_graph
+
+__all__ = ["FORMATS", "batched", "export_graph", "exportable", "load_exported"]
+
+FORMATS: dict[str, str] = {
+    "torchscript": "model.ts",
+    "torch_export": "model.pt2",
+    "onnx": "model.onnx",
+}
+"""Name of each format, and of its file."""
+
+Exported = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""``images, sizes`` to ``boxes, scores, classes, image_index`` and, where there are, ``masks``."""
+
+_OPSET = 18
+
+
+def exportable(model: nn.Module) -> DetectionGraph:
+    """A copy of a model as one function of tensors, batch norms folded.
+
+    Args:
+        model: Faster or Mask R-CNN, or RetinaNet; left untouched. Not an optimised one, whose
+            operators no other runtime has.
+
+    Raises:
+        UserError: another architecture, an optimised model, or a pyramid that pads to squares.
+    """
+    if hasattr(model, "optimization_steps"):
+        raise UserError("an optimised model cannot be exported: export the original")
+    if getattr(model.backbone, "padding_constraints", {}).get("square_size", 0) > 0:
+        raise UserError("a backbone that pads to squares (square_size) cannot be exported")
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    fold_batch_norms(model)
+    return detection_graph(model).eval()
+
+
+def batched(images: Sequence[Tensor], side: int = 64) -> tuple[Tensor, Tensor]:
+    """Images of several sizes as exported models take them.
+
+    Args:
+        images: each ``(3, H, W)``; there may be none.
+        side: least height and width of the batch.
+
+    Returns:
+        ``(N, 3, H, W)`` float32, each image at the upper left; int64 ``(N, 2)``, their sizes.
+    """
+    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2)
+    height, width = torch.cat([sizes, torch.tensor([[side, side]])]).amax(dim=0).tolist()
+    batch = torch.zeros(len(images), 3, height, width)
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes
+
+
+def export_graph(graph: DetectionGraph, kind: str, path: str | Path) -> None:
+    """Writes one format.
+
+    Args:
+        graph: as :func:`exportable` gives it.
+        kind: a name in ``FORMATS``.
+        path: of the file.
+
+    Raises:
+        UserError: the format cannot carry the model, or a package is missing; says what.
+    """
+    needs("onnx", kind)
+    # Two images of unlike sides: an exporter takes equal sizes, and sizes of 1, for laws.
+    side = 4 * max(graph.model.backbone.size_divisibility, 64)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, side, side + side // 2, generator=generator) * 255
+    example = (images, torch.tensor([[side, side + side // 2], [side - 9, side]]))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # exporters warn of each size they see in Python
+        try:
+            _WRITERS[kind](graph, example, str(path))
+        except Exception as error:  # exporters raise whatever they meet
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+            raise UserError(
+                f"{kind} cannot carry this model: {type(error).__name__}: {reason.strip()[:300]}"
+            ) from error
+
+
+def _write_torchscript(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
+    torch.jit.trace(graph, example, check_trace=False).save(path)
+
+
+def _program(graph: DetectionGraph, example: tuple[Tensor, Tensor]) -> torch.export.ExportedProgram:
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic})
+    return torch.export.export(
+        graph,
+        example,
+        dynamic_shapes=shapes,
+        strict=False,
+        # What holds for the sizes met so far becomes a check of the file, not a law of it.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def _write_program(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
+    torch.export.save(_program(graph, example), path)
+
+
+def _write_onnx(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
+    torch.onnx.export(
+        _program(graph, example),
+        example,
+        path,
+        dynamo=True,
+        external_data=False,
+        opset_version=_OPSET,
+        verbose=False,
+        input_names=["images", "sizes"],
+        output_names=list(graph.output_names),
+    )
+
+
+_WRITERS: dict[str, Callable[[DetectionGraph, tuple[Tensor, Tensor], str], None]] = {
+    "torchscript": _write_torchscript,
+    "torch_export": _write_program,
+    "onnx": _write_onnx,
+}
+
+
+def load_exported(path: str | Path) -> Exported:
+    """An exported file as a function, run by the runtime it is for.
+
+    Args:
+        path: of a file that :func:`export_graph` wrote.
+
+    Returns:
+        ``images, sizes`` to the output tensors, see :class:`DetectionGraph`.
+
+    Raises:
+        UserError: onnxruntime is missing, or the name ends in none of the formats' suffixes.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".ts":
+        return torch.jit.load(str(path))
+    if suffix == ".pt2":
+        return torch.export.load(str(path)).module()
+    if suffix != ".onnx":
+        known = ", ".join(Path(name).suffix for name in FORMATS.values())
+        raise UserError(f"{str(path)!r}: the suffix is none of {known}")
+    needs("onnxruntime", "onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        given = {"images": images.numpy(), "sizes": sizes.numpy()}
+        return tuple(torch.from_numpy(output) for output in session.run(None, given))
+
+    return run
+
+
+def needs(package: str, kind: str) -> None:
+    """Refuses the ONNX format where its packages are missing.
+
+    Raises:
+        UserError: names the command that installs them.
+    """
+    if kind != "onnx":
+        return
+    try:
+        importlib.import_module(package)
+        importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise UserError(
+            f"the onnx format needs {error.name}: pip install 'fpn_plugin[onnx]'"
+        ) from None

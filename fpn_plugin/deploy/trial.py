@@ -1,0 +1,149 @@
+"""What tools/optimize.py does: says what optimising brings on a user's own images."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.structures import Instances, pairwise_iou
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from fpn_plugin.data import read_image_or_say, register_datasets
+from fpn_plugin.engine.settings import load_config, settle_device
+from fpn_plugin.errors import UserError
+from fpn_plugin.inference import Detector
+
+from .optimize import optimize_for_inference, steps_of
+
+__all__ = ["Agreement", "argument_parser", "optimize_main"]
+
+_EXAMPLES = """
+Example:
+  optimize.py --config-file output/demo/config.yaml --input photos/ \\
+      MODEL.WEIGHTS output/demo/model_final.pth
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/optimize.py."""
+    parser = argparse.ArgumentParser(
+        description="Optimise a trained model and say what that brings: seconds an image, and "
+        "whether detections are the same. demo.py and train_net.py --eval-only take --optimize.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"],
+        choices=("float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile the backbone as well")
+    parser.add_argument("--max-images", type=int, default=20, help="take only the first so many")
+    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+@dataclass
+class Agreement:
+    """How far one model's detections are another's, over images.
+
+    Attributes:
+        matched: detections of the first with a partner: same class, IoU above 0.5.
+        unmatched: those without.
+        box_px: largest difference of a coordinate between partners, in pixels of the image.
+        score: largest difference of scores between partners.
+    """
+
+    matched: int = 0
+    unmatched: int = 0
+    box_px: float = 0.0
+    score: float = 0.0
+
+    def add(self, expected: Instances, ours: Instances) -> None:
+        """Counts both models' detections in one image."""
+        if len(expected) == 0 or len(ours) == 0:
+            self.unmatched += len(expected)
+            return
+        overlaps = pairwise_iou(expected.pred_boxes, ours.pred_boxes)
+        overlaps[expected.pred_classes[:, None] != ours.pred_classes] = 0
+        best, index = overlaps.max(dim=1)
+        matched = best > 0.5
+        self.matched += int(matched.sum())
+        self.unmatched += int((~matched).sum())
+        if matched.any():
+            boxes = (expected.pred_boxes.tensor - ours.pred_boxes.tensor[index]).abs()[matched]
+            scores = (expected.scores - ours.scores[index]).abs()[matched]
+            self.box_px = max(self.box_px, float(boxes.max()))
+            self.score = max(self.score, float(scores.max()))
+
+
+def optimize_main(argv: Sequence[str] | None = None) -> None:
+    """Runs the original and its optimised copies in turn on each image, and prints a table.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    args = argument_parser().parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+    register_datasets(args.dataset)
+    paths = list(_images(args.input))[: args.max_images]
+    original = Detector(cfg)
+    detectors = {"original": original}
+    for dtype in args.dtypes:
+        detector = Detector(cfg)
+        detector.model = optimize_for_inference(
+            original.model, dtype=getattr(torch, dtype), compile=args.compile
+        )
+        detectors[dtype] = detector
+        print(f"{dtype}:", *steps_of(detector.model), sep="\n  ")
+    seconds: dict[str, list[float]] = {name: [] for name in detectors}
+    agreement = {name: Agreement() for name in detectors}
+    for number, path in enumerate(tqdm(paths, desc="detecting", unit="image")):
+        image = read_image_or_say(path)
+        outputs: dict[str, Instances] = {}
+        for _ in range(2 if number == 0 else 1):  # a first call takes longer
+            for name, detector in detectors.items():
+                started = time.perf_counter()  # detections are on the CPU: nothing is left undone
+                outputs[name] = detector(image)
+                seconds[name].append(time.perf_counter() - started)
+        for name, output in outputs.items():
+            agreement[name].add(outputs["original"], output)
+    medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+    rows = [
+        [name, median, medians["original"] / median, *vars(agreement[name]).values()]
+        for name, median in medians.items()
+    ]
+    headers = ["model", "s/image", "times faster", "same", "other", "box (px)", "score"]
+    print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".4g"))
+    print(
+        "same, other: detections of the original with a partner of their class and IoU above 0.5, "
+        "and without; box, score: largest difference between partners"
+    )
+
+
+def _images(given: Sequence[str]) -> list[Path]:
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"--input {str(path)!r} is neither a file nor a folder")
+    if not found:
+        raise UserError(f"--input {' '.join(given)!r} has no images")
+    return found

@@ -1,0 +1,195 @@
+"""Exported files give the detections of the model they were made of, whatever they are given."""
+
+import json
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from PIL import Image
+
+from fpn_plugin import UserError, model_zoo, optimize_for_inference
+from fpn_plugin.deploy.export import batched, export_graph, exportable, load_exported
+from fpn_plugin.deploy.exporting import differences, export_main
+
+KINDS = ("faster", "mask", "retinanet")
+
+
+@pytest.fixture(scope="module")
+def cases(images) -> list[list[torch.Tensor]]:
+    """Single images of several sizes, one without detections, batches of several and of none."""
+    pictures = [each["image"] for each in images]
+    blank = torch.zeros(3, 140, 200)
+    singles = [[picture] for picture in pictures if min(picture.shape[1:]) > 64]
+    return [*singles, [blank], pictures[:2], [*pictures, blank], []]
+
+
+def with_one_detection(model, cases) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The model with a threshold that leaves one detection in an image, and that image."""
+    best = []
+    for (image,) in (case for case in cases if len(case) == 1):
+        with torch.no_grad():
+            scores = model([{"image": image}])[0]["instances"].scores[:2].tolist()
+        if len(scores) == 2:
+            best.append((scores[1], scores[0], image))
+    # The image whose second score is least: others have two detections or more.
+    second, first, image = min(best, key=lambda each: each[:2])
+    owner = model.roi_heads.box_predictor if hasattr(model, "roi_heads") else model
+    owner.test_score_thresh = (first + second) / 2
+    return model, image
+
+
+def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
+    found = differences(model, exported, cases)
+    assert found["other"] == 0
+    assert found["box (px)"] <= box_px
+    assert found["score"] <= score
+    return found["detections"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_is_the_model(kind, trained, cases):
+    model = trained(kind)
+    graph = exportable(model)
+    assert assert_the_models(model, graph, cases, box_px=1e-3, score=1e-5) > 100
+    model, image = with_one_detection(model, cases)
+    assert assert_the_models(model, exportable(model), [[image]], box_px=1e-3, score=1e-5) == 1
+
+
+def test_masks_are_the_models(trained, cases):
+    model = trained("mask")
+    with torch.no_grad():
+        (expected,) = model.inference([{"image": cases[1][0]}], do_postprocess=False)
+        *_, masks = exportable(model)(*batched(cases[1]))
+    assert len(expected) > 10
+    torch.testing.assert_close(masks, expected.pred_masks[:, 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_a_file_gives_the_models_detections(kind, format, trained, cases, tmp_path):
+    model, one = with_one_detection(trained(kind), cases)
+    path = tmp_path / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
+    export_graph(exportable(model), format, path)
+    exported = load_exported(path)
+    assert assert_the_models(model, exported, [[one]]) == 1
+    assert assert_the_models(model, exported, cases) > 10
+    shapes = [tuple(tensor.shape) for tensor in exported(*batched([]))]
+    assert shapes == [(0, 4), (0,), (0,), (0,), (0, 28, 28)][: len(shapes)]
+    assert len(shapes) == 4 + (kind == "mask")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_program_gives_the_models_detections(kind, trained, cases, tmp_path):
+    model = trained(kind)
+    export_graph(exportable(model), "torch_export", tmp_path / "model.pt2")
+    exported = load_exported(tmp_path / "model.pt2")
+    coarsest = max(shape.stride for shape in model.backbone.output_shape().values())
+    # One cell on the coarsest level is a case of its own to torch.export; the tool says so.
+    sides = [min(batched(each, 1)[0].shape[2:]) for each in cases]
+    large = [each for each, side in zip(cases, sides, strict=True) if side > coarsest]
+    assert len(large) >= 3
+    assert assert_the_models(model, exported, large) > 50
+    empty = exported(torch.zeros(0, 3, 256, 256), torch.zeros(0, 2, dtype=torch.int64))
+    assert [len(tensor) for tensor in empty] == [0] * len(empty)
+
+
+def test_padding_may_hold_anything(trained, cases):
+    graph = exportable(trained("faster"))
+    images, sizes = batched([cases[0][0], cases[1][0]])
+    noisy = images.clone()
+    noisy[0, :, sizes[0, 0] :] = 200
+    noisy[0, :, :, sizes[0, 1] :] = 100
+    with torch.no_grad():
+        for ours, theirs in zip(graph(noisy, sizes), graph(images, sizes), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_tool_compares_and_describes(trained, config_of, images, tmp_path, capsys):
+    cfg: CfgNode = config_of("faster")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": trained("faster").state_dict()}, cfg.MODEL.WEIGHTS)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    picture = images[1]["image"].permute(1, 2, 0).numpy()[:, :, ::-1].copy()
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    export_main(
+        ["--config-file", str(tmp_path / "config.yaml"), "--input", str(tmp_path / "picture.png"),
+         "--output", str(tmp_path / "out"), "--formats", "torchscript"]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("| torchscript"))
+    *_, detections, other, box, score = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert int(detections) > 20
+    assert other == "0"
+    assert float(box) < 0.05
+    assert float(score) < 1e-4
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert described["input"]["images"].startswith("float32 (N, 3, H, W), BGR")
+    assert described["input"]["resizing"]["shorter side"] == 256
+
+
+def test_a_difference_is_counted(trained, cases):
+    model = trained("faster")
+    graph = exportable(model)
+
+    def changed(images, sizes):
+        boxes, scores, classes, index = graph(images, sizes)
+        return boxes[1:] + 0.25, scores[1:], classes[1:], index[1:]
+
+    found = differences(model, changed, cases[:1])
+    assert found["other"] == 1
+    assert found["box (px)"] >= 0.25
+
+
+AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.KEYPOINT_ON", True], "a keypoint head cannot be exported"),
+        (["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC], "FPNCascadeROIHeads cannot"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "ProposalNetwork"),
+    ],
+)
+def test_what_has_no_graph_is_named(opts, message, config_of):
+    cfg = config_of("faster")
+    cfg.merge_from_list(opts)
+    with pytest.raises(UserError, match=message):
+        exportable(build_model(cfg))
+
+
+def test_an_optimised_model_is_refused(trained):
+    with pytest.raises(UserError, match="export the original"):
+        exportable(optimize_for_inference(trained("faster")))
+
+
+def test_what_a_format_cannot_carry_is_said(trained, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("while tracing\n\nno operator for roi_pool\n")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    with pytest.raises(UserError, match="torchscript cannot carry this model: RuntimeError: no op"):
+        export_graph(exportable(trained("faster")), "torchscript", tmp_path / "model.ts")
+
+
+def test_without_onnx_the_command_is_named(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"pip install 'fpn_plugin\[onnx\]'"):
+        export_graph(exportable(trained("faster")), "onnx", tmp_path / "model.onnx")
+
+
+def test_an_unknown_suffix_names_those_there_are(tmp_path):
+    with pytest.raises(UserError, match=r"\.ts, \.pt2, \.onnx"):
+        load_exported(tmp_path / "model.engine")
+
+
+def test_zoo_configs_have_a_graph():
+    for name in ("COCO-Detection/faster_rcnn_R_50_FPN_1x", "COCO-Detection/retinanet_R_50_FPN_1x",
+                 "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"):  # fmt: skip
+        cfg = model_zoo.get_config(f"{name}.yaml")
+        cfg.MODEL.DEVICE, cfg.MODEL.FPN.OUT_CHANNELS = "cpu", 16
+        graph = exportable(build_model(cfg).eval())
+        with torch.no_grad():
+            boxes, *_ = graph(*batched([torch.zeros(3, 70, 90)]))
+        assert boxes.shape[1] == 4

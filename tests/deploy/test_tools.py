@@ -1,0 +1,120 @@
+"""What tools/optimize.py, demo.py --optimize, train_net.py --optimize and benchmark.py do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from fpn_plugin import UserError
+from fpn_plugin.benchmark.report import write_report
+from fpn_plugin.benchmark.timing import Comparison, compare
+from fpn_plugin.demo import demo_main
+from fpn_plugin.deploy.trial import Agreement, optimize_main
+from fpn_plugin.engine.training import train_main
+
+
+@pytest.fixture
+def run(trained, config_of, images, tmp_path) -> list[str]:
+    """--config-file of a trained model, with MODEL.WEIGHTS and pictures beside it."""
+    cfg: CfgNode = config_of("faster")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": trained("faster").state_dict()}, cfg.MODEL.WEIGHTS)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    for index, each in enumerate(images[:2]):
+        pixels = each["image"].permute(1, 2, 0).numpy()[:, :, ::-1]
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"{index}.png")
+    return ["--config-file", str(tmp_path / "config.yaml")]
+
+
+def test_the_demo_gives_the_same_detections_optimised(run, tmp_path):
+    found = {}
+    for name, opts in (("plain", []), ("fast", ["--optimize", "float32"])):
+        demo_main(
+            [*run, "--input", str(tmp_path / "0.png"), "--output", str(tmp_path / name), *opts]
+        )
+        (only,) = json.loads((tmp_path / name / "detections.json").read_text())
+        found[name] = only["detections"]
+    assert len(found["plain"]) == len(found["fast"]) > 0
+    for theirs, ours in zip(found["plain"], found["fast"], strict=True):
+        np.testing.assert_allclose(ours["bbox"], theirs["bbox"], atol=0.02)
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+        assert ours["level"] == theirs["level"]
+
+
+def test_optimize_says_that_detections_are_the_same(run, tmp_path, capsys):
+    optimize_main([*run, "--input", str(tmp_path), "--dtypes", "float32"])
+    said = capsys.readouterr().out
+    assert "folding: 20 batch norms into their convolutions, 0 left" in said
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| float32")]
+    _, _, _, same, other, box, score = [cell.strip() for cell in rows[0]]
+    assert int(same) > 0
+    assert other == "0"
+    assert float(box) < 0.02
+    assert float(score) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("nowhere", "neither a file nor a folder"), ("empty", "no images")]
+)
+def test_optimize_names_images_that_are_not_there(run, tmp_path, path, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        optimize_main([*run, "--input", str(tmp_path / path)])
+
+
+def test_an_optimised_model_is_not_trained(run):
+    with pytest.raises(UserError, match="--eval-only"):
+        train_main([*run, "--optimize", "bfloat16"])
+
+
+def detections(boxes, classes, scores):
+    found = Instances((50, 50))
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    found.pred_classes, found.scores = torch.tensor(classes), torch.tensor(scores)
+    return found
+
+
+def test_agreement_counts_partners_of_the_same_class_and_place():
+    agreement = Agreement()
+    theirs = detections(
+        [[0, 0, 10, 10], [20, 20, 40, 40], [0, 30, 9, 40]], [1, 2, 3], [0.9, 0.8, 0.1]
+    )
+    ours = detections(
+        [[20, 20.5, 40, 40], [0, 0, 10, 10], [0, 30, 9, 40]], [2, 1, 1], [0.7, 0.9, 0.1]
+    )
+    agreement.add(theirs, ours)
+    agreement.add(theirs[:0], ours)
+    assert (agreement.matched, agreement.unmatched) == (2, 1)
+    assert agreement.box_px == 0.5
+    assert agreement.score == pytest.approx(0.1)
+    agreement.add(theirs, ours[:0])
+    assert agreement.unmatched == 4
+
+
+def test_pairs_are_taken_in_turn_and_the_first_is_not_counted():
+    order = []
+    taken = compare("a", "b", lambda: order.append("b"), lambda: order.append("a"), pairs=3)
+    assert "".join(order) == "abbaabba"
+    assert len(taken.seconds) == len(taken.baseline_seconds) == 3
+
+
+def test_the_report_has_medians_and_spread(tmp_path):
+    comparison = Comparison("neck", "stock", [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], target=1.5)
+    assert comparison.ratio == 2.0
+    scaling = {"batch": {1: {"stock": 1.0, "optimised": 0.5}, 2: {"stock": 2.0, "optimised": 0.9}}}
+    content = {"environment": {"threads": "2"}, "scaling": scaling}
+    text = write_report(tmp_path, content, {"comparisons": [comparison]}).read_text()
+    cells = [cell.strip() for cell in text.split("| neck")[1].splitlines()[0].split("|")[1:-1]]
+    assert cells == [
+        "stock",
+        "4.000 (2.000-9.000)",
+        "2.000 (1.000-3.000)",
+        "2.00 (2.00-3.00)",
+        ">= 1.5",
+    ]
+    assert json.loads((tmp_path / "benchmark.json").read_text())["comparisons"][0]["ratio"] == 2.0
+    assert (tmp_path / "batch.png").stat().st_size > 1000
