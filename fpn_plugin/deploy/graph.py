@@ -13,11 +13,13 @@ import math
 import torch
 from detectron2.modeling import GeneralizedRCNN, RetinaNet, StandardROIHeads
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
 from fpn_plugin.errors import UserError
+from fpn_plugin.modeling import FPNROIHeads
 from fpn_plugin.modeling.levels import levels_of
 
 __all__ = ["DetectionGraph", "detection_graph"]
@@ -57,7 +59,8 @@ class DetectionGraph(nn.Module):
         height, width = images.shape[-2:]
         inside = torch.arange(height, device=device)[None, :] < sizes[:, :1]
         inside = inside[:, :, None] & (torch.arange(width, device=device) < sizes[:, 1:])[:, None]
-        x = (images.float() - model.pixel_mean) / model.pixel_std * inside[:, None]
+        x = (images.float() - model.pixel_mean) / model.pixel_std
+        x = x.masked_fill(~inside[:, None], 0)
         divisor = model.backbone.size_divisibility
         if divisor > 1:
             padded = [(side + divisor - 1) // divisor * divisor for side in (height, width)]
@@ -76,20 +79,30 @@ def detection_graph(model: nn.Module) -> DetectionGraph:
     """
     if type(model) is RetinaNet:
         return RetinaNetGraph(model)
-    heads = getattr(model, "roi_heads", None)
-    if isinstance(model, GeneralizedRCNN) and isinstance(heads, StandardROIHeads):
-        if heads.box_in_features and type(heads).__name__ in _HEADS and not heads.keypoint_on:
+    what = type(model).__name__
+    if isinstance(model, GeneralizedRCNN):
+        what = _without_graph(model.roi_heads)
+        if model.proposal_generator is None:
+            what = "Fast R-CNN, which reads proposals,"
+        if not what:
             return RCNNGraph(model)
-        what = "a keypoint head" if heads.keypoint_on else type(heads).__name__
-    else:
-        what = type(model).__name__ + (f" with {type(heads).__name__}" if heads else "")
     raise UserError(
         f"{what} cannot be exported: Faster R-CNN and Mask R-CNN (StandardROIHeads, FPNROIHeads) "
         "and RetinaNet can"
     )
 
 
-_HEADS = ("StandardROIHeads", "FPNROIHeads")
+def _without_graph(heads: nn.Module) -> str:
+    """The name of what RCNNGraph does not know in RoI heads; empty if there is nothing."""
+    if type(heads) not in (StandardROIHeads, FPNROIHeads):
+        return type(heads).__name__
+    if heads.keypoint_on:
+        return "a keypoint head"
+    if not isinstance(heads.box_predictor, FastRCNNOutputLayers):
+        return type(heads.box_predictor).__name__
+    if heads.mask_on and not hasattr(heads.mask_head, "layers"):
+        return type(heads.mask_head).__name__
+    return ""
 
 
 class RCNNGraph(DetectionGraph):

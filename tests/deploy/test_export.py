@@ -99,7 +99,7 @@ def test_padding_may_hold_anything(trained, cases):
     images, sizes = batched([cases[0][0], cases[1][0]])
     noisy = images.clone()
     noisy[0, :, sizes[0, 0] :] = 200
-    noisy[0, :, :, sizes[0, 1] :] = 100
+    noisy[0, :, :, sizes[0, 1] :] = torch.nan
     with torch.no_grad():
         for ours, theirs in zip(graph(noisy, sizes), graph(images, sizes), strict=True):
             assert torch.equal(ours, theirs)
@@ -150,6 +150,7 @@ AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.KEYPOINT_ON", True], "a keypoint head cannot be exported"),
         (["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC], "FPNCascadeROIHeads cannot"),
         (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "ProposalNetwork"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "Fast R-CNN, which reads"),
     ],
 )
 def test_what_has_no_graph_is_named(opts, message, config_of):
