@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -307,42 +308,42 @@ def memory(device: str, height: int, width: int, image_path: str | None) -> dict
     return peaks
 
 
-def _peak_of_process() -> float:
-    """Most memory that this process has had so far, in MB."""
+def _peak_of_process(device: str) -> float:
+    """Most memory that this process has had on the device so far, in MB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def peak(kind: str, device: str, height: int, width: int, image_path: str | None) -> None:
-    """Prints the peak memory, in MB, that one way needs; called in a process of its own."""
-    image = photograph(image_path, height, width)
-    small = photograph(image_path, 320, 320)
-    model = stock_model(device, small)
+    """Prints the peak memory, in MB, that one way needs; called in a process of its own.
+
+    Poolers': what pooling adds to the maps and boxes, which are there already.
+    """
     base = 0.0
-    if kind.startswith("training"):
-        if kind == "training plugin":
-            model = plugin_model(model, device)
-        train_once(model, training_batch(image, 2))
-    elif kind.startswith("pooler"):
-        pooler = model.roi_heads.box_pooler
-        if kind == "pooler":
-            pooler = optimize_for_inference(model).roi_heads.box_pooler
+    if kind.startswith("pooler"):
+        kind_of_pooler = PyramidROIPooler if kind == "pooler" else ROIPooler
+        pooler = kind_of_pooler(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2")
         generator = torch.Generator().manual_seed(0)
-        corner = torch.rand(1000, 2, generator=generator) * 0.8
-        size = torch.exp(torch.rand(1000, 2, generator=generator) * 3.5 + 2.5)
+        corner = torch.rand(_PROPOSALS, 2, generator=generator) * 0.8
+        size = torch.exp(torch.rand(_PROPOSALS, 2, generator=generator) * 3.5 + 2.5)
         corner *= torch.tensor([width, height])
         boxes = [Boxes(torch.cat([corner, corner + size], dim=1).to(device))]
-        del model
         maps = [torch.rand(1, 256, height // s, width // s, device=device) for s in (4, 8, 16, 32)]
-        base = _peak_of_process()
+        base = _peak_of_process(device)
         with torch.no_grad():
             pooler(maps, boxes)
     else:
-        if kind == "optimised":
-            model = optimize_for_inference(model)
-        with torch.no_grad():
-            model([{"image": image}])
-    if device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        print(_peak_of_process() - base)
+        image = photograph(image_path, height, width)
+        model = stock_model(device, photograph(image_path, 320, 320))
+        if kind.startswith("training"):
+            if kind == "training plugin":
+                model = plugin_model(model, device)
+            train_once(model, training_batch(image, 2))
+        else:
+            if kind == "optimised":
+                model = optimize_for_inference(model)
+            with torch.no_grad():
+                model([{"image": image}])
+    print(_peak_of_process(device) - base)
