@@ -13,6 +13,8 @@ __all__ = ["pyramid_roi_align"]
 
 # Terms held at a time, at most, unless one box alone has more: 12 bytes each.
 _MOST_TERMS = 1 << 21
+# Values of a table or of sums at a time, at most, unless 16 channels or one box alone have more.
+_MOST_VALUES = 1 << 22
 
 
 def pyramid_roi_align(
@@ -73,78 +75,103 @@ class _PyramidRoIAlign(torch.autograd.Function):
         ctx.save_for_backward(rois, levels)
         ctx.how, ctx.shapes = how, [level.shape for level in features]
         ctx.channels_last = [_is_channels_last(level) for level in features]
-        channels = features[0].shape[1]
-        pooled = features[0].new_empty(len(rois), channels, how.output_size[0] * how.output_size[1])
+        channels, outputs = features[0].shape[1], how.output_size[0] * how.output_size[1]
+        pooled = features[0].new_empty(len(rois), channels, outputs)
         without = torch.ones(len(rois), dtype=torch.bool)
-        tables: dict[int, Tensor] = {}
-        for level, boxes, cells, weights in _terms(rois, levels, ctx.shapes, how):
-            if level not in tables:
-                tables[level] = _table(features[level])
-            sums = F.embedding_bag(cells, tables[level], mode="sum", per_sample_weights=weights)
-            pooled[boxes] = sums.view(len(boxes), -1, channels).transpose(1, 2)
-            without[boxes] = False
-        pooled[without] = 0
+        for group in _groups(_terms(rois, levels, ctx.shapes, how)):
+            level = group[0].level
+            whole = ctx.channels_last[level]
+            for part in [slice(None)] if whole else _parts(ctx.shapes[level]):
+                table = _table(features[level][:, part])
+                for terms in group:
+                    sums = F.embedding_bag(
+                        terms.cells, table, mode="sum", per_sample_weights=terms.weights
+                    )
+                    pooled[terms.boxes, part] = sums.view(-1, outputs, table.shape[1]).mT
+            for terms in group:
+                without[terms.boxes] = False
+        if without.any():
+            pooled[without] = 0
         return pooled.view(len(rois), channels, *how.output_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rois, levels = ctx.saved_tensors
-        channels, outputs = grad.shape[1], grad.shape[2] * grad.shape[3]
-        rows = grad.new_empty(len(grad), outputs, channels)
-        rows.copy_(grad.flatten(2).transpose(1, 2))
-        sums: dict[int, Tensor] = {}
-        pending: list[_Terms] = []
-        for terms in _terms(rois, levels, ctx.shapes, ctx.how):
-            held = sum(each.cells.numel() for each in pending)
-            if pending and (terms.level != pending[0].level or held > _MOST_TERMS):
-                _add_gradient(sums, pending, ctx.shapes, rows)
-                pending = []
-            pending.append(terms)
-        if pending:
-            _add_gradient(sums, pending, ctx.shapes, rows)
-        grads = [
-            _map(sums.get(level), grad, shape, last)
-            for level, (shape, last) in enumerate(zip(ctx.shapes, ctx.channels_last, strict=True))
-        ]
-        return None, None, None, *grads
+        grads: dict[int, Tensor] = {}
+        for group in _groups(_terms(rois, levels, ctx.shapes, ctx.how)):
+            level = group[0].level
+            first = level not in grads
+            if first:
+                grads[level] = _empty(ctx.shapes[level], ctx.channels_last[level], grad)
+            _add_gradient(grads[level], group, grad.flatten(2), first)
+        for level, last in enumerate(ctx.channels_last):
+            if level not in grads:
+                grads[level] = _empty(ctx.shapes[level], last, grad).zero_()
+        return None, None, None, *(grads[level] for level in range(len(grads)))
 
 
-def _add_gradient(
-    sums: dict[int, Tensor], terms: list[_Terms], shapes: list[torch.Size], rows: Tensor
-) -> None:
-    """Adds to a level's table of gradients what some boxes on it give.
+def _add_gradient(into: Tensor, group: list[_Terms], grad: Tensor, first: bool) -> None:
+    """Adds to a level's gradient what some boxes on it give.
 
     Args:
-        sums: by level, ``(cells, C)``; the terms' level is added to it.
-        terms: all of one level.
-        shapes: of the feature maps.
-        rows: ``(M, output cells, C)``, gradients of the output.
+        into: ``(N, C, H, W)`` of either layout; what it holds is ignored where ``first``.
+        group: terms of that level.
+        grad: ``(M, C, output cells)``, the gradient of the output.
+        first: whether nothing has been added yet.
     """
-    level = terms[0].level
-    images, channels, height, width = shapes[level]
-    outputs = rows.shape[1]
-    cells = torch.cat([each.cells.flatten() for each in terms])
-    weights = torch.cat([each.weights.flatten() for each in terms])
+    images, _, height, width = into.shape
+    outputs = grad.shape[2]
+    boxes = torch.cat([terms.boxes for terms in group])
+    cells = torch.cat([terms.cells.flatten() for terms in group])
+    weights = torch.cat([terms.weights.flatten() for terms in group])
+    rows_of = torch.arange(len(boxes) * outputs, dtype=torch.int32)
+    rows_of = rows_of.split([len(terms.cells) for terms in group])
     sources = torch.cat(
         [
-            (each.boxes.int()[:, None] * outputs + torch.arange(outputs, dtype=torch.int32))
-            .view(-1, 1)
-            .expand_as(each.cells)
-            .flatten()
-            for each in terms
+            of_some[:, None].expand_as(terms.cells).flatten()
+            for of_some, terms in zip(rows_of, group, strict=True)
         ]
     )
+    read = weights.nonzero().squeeze(1)
+    cells, weights, sources = cells[read], weights[read], sources[read]
     # By feature cell instead of by output cell; a cell that no box reads has an empty bag.
     counts = torch.bincount(cells, minlength=images * height * width)
+    bags = (counts.cumsum(0) - counts).int()
     order = cells.sort().indices
-    gradient = F.embedding_bag(
-        sources[order],
-        rows.view(-1, channels),
-        (counts.cumsum(0) - counts).int(),
-        mode="sum",
-        per_sample_weights=weights[order],
-    )
-    sums[level] = sums[level].add_(gradient) if level in sums else gradient
+    sources, weights = sources[order], weights[order]
+    for part in _parts(into.shape):
+        rows = grad[boxes, part].mT.reshape(len(boxes) * outputs, -1)
+        sums = F.embedding_bag(sources, rows, bags, mode="sum", per_sample_weights=weights)
+        tables = sums.view(images, height * width, -1)
+        for of_image, table in zip(into[:, part], tables, strict=True):
+            if first:
+                of_image.flatten(1).copy_(table.t())
+            else:
+                of_image.flatten(1).add_(table.t())
+
+
+def _groups(terms: Iterator[_Terms]) -> Iterator[list[_Terms]]:
+    """Terms of one level together, as many as may be held at a time."""
+    group: list[_Terms] = []
+    for each in terms:
+        held = sum(of_some.cells.numel() for of_some in group)
+        if group and (each.level != group[0].level or held > _MOST_TERMS):
+            yield group
+            group = []
+        group.append(each)
+    if group:
+        yield group
+
+
+def _parts(shape: torch.Size) -> list[slice]:
+    """Channels in parts whose tables are small.
+
+    Memory that the system has to provide first costs more than what is done with it: a part's
+    table is written where the one before was.
+    """
+    images, channels, height, width = shape
+    each = max(16, _MOST_VALUES // (images * height * width) // 16 * 16)
+    return [slice(first, first + each) for first in range(0, channels, each)]
 
 
 def _terms(
@@ -166,31 +193,41 @@ def _terms(
     # Samples at most a cell apart share cells: n of them read n + 1. Others share none.
     close = (bins >= 0) & (bins <= samples)
     kinds, of_box = torch.cat(
-        [levels[:, None].to(samples), samples, close.to(samples)], dim=1
+        [levels[:, None].to(samples), _rounded_up(samples), close.to(samples)], dim=1
     ).unique(dim=0, return_inverse=True)
     members = of_box.argsort(stable=True).split(
         torch.bincount(of_box, minlength=len(kinds)).tolist()
     )
     for kind, of_kind in zip(kinds.long().tolist(), members, strict=True):
-        level, samples_x, samples_y, close_x, close_y = kind
-        if samples_x <= 0 or samples_y <= 0:
+        level, most_x, most_y, close_x, close_y = kind
+        if most_x <= 0 or most_y <= 0:
             continue
-        height, width = shapes[level][2:]
-        terms_x = samples_x + 1 if close_x else 2 * samples_x
-        terms_y = samples_y + 1 if close_y else 2 * samples_y
+        channels, height, width = shapes[level][1:]
+        terms_x = most_x + 1 if close_x else 2 * most_x
+        terms_y = most_y + 1 if close_y else 2 * most_y
         each = terms_x * terms_y
-        for boxes in of_kind.split(max(1, _MOST_TERMS // (each * size[0] * size[1]))):
-            first, step = start[boxes], bins[boxes]
-            x, weights_x = _axis(first[:, 0], step[:, 0], size[1], samples_x, bool(close_x), width)
-            y, weights_y = _axis(first[:, 1], step[:, 1], size[0], samples_y, bool(close_y), height)
+        most = min(_MOST_TERMS // each, _MOST_VALUES // channels) // (size[0] * size[1])
+        for boxes in of_kind.split(max(1, most)):
+            (start_x, start_y), (step_x, step_y) = start[boxes].unbind(1), bins[boxes].unbind(1)
+            of_x, of_y = samples[boxes].unbind(1)
+            x, weights_x = _axis(start_x, step_x, size[1], of_x, most_x, bool(close_x), width)
+            y, weights_y = _axis(start_y, step_y, size[0], of_y, most_y, bool(close_y), height)
             y = y * width + (rois[boxes, 0].int() * (height * width))[:, None, None]
             cells = y[:, :, None, :, None] + x[:, None, :, None, :]
             weights = weights_y[:, :, None, :, None] * weights_x[:, None, :, None, :]
             yield _Terms(level, boxes, cells.view(-1, each), weights.view(-1, each))
 
 
+def _rounded_up(samples: Tensor) -> Tensor:
+    """To 1, 2, 3, 4, 6, 8, 12, ...: boxes of a few kinds are faster than of a few samples less."""
+    power = torch.exp2(samples.clamp(min=1).log2().floor())
+    return torch.where(
+        samples <= power, samples, torch.where(samples <= 1.5 * power, 1.5 * power, 2 * power)
+    ).ceil()
+
+
 def _axis(
-    start: Tensor, step: Tensor, outputs: int, samples: int, close: bool, size: int
+    start: Tensor, step: Tensor, outputs: int, samples: Tensor, most: int, close: bool, size: int
 ) -> tuple[Tensor, Tensor]:
     """Feature cells that each output cell reads along one axis, and the weight of each.
 
@@ -198,32 +235,33 @@ def _axis(
         start: ``(n,)``, first edge of each box, in feature cells.
         step: ``(n,)``, extent of an output cell, in feature cells.
         outputs: output cells.
-        samples: samples in each of them.
+        samples: ``(n,)``, samples in each output cell of a box.
+        most: samples of any box, at most; those that a box does not have weigh nothing.
         close: whether samples are at most one feature cell apart.
         size: feature cells there are.
 
     Returns:
-        Cells, int32, and weights, both ``(n, outputs, K)``; K is samples + 1 where they are
-        close, else twice the samples. Weights of an output cell add up to the share of its
-        samples that lie on the map.
+        Cells, int32, and weights, both ``(n, outputs, K)``; K is ``most`` + 1 where they are
+        close, else twice ``most``. Weights of an output cell add up to the share of its samples
+        that lie on the map.
     """
     output = torch.arange(outputs, dtype=step.dtype)
-    sample = torch.arange(samples, dtype=step.dtype) + 0.5
+    sample = torch.arange(most, dtype=step.dtype) + 0.5
     edge = start[:, None] + output * step[:, None]
-    at = edge[:, :, None] + (sample * step[:, None] / samples)[:, None, :]
-    on_map = (at >= -1) & (at <= size)
+    at = edge[:, :, None] + (sample * step[:, None] / samples[:, None])[:, None, :]
+    counted = (at >= -1) & (at <= size) & (sample < samples[:, None])[:, None, :]
     at = at.clamp_(0, size - 1)
     low = at.floor()
     if close:
-        read = low[:, :, :1] + torch.arange(samples + 1, dtype=step.dtype)
+        read = low[:, :, :1] + torch.arange(most + 1, dtype=step.dtype)
         # Bilinear interpolation: a cell's weight falls from 1 to 0 over one cell's distance.
         near = 1 - (at[:, :, :, None] - read[:, :, None, :]).abs_()
-        weights = (near.clamp_(min=0) * on_map[:, :, :, None]).sum(dim=2)
+        weights = (near.clamp_(min=0) * counted[:, :, :, None]).sum(dim=2)
     else:
         read = torch.stack([low, low + 1], dim=3).flatten(2)
         beyond = at - low
-        weights = (torch.stack([1 - beyond, beyond], dim=3) * on_map[:, :, :, None]).flatten(2)
-    return read.clamp_(max=size - 1).int(), weights / samples
+        weights = (torch.stack([1 - beyond, beyond], dim=3) * counted[:, :, :, None]).flatten(2)
+    return read.clamp_(max=size - 1).int(), weights / samples[:, None, None]
 
 
 def _is_channels_last(level: Tensor) -> bool:
@@ -242,16 +280,6 @@ def _table(level: Tensor) -> Tensor:
     return table.view(-1, channels)
 
 
-def _map(table: Tensor | None, like: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-    """The inverse of :func:`_table`, in the layout that the level had; zeros without a table."""
-    images, channels, height, width = shape
-    if channels_last:
-        if table is None:
-            table = like.new_zeros(images * height * width, channels)
-        return table.view(images, height, width, channels).permute(0, 3, 1, 2)
-    if table is None:
-        return like.new_zeros(shape)
-    level = table.new_empty(shape)
-    for of_image, rows in zip(level, table.view(images, -1, channels), strict=True):
-        of_image.flatten(1).copy_(rows.t())
-    return level
+def _empty(shape: torch.Size, channels_last: bool, like: Tensor) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, memory_format=layout)

@@ -133,6 +133,26 @@ def test_memory_is_bounded_and_pieces_add_up(monkeypatch):
     assert max(held) <= 2 * 20_000 and sum(held) >= whole
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_are_pooled_in_parts_of_16_where_maps_are_large(monkeypatch, channels_last):
+    monkeypatch.setattr(module, "_MOST_VALUES", 16 * 2 * 24 * 32)
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(60, 2, generator=generator, dtype=torch.float64) * 90
+    sizes = torch.rand(60, 2, generator=generator, dtype=torch.float64) ** 2 * 120
+    image = torch.arange(60, dtype=torch.float64)[:, None] % 2
+    rois = torch.cat([image, corners, corners + sizes], dim=1)
+    features = maps(channels=37, dtype=torch.float64, channels_last=channels_last)
+    assert [len(module._parts(level.shape)) for level in features] == [3, 1, 1]
+    check(features, rois, torch.arange(60) % 3)
+
+
+def test_boxes_outside_every_map_pool_zeros_and_give_zero_gradients():
+    features = maps()
+    rois = torch.tensor([[0, 900.0, 900, 990, 950], [1, 500, 20, 590, 60]])
+    assert (pyramid_roi_align(features, rois, torch.tensor([0, 2]), (7, 7), SCALES) == 0).all()
+    check(features, rois, torch.tensor([0, 2]))
+
+
 def test_a_level_without_boxes_has_a_zero_gradient():
     features = maps()
     rois = torch.tensor([[0, 3.0, 3, 40, 40]])
