@@ -22,7 +22,14 @@ from fpn_plugin import model_zoo
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
-__all__ = ["photograph", "plugin_model", "proposals_of", "stock_model", "torchvision_model"]
+__all__ = [
+    "photograph",
+    "plugin_model",
+    "proposals_of",
+    "spread_boxes",
+    "stock_model",
+    "torchvision_model",
+]
 
 FASTER_R50 = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
@@ -143,3 +150,11 @@ def training_batch(image: Tensor, count: int) -> list[dict[str, Any]]:
         target.gt_classes = torch.randint(0, 80, (12,), generator=generator)
         inputs.append({"image": image, "instances": target})
     return inputs
+
+
+def spread_boxes(count: int, height: int, width: int) -> Boxes:
+    """Boxes of sides of 12 to 400 px, their logarithms spread evenly, over an image."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(count, 2, generator=generator) * 0.8 * torch.tensor([width, height])
+    size = torch.exp(torch.rand(count, 2, generator=generator) * 3.5 + 2.5)
+    return Boxes(torch.cat([corner, corner + size], dim=1))

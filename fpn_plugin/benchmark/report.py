@@ -56,7 +56,7 @@ def write_report(
     Args:
         folder: gets benchmark.json, benchmark.md and a chart a scaling.
         content: by part: environment, differences, floor, memory, accuracy, scaling.
-        comparisons: by part, comparisons and steps, in the order to list them in.
+        comparisons: by part, comparisons, steps and training, in the order to list them in.
 
     Returns:
         benchmark.md.
@@ -70,11 +70,9 @@ def write_report(
     parts = ["# Benchmark\n", _line(content["environment"])]
     if any(comparisons.values()):
         parts.append("Both sides in turn; medians, least and greatest in parentheses.\n")
-    if comparisons.get("comparisons"):
-        parts.append(_comparison_table(comparisons["comparisons"]))
-    if comparisons.get("steps"):
-        parts.append("## What each step brings\n")
-        parts.append(_comparison_table(comparisons["steps"]))
+    for part, title in _COMPARING.items():
+        if comparisons.get(part):
+            parts.append(f"## {title}\n\n{_comparison_table(comparisons[part])}")
     for name, title in _TITLES.items():
         if content.get(name):
             parts.append(f"## {title}\n\n{_table(content[name])}\n")
@@ -94,6 +92,11 @@ def write_report(
     return path
 
 
+_COMPARING = {
+    "comparisons": "Inference",
+    "steps": "What each step brings",
+    "training": "Training, and inference after it",
+}
 _TITLES = {
     "differences": "Detections, stock against optimised float32",
     "accuracy": "AP on mini_val of a trained mini model (not COCO)",
