@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
@@ -20,8 +21,9 @@ from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.engine.level_hook import LevelStatistics
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.engine.trainer import FPNTrainer
+from fpn_plugin.errors import UserError
 
-__all__ = ["argument_parser", "cost_main", "paired_seconds"]
+__all__ = ["argument_parser", "cost_main", "cost_table", "paired_seconds"]
 
 _WARM_UP = 3
 _EXAMPLES = """
@@ -55,6 +57,8 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
+    if args.pairs < 1:
+        raise UserError(f"--pairs is {args.pairs}; it must be 1 or more")
     cfg = load_config(args.config_file, args.opts)
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
     period = cfg.MODEL.FPN.LEVEL_STATS_PERIOD or 20
@@ -66,14 +70,44 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
     batches = itertools.islice(FPNTrainer.build_train_loader(cfg), args.pairs + _WARM_UP)
     shown = tqdm(batches, total=args.pairs + _WARM_UP, desc="timing", unit="pair")
     plain, observed = paired_seconds(model, shown, args.pairs)
-    usual = statistics.median(plain)
-    more = statistics.median(b - a for a, b in zip(plain, observed, strict=True))
-    print(
-        f"iteration: {1000 * usual:.1f} ms; observed: {1000 * more:+.1f} ms "
-        f"({100 * more / usual:+.1f}%), medians of {len(plain)} pairs\n"
+    print(cost_table(plain, observed, period))
+
+
+def cost_table(plain: Sequence[float], observed: Sequence[float], period: int) -> str:
+    """Medians, spread and ratio of paired timings, in words.
+
+    Args:
+        plain: seconds of iterations without statistics.
+        observed: seconds with them, of the same batches.
+        period: MODEL.FPN.LEVEL_STATS_PERIOD.
+    """
+    differences = [b - a for a, b in zip(plain, observed, strict=True)]
+    usual, more = statistics.median(plain), statistics.median(differences)
+    rows = [
+        [name, *(1000 * v for v in (statistics.median(taken), *_middle_half(taken)))]
+        for name, taken in (
+            ("plain iteration", plain),
+            ("observed iteration", observed),
+            ("difference in a pair", differences),
+        )
+    ]
+    headers = [f"ms, {len(plain)} pairs", "median", "25%", "75%"]
+    ratios = [b / a for a, b in zip(plain, observed, strict=True)]
+    low, high = _middle_half(ratios)
+    return (
+        f"{tabulate(rows, headers=headers, tablefmt='github', floatfmt='.1f')}\n"
+        f"observed / plain: {statistics.median(ratios):.3f} in the median of pairs "
+        f"({low:.3f} to {high:.3f} in the middle half)\n"
         f"level statistics every {period} iterations: {100 * more / usual / period:+.2f}% of the "
-        "time of training"
+        "time of training (median difference / median of plain / period)"
     )
+
+
+def _middle_half(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def paired_seconds(
