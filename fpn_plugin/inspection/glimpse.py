@@ -90,16 +90,34 @@ class Glimpse:
         """
         if self.detections is None or self.truths is None:
             return None
-        overlaps = pairwise_iou(Boxes(self.detections.boxes), Boxes(self.truths.boxes))
-        overlaps[self.detections.classes[:, None] != self.truths.classes] = 0
-        overlaps[self.detections.scores < threshold] = 0
-        hits = torch.zeros(len(self.detections), dtype=torch.bool)
-        for index in range(len(self.detections) if len(self.truths) else 0):
-            best, truth = overlaps[index].max(dim=0)
-            if best >= _FOUND_IOU:
-                hits[index] = True
-                overlaps[:, truth] = 0  # taken
-        return self.detections.chosen(hits)
+        sure = self.detections.chosen(self.detections.scores >= threshold)
+        overlaps = _overlaps(sure, self.truths)
+        overlaps[sure.classes[:, None] != self.truths.classes] = 0
+        return sure.chosen(_first_hits(overlaps))
+
+    def covering(self, count: int) -> Regions | None:
+        """Of the so many best proposals those that have an object, of any class, with an IoU of 0.5
+        or more to themselves; None without labels or RPN.
+        """
+        if self.proposed is None or self.truths is None:
+            return None
+        best = self.proposed.first(count)
+        return best.chosen(_first_hits(_overlaps(best, self.truths)))
+
+
+def _overlaps(regions: Regions, truths: Regions) -> Tensor:
+    return pairwise_iou(Boxes(regions.boxes), Boxes(truths.boxes))
+
+
+def _first_hits(overlaps: Tensor) -> Tensor:
+    """Which boxes, in order, have a column of 0.5 or more that none before took."""
+    hits = torch.zeros(len(overlaps), dtype=torch.bool)
+    for index in range(len(overlaps) if overlaps.shape[1] else 0):
+        best, truth = overlaps[index].max(dim=0)
+        if best >= _FOUND_IOU:
+            hits[index] = True
+            overlaps[:, truth] = 0
+    return hits
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 from tqdm import tqdm
 
 from fpn_plugin.data import ensure_mini, read_image_or_say, register_datasets
@@ -147,10 +149,14 @@ def _draw(
     if any(one.proposed is not None or one.detections is not None for one in seen):
         names = class_names(models[0].cfg)
         draw_pooling(seen, labels, folder / "pooling.png", args.proposals, args.threshold, names)
+    drawn: list[Tensor] = []
     for one, label in zip(seen, labels, strict=True):
-        if one.matched is not None:
-            suffix = "" if len(models) == 1 else "-" + _file_name(label)
-            draw_anchors(one, folder / f"anchors{suffix}.png")
+        # Anchors do not depend on weights: models of one config have the same.
+        if one.matched is None or any(torch.equal(one.matched.boxes, other) for other in drawn):
+            continue
+        suffix = f"-{_file_name(label)}" if drawn else ""
+        draw_anchors(one, folder / f"anchors{suffix}.png")
+        drawn.append(one.matched.boxes)
 
 
 def _file_name(label: str) -> str:

@@ -38,7 +38,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
     _draw_sizes(left, anatomy)
     _draw_parts(right, anatomy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["contributions", "draw_contributions"]
 
+_BEST = 100  # proposals, as in AR@100
+
 
 def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[str, dict[str, int]]:
     """How many anchors, proposals and detections came from each level, over images.
@@ -37,6 +39,7 @@ def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[s
         for figure, regions in (
             ("anchors that matched", seen.matched),
             ("proposals made", seen.proposed),
+            (f"objects in {_BEST} best", seen.covering(_BEST)),
             ("proposals pooled", seen.pooled),
             ("detections", sure),
             ("correct detections", correct),
@@ -85,7 +88,7 @@ def draw_contributions(
     figure.suptitle(f"What each level contributed: shares, and counts in {images} {plural}",
                     fontsize=15)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
 
 

@@ -112,19 +112,18 @@ def draw_features(
         figsize=(_PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35), dpi=130,
         layout="constrained",
     )  # fmt: skip
-    figure.get_layout_engine().set(h_pad=0.08)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for row, (seen, label, kind) in enumerate(rows):
         _draw_row(grid[row], seen, label, kind)
     told = {
-        "colour": "colour: dark to light the 1st principal component, blue to yellow the 2nd; all levels together",
-        "norm": "norm: length of each cell's feature vector, blue low, yellow high, on a scale for each level",
+        "colour": "colour: 1st principal component of all levels dark to light, 2nd blue to yellow",
+        "norm": "norm: length of a cell's vector; blue to yellow, on each level's own scale",
     }
     figure.supxlabel("\n".join(told[kind] for kind in kinds), fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
 
 

@@ -129,7 +129,6 @@ def _figure(
     height = inches * seen.image.shape[0] / seen.image.shape[1]
     size = (inches * shape[1] + 0.2, (height + 0.45) * shape[0] + 0.6)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08)
     grid = figure.subplots(*shape, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -169,5 +168,5 @@ def _legend(figure: Figure, drawn: Sequence[Regions], label: str) -> None:
 
 def _saved(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
