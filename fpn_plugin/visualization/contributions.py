@@ -71,18 +71,22 @@ def draw_contributions(
     """
     figures = list(dict.fromkeys(figure for of_model in counted for figure in of_model))
     most = max(len(levels) for of_model in counted for levels in of_model.values())
+    # One model's figures are wrapped; of several, each has a row.
+    across = min(len(figures), 3) if len(counted) == 1 else len(figures)
+    rows = -(-len(figures) // across) * len(counted)
     figure = Figure(
-        figsize=(1.0 + 2.7 * len(figures), 0.9 + len(counted) * (0.75 + 0.36 * most)), dpi=130,
+        figsize=(1.0 + 2.7 * across, 0.9 + rows * (0.75 + 0.36 * most)), dpi=130,
         layout="constrained",
     )  # fmt: skip
-    grid = figure.subplots(len(counted), len(figures), squeeze=False)
-    for row, of_model, label in zip(grid, counted, labels, strict=True):
-        for axes, name in zip(row, figures, strict=True):
+    grid = figure.subplots(rows, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, of_model, label in zip(grid.reshape(len(counted), -1), counted, labels, strict=True):
+        for axes, name in zip(row, figures, strict=False):
             if name in of_model:
+                axes.set_axis_on()
                 _draw_bars(axes, of_model[name])
                 axes.set_title(name, fontsize=13)
-            else:
-                axes.set_axis_off()
         row[0].set_ylabel(label, fontsize=14)
     plural = "image" if images == 1 else "images"
     figure.suptitle(f"What each level contributed: shares, and counts in {images} {plural}",

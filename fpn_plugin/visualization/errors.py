@@ -33,6 +33,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
     from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES
 
     figure = Figure(figsize=(12, 6.6), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     grid = figure.subplots(2, 2, width_ratios=[3, max(len(levels), 1)])
     for row, (mistakes, wholes, kinds, title) in enumerate(
         (
@@ -60,7 +61,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
         grid[row, 0].set_ylabel("share (%)", fontsize=12)
         grid[row, 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
     return path
 
 
@@ -116,8 +117,12 @@ def draw_mistakes(
         x, y, width, height = mistake.box
         half = max(1.1 * max(width, height), 16)
         axes.imshow(image)
-        axes.set_xlim(x + width / 2 - half, x + width / 2 + half)
-        axes.set_ylim(y + height / 2 + half, y + height / 2 - half)
+        # A square around the box, moved and cut to what the image has.
+        half = min(half, min(image.shape[:2]) / 2)
+        across = np.clip(x + width / 2, half, image.shape[1] - half)
+        down = np.clip(y + height / 2, half, image.shape[0] - half)
+        axes.set_xlim(across - half, across + half)
+        axes.set_ylim(down + half, down - half)
         for line, color in ((4.0, INK), (2.2, level_color(mistake.level or None))):
             axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=color, lw=line))
         score = f" {mistake.score:.2f}" if mistake.score else ""
@@ -127,5 +132,5 @@ def draw_mistakes(
             fontsize=10,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
     return path

@@ -41,6 +41,7 @@ def plot_level_curves(
     shown = [name for name in FIGURES if name in statistics]
     rows = -(-len(shown) // 3)
     figure = Figure(figsize=(12, 3.3 * rows + 0.5), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
     grid = figure.subplots(rows, 3, squeeze=False)
     levels = sorted({level for name in shown for level in statistics[name]})
     for axes, name in zip(grid.flat, shown, strict=False):
@@ -68,7 +69,7 @@ def plot_level_curves(
         loc="outside lower center", fontsize=12,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
     return path
 
 
