@@ -42,6 +42,9 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "CANONICAL_BOX_SIZE": 224,
         # ... and k0, the level that a box of that size is pooled from.
         "CANONICAL_LEVEL": 4,
+        # Every so many iterations of a training, log what each level does; 0: never. 20 is the
+        # period in which Detectron2 writes.
+        "LEVEL_STATS_PERIOD": 0,
     }
     timm = {
         # Of build_timm_backbone: any model of timm that offers features_only.

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode, Instances
-from PIL import Image
 from tqdm import tqdm
 
-from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
+from fpn_plugin.data import read_image_or_say, register_datasets
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
+from fpn_plugin.inputs import add_input_arguments, given_images
 from fpn_plugin.visualization import DrawnBox, draw_detections
 
 __all__ = ["argument_parser", "demo_main"]
@@ -32,14 +31,6 @@ Examples:
 """
 
 
-@dataclass(frozen=True)
-class _Job:
-    """An image to detect in; ``annotations`` are a dataset's, None where there is none."""
-
-    path: Path
-    annotations: list[dict[str, Any]] | None = None
-
-
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/demo.py."""
     parser = argparse.ArgumentParser(
@@ -48,16 +39,11 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="images, or folders of images")
-    source.add_argument(
-        "--ground-truth", metavar="DATASET", help="images of a dataset, its labels drawn beside"
-    )
+    add_input_arguments(parser)
     parser.add_argument("--output", default="output/pictures", help="folder to write to")
     parser.add_argument(
         "--threshold", type=float, default=0.5, help="least score to draw; the JSON has all"
     )
-    parser.add_argument("--max-images", type=int, help="take only the first so many")
     add_optimize_argument(parser)
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -78,7 +64,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args.config_file, args.opts)
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
     register_datasets(args.dataset)
-    jobs = list(_jobs(args))[: args.max_images]
+    jobs = given_images(args)
     originals = {job.path.resolve() for job in jobs}
     names = class_names(cfg)
     # The dataset was loaded for its images, and told its categories.
@@ -122,25 +108,6 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(records)} pictures and detections.json in {output}")
     if unreadable:
         raise UserError(f"{len(unreadable)} of {len(jobs)} images left out: {unreadable[0]}")
-
-
-def _jobs(args: argparse.Namespace) -> Iterator[_Job]:
-    if args.ground_truth:
-        check_datasets([args.ground_truth], "--ground-truth")
-        for record in DatasetCatalog.get(args.ground_truth):
-            yield _Job(Path(record["file_name"]), record.get("annotations", []))
-        return
-    for given in map(Path, args.input):
-        if given.is_dir():
-            suffixes = Image.registered_extensions()
-            found = sorted(p for p in given.iterdir() if p.suffix.lower() in suffixes)
-            if not found:
-                raise UserError(f"--input {str(given)!r} is a folder without images")
-            yield from map(_Job, found)
-        elif given.is_file():
-            yield _Job(given)
-        else:
-            raise UserError(f"--input {str(given)!r} is neither a file nor a folder")
 
 
 def _class_name(index: int, names: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
 from .checkpoint import FittingCheckpointer
 from .launch import launch
+from .level_hook import LevelStatistics
 from .settings import settled_device
 from .trainer import LossCurve, save_results
 from .training import argument_parser
@@ -157,6 +158,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
 
     trainer.register_hooks(
         [
+            LevelStatistics(model, period) if (period := train.get("level_stats_period")) else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,

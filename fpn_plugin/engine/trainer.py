@@ -40,6 +40,7 @@ from fpn_plugin.visualization import plot_losses
 
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
+from .level_hook import LevelStatistics
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
@@ -60,7 +61,7 @@ class FPNTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks and the loss curve."""
+        """Detectron2's hooks, the loss curve and, where asked for, statistics of levels."""
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
         self.checkpointer = FittingCheckpointer(
@@ -69,6 +70,10 @@ class FPNTrainer(DefaultTrainer):
         hooks = super().build_hooks()
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
+        if self.cfg.MODEL.FPN.LEVEL_STATS_PERIOD:
+            hooks.insert(
+                0, LevelStatistics(self._trainer.model, self.cfg.MODEL.FPN.LEVEL_STATS_PERIOD)
+            )
         return hooks
 
     @classmethod

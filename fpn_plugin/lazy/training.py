@@ -157,6 +157,7 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "checkpointer": {"period": cfg.SOLVER.CHECKPOINT_PERIOD, "max_to_keep": None},
             "eval_period": cfg.TEST.EVAL_PERIOD,
             "log_period": 20,
+            "level_stats_period": cfg.MODEL.FPN.LEVEL_STATS_PERIOD,
             "device": cfg.MODEL.DEVICE,
             "seed": cfg.SEED,
         }

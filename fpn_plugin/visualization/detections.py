@@ -1,4 +1,4 @@
-"""Pictures: detections tinted by their pyramid level, and loss curves."""
+"""Pictures of detections, each box tinted by its pyramid level."""
 
 from __future__ import annotations
 
@@ -11,20 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from fpn_plugin.metrics import loss_rows
+from .palette import level_color
 
-__all__ = ["DrawnBox", "draw_detections", "level_color", "plot_losses"]
+__all__ = ["DrawnBox", "draw_detections"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-_LEVEL_COLORS = {
-    2: "#E69F00",
-    3: "#56B4E9",
-    4: "#009E73",
-    5: "#CC79A7",
-    6: "#D55E00",
-    7: "#0072B2",
-}
-_PLAIN_COLOR = "#F0E442"
 _PANEL_INCHES = 5.0
 
 
@@ -37,11 +27,6 @@ class DrawnBox:
     box: tuple[float, float, float, float]
     text: str
     level: int | None = None
-
-
-def level_color(level: int | None) -> str:
-    """The colour that stands for a pyramid level in every picture, as "#RRGGBB"."""
-    return _PLAIN_COLOR if level is None else _LEVEL_COLORS.get(level, _PLAIN_COLOR)
 
 
 def draw_detections(
@@ -100,37 +85,3 @@ def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
         clip_on=True,
         bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.9},
     )
-
-
-def plot_losses(metrics_file: Path, path: Path) -> Path:
-    """Draws every loss of a run, and the learning rate, against the iteration.
-
-    Args:
-        metrics_file: the metrics.json that Detectron2 writes, one JSON object a line.
-        path: the file to write; its suffix says the format.
-
-    Returns:
-        ``path``.
-    """
-    rows = loss_rows(metrics_file)
-    iterations = [row["iteration"] for row in rows]
-    names = sorted({key for row in rows for key in row if "loss" in key})
-    figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        values = [row.get(name, np.nan) for row in rows]
-        width = 2.2 if name == "total_loss" else 1.2
-        axes.plot(iterations, values, label=name, lw=width)
-    axes.set_yscale("log")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss (median of 20 iterations)")
-    axes.grid(alpha=0.3)
-    rate_axes = axes.twinx()
-    rates = [row.get("lr", np.nan) for row in rows]
-    rate_axes.plot(iterations, rates, color="gray", ls=":", lw=1)
-    rate_axes.set_ylabel("learning rate (dotted)", color="gray")
-    rate_axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

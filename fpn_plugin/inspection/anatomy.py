@@ -1,0 +1,283 @@
+"""What a model is made of: levels, anchors, Eq. (1)'s box sizes, parameters and FLOPs by part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import Tensor, nn
+
+from .level_observer import box_pooling
+
+__all__ = ["Anatomy", "Level", "Part", "SizeRange", "anatomy"]
+
+# Of a box head where nothing says how many proposals it is given.
+_DEFAULT_ROIS = 1000
+
+
+@dataclass(frozen=True)
+class Level:
+    """A map that the backbone gives, at a given input size.
+
+    Attributes:
+        name: "p2", or "res4".
+        stride: in pixels of the network's input.
+        channels: of its features.
+        height, width: in cells.
+        anchors_per_cell: 0 where nothing has anchors there.
+        anchor_sizes: square roots of the anchors' areas, in pixels of the network's input.
+        anchor_ratios: height / width of the anchors.
+        pooled: whether the box head pools regions from it.
+    """
+
+    name: str
+    stride: int
+    channels: int
+    height: int
+    width: int
+    anchors_per_cell: int
+    anchor_sizes: tuple[float, ...]
+    anchor_ratios: tuple[float, ...]
+    pooled: bool
+
+    @property
+    def anchors(self) -> int:
+        """How many anchors an image has on it."""
+        return self.height * self.width * self.anchors_per_cell
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model.
+
+    Attributes:
+        name: for example "bottom-up".
+        parameters: how many numbers, frozen ones too; buffers are not counted.
+        trained: those of them that have a gradient.
+        flops: multiply-adds for one image, as fvcore counts them: convolutions, matrix products and
+            interpolation; pooling, activations and NMS are not counted.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Boxes that Eq. (1) sends to a level: ``low <= sqrt(w h) < high``, in pixels of the input."""
+
+    level: str
+    stride: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Levels, parts and box sizes of a model at an input size.
+
+    Attributes:
+        input_size: height and width, in pixels, as given.
+        padded_size: what the network sees, padded to the coarsest stride.
+        rois: how many regions the box head's FLOPs are for.
+        detections: how many the mask and keypoint heads' are for.
+        levels: finest first.
+        parts: in the order of the forward pass; together the whole model.
+        sizes: by level, finest first; empty for models that pool no regions.
+        canonical: k0 and s0 of Eq. (1); None where it is not used.
+    """
+
+    input_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    rois: int
+    detections: int
+    levels: tuple[Level, ...]
+    parts: tuple[Part, ...]
+    sizes: tuple[SizeRange, ...]
+    canonical: tuple[int, float] | None
+
+
+def anatomy(
+    model: nn.Module,
+    input_size: tuple[int, int],
+    rois: int | None = None,
+    detections: int | None = None,
+) -> Anatomy:
+    """Takes a model apart. It is put into evaluation mode.
+
+    Args:
+        model: any of Detectron2's architectures; weights do not matter.
+        input_size: height and width of an image as the network gets it, after resizing.
+        rois: regions that the box head sees; as many as the RPN may propose by default.
+        detections: what mask and keypoint heads see; as many as may be found by default.
+    """
+    model.eval()
+    heads = getattr(model, "roi_heads", None)
+    rpn = getattr(model, "proposal_generator", None)
+    if rois is None:
+        rois = rpn.post_nms_topk[False] if rpn is not None else _DEFAULT_ROIS
+    if detections is None:
+        detections = _most_detections(model)
+    divisor = max(model.backbone.size_divisibility, 1)
+    padded = tuple(math.ceil(side / divisor) * divisor for side in input_size)
+    image = torch.zeros(1, 3, *padded, device=next(model.parameters()).device)
+    with torch.no_grad():
+        maps = model.backbone(image)
+    pooled, pooler = box_pooling(heads) if heads is not None else ([], None)
+    return Anatomy(
+        input_size=input_size,
+        padded_size=padded,
+        rois=rois if heads is not None else 0,
+        detections=detections,
+        levels=tuple(_levels(model, maps, pooled)),
+        parts=tuple(_parts(model, image, maps, rois, detections)),
+        sizes=tuple(_size_ranges(pooled, pooler)) if len(pooled) > 1 else (),
+        canonical=(
+            (pooler.canonical_level, pooler.canonical_box_size) if len(pooled) > 1 else None
+        ),
+    )
+
+
+def _most_detections(model: nn.Module) -> int:
+    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
+    if isinstance(predictor, nn.ModuleList):
+        predictor = predictor[-1]
+    most = getattr(predictor, "test_topk_per_image", None)
+    return most if most is not None else getattr(model, "max_detections_per_image", 0)
+
+
+def _levels(model: nn.Module, maps: dict[str, Tensor], pooled: Sequence[str]) -> Iterable[Level]:
+    shapes = model.backbone.output_shape()
+    rpn = getattr(model, "proposal_generator", None)
+    generator = getattr(rpn, "anchor_generator", getattr(model, "anchor_generator", None))
+    readers = list(getattr(rpn, "in_features", getattr(model, "head_in_features", [])))
+    for name, features in sorted(maps.items(), key=lambda item: shapes[item[0]].stride):
+        cell = torch.zeros(0, 4)
+        if generator is not None and name in readers:
+            anchors = list(generator.cell_anchors)
+            cell = anchors[readers.index(name)].cpu() if anchors else cell
+        width, height = (cell[:, 2] - cell[:, 0]).double(), (cell[:, 3] - cell[:, 1]).double()
+        yield Level(
+            name=name,
+            stride=shapes[name].stride,
+            channels=features.shape[1],
+            height=features.shape[2],
+            width=features.shape[3],
+            anchors_per_cell=len(cell),
+            anchor_sizes=tuple(sorted({round(v, 1) for v in (width * height).sqrt().tolist()})),
+            anchor_ratios=tuple(sorted({round(v, 2) for v in (height / width).tolist()})),
+            pooled=name in pooled,
+        )
+
+
+def _size_ranges(names: Sequence[str], pooler: nn.Module) -> Iterable[SizeRange]:
+    for number, name in enumerate(names):
+        level = pooler.min_level + number
+        low = pooler.canonical_box_size * 2.0 ** (level - pooler.canonical_level)
+        yield SizeRange(
+            level=name,
+            stride=2**level,
+            low=0.0 if number == 0 else low,
+            high=math.inf if number == len(names) - 1 else 2 * low,
+        )
+
+
+def _parts(
+    model: nn.Module, image: Tensor, maps: dict[str, Tensor], rois: int, detections: int
+) -> Iterable[Part]:
+    backbone = model.backbone
+    by_module = FlopCountAnalysis(backbone, (image,)).unsupported_ops_warnings(False).by_module()
+    whole = int(by_module[""])
+    bottom_up = getattr(backbone, "bottom_up", None)
+    if bottom_up is None:
+        named = [("backbone", [backbone], whole)]
+    else:
+        below = int(by_module["model.bottom_up"])
+        neck = [child for child in backbone.children() if child is not bottom_up]
+        named = [("bottom-up", [bottom_up], below), ("neck", neck, whole - below)]
+    rpn = getattr(model, "proposal_generator", None)
+    if rpn is not None:
+        named.append(("RPN", [rpn], _flops(rpn.rpn_head, [maps[name] for name in rpn.in_features])))
+    if hasattr(model, "head_in_features"):  # RetinaNet and its like
+        inputs = [maps[name] for name in model.head_in_features]
+        named.append(("dense head", [model.head], _flops(model.head, inputs)))
+    if hasattr(model, "sem_seg_head"):
+        head = model.sem_seg_head
+        named.append(("semantic head", [head], _flops(_Call(head.layers, head), maps)))
+    if getattr(model, "roi_heads", None) is not None:
+        named += _head_parts(model.roi_heads, maps, rois, detections)
+    seen: set[int] = set()
+    for name, modules, flops in named:
+        parameters = [p for module in modules for p in module.parameters() if id(p) not in seen]
+        seen.update(map(id, parameters))
+        yield _part(name, parameters, flops)
+    rest = [p for p in model.parameters() if id(p) not in seen]
+    if rest:
+        yield _part("rest", rest, 0)
+
+
+def _part(name: str, parameters: Sequence[nn.Parameter], flops: int) -> Part:
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return Part(name, sum(p.numel() for p in parameters), trained, flops)
+
+
+def _head_parts(
+    heads: nn.Module, maps: dict[str, Tensor], rois: int, detections: int
+) -> list[tuple[str, list[nn.Module], int]]:
+    names, pooler = box_pooling(heads)
+    features = maps[names[0]]
+    parts: list[tuple[str, list[nn.Module], int]] = []
+
+    def regions(count: int, pooler: nn.Module) -> Tensor:
+        return features.new_zeros(count, features.shape[1], *pooler.output_size)
+
+    if hasattr(heads, "res5"):  # Res5ROIHeads: conv5 for boxes, and again for masks
+        box = _Call(lambda x: heads.box_predictor(heads.res5(x).mean(dim=[2, 3])), heads)
+        modules = [heads.res5, heads.box_predictor]
+        parts.append(("box head", modules, _flops(box, regions(rois, pooler))))
+    else:
+        stages = list(zip(_as_list(heads.box_head), _as_list(heads.box_predictor), strict=True))
+        flops = sum(_flops(nn.Sequential(*stage), regions(rois, pooler)) for stage in stages)
+        parts.append(("box head", [module for stage in stages for module in stage], flops))
+    for kind in ("mask", "keypoint"):
+        head = getattr(heads, f"{kind}_head", None)
+        if not getattr(heads, f"{kind}_on", False) or head is None:
+            continue
+        of_kind = getattr(heads, f"{kind}_pooler", None) or pooler
+        layers = head.layers
+        if hasattr(heads, "res5"):
+            layers = _after(heads.res5, head.layers)
+        call = _Call(layers, nn.ModuleList([head, getattr(heads, "res5", nn.Identity())]))
+        parts.append((f"{kind} head", [head], _flops(call, regions(detections, of_kind))))
+    return parts
+
+
+def _after(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], Tensor]) -> Callable:
+    return lambda x: then(first(x))
+
+
+def _as_list(module: nn.Module) -> list[nn.Module]:
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+class _Call(nn.Module):
+    """A module whose forward pass is another method than its owner's."""
+
+    def __init__(self, function: Callable[..., Any], owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = owner
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+def _flops(module: nn.Module, inputs: Any) -> int:
+    analysis = FlopCountAnalysis(module, (inputs,))
+    return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())

@@ -1,0 +1,78 @@
+"""A page of HTML that needs nothing but itself: text, tables, and pictures as data URIs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+__all__ = ["Page"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1160px;
+       margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.7em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
+nav a { margin-right: 1.2em; } a { color: #0072B2; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: 0.25em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }
+th { border-bottom: 2px solid #888; } th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; } figure { margin: 1em 0; } figcaption, .note { color: #555; }
+"""
+
+
+class Page:
+    """Sections in order, then :meth:`html`.
+
+    Args:
+        title: of the page.
+        subtitle: a line under it.
+    """
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self._title, self._subtitle = title, subtitle
+        self._body: list[str] = []
+        self._sections: list[str] = []
+
+    def section(self, title: str) -> None:
+        """Begins a section."""
+        self._sections.append(title)
+        self._body.append(f'<h2 id="s{len(self._sections)}">{escape(title)}</h2>')
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self._body.append(f'<p class="note">{escape(text)}</p>')
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; numbers with a point are written with one digit after it."""
+        head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>\n"
+            for row in rows
+        )
+        self._body.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+
+    def picture(self, path: Path, caption: str) -> None:
+        """A PNG file, copied into the page."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        self._body.append(
+            f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+
+    def html(self) -> str:
+        """The page."""
+        links = " ".join(
+            f'<a href="#s{number}">{escape(title)}</a>'
+            for number, title in enumerate(self._sections, start=1)
+        )
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            f"<title>{escape(self._title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
+            f"<h1>{escape(self._title)}</h1>\n<p>{escape(self._subtitle)}</p>\n"
+            f"<nav>{links}</nav>\n" + "\n".join(self._body) + "\n</body></html>\n"
+        )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

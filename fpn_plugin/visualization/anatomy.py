@@ -1,0 +1,131 @@
+"""A picture of what a model is made of."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from .palette import CATEGORY_COLORS, INK, level_color, level_title
+
+if TYPE_CHECKING:
+    from fpn_plugin.inspection.anatomy import Anatomy
+
+__all__ = ["draw_anatomy"]
+
+
+def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
+    """Draws levels with the box sizes and anchors they serve, and where the weight of a model is.
+
+    Args:
+        anatomy: of a model.
+        path: the file to write; its suffix says the format.
+        title: set above.
+
+    Returns:
+        ``path``.
+    """
+    rows = max(len(anatomy.levels), len(anatomy.parts))
+    figure = Figure(figsize=(12, 2.2 + 0.52 * rows), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    height, width = anatomy.input_size
+    figure.suptitle(f"{title}: input {width} x {height} px".removeprefix(": "), fontsize=15)
+    _draw_sizes(left, anatomy)
+    _draw_parts(right, anatomy)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    return path
+
+
+def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
+    ends = [v for s in anatomy.sizes for v in (s.low, s.high) if 0 < v < math.inf]
+    ends += [size for level in anatomy.levels for size in level.anchor_sizes]
+    low = min(ends, default=16) / 2.5
+    high = max(ends, default=512) * 2.5
+    bands = {sizes.level: sizes for sizes in anatomy.sizes}
+    for row, level in enumerate(anatomy.levels):
+        if level.name in bands:
+            start, end = max(bands[level.name].low, low), min(bands[level.name].high, high)
+            axes.barh(
+                row, end - start, left=start, height=0.72, color=level_color(level.name), alpha=0.75
+            )
+            middle = math.sqrt(start * end)
+            told = _range_text(bands[level.name].low, bands[level.name].high)
+            axes.text(middle, row - 0.19, told, ha="center", va="center", fontsize=11, color=INK)
+        if level.anchor_sizes:
+            axes.plot(
+                level.anchor_sizes, [row + 0.14] * len(level.anchor_sizes), "D", ms=8,
+                mfc="white", mec=INK, mew=1.6,
+            )  # fmt: skip
+    names = [
+        f"{level_title(v.name)}  stride {v.stride}\n{v.width} x {v.height} x {v.channels}"
+        for v in anatomy.levels
+    ]
+    axes.set_yticks(range(len(names)), names, fontsize=11)
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    axes.set_xticks([2**p for p in powers], [str(2**p) for p in powers], fontsize=11)
+    axes.set_xlabel("box size sqrt(w h), pixels of the network's input", fontsize=12)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    shown = []
+    if anatomy.sizes:
+        shown.append(Patch(color="#999999", alpha=0.75, label="boxes pooled from the level"))
+    if any(level.anchor_sizes for level in anatomy.levels):
+        shown.append(
+            Line2D([], [], ls="", marker="D", ms=8, mfc="white", mec=INK, mew=1.6,
+                   label="anchors of the level")
+        )  # fmt: skip
+    if shown:
+        axes.legend(
+            handles=shown, fontsize=11, ncols=2, loc="upper center", frameon=False,
+            bbox_to_anchor=(0.5, -0.2),
+        )  # fmt: skip
+    if anatomy.canonical is None:
+        axes.set_title("Levels", fontsize=13)
+    else:
+        k0, size = anatomy.canonical
+        axes.set_title(f"Levels, and Eq. (1) with k0 = {k0} at {size:g} px", fontsize=13)
+
+
+def _range_text(low: float, high: float) -> str:
+    if low == 0:
+        return f"below {high:g}"
+    return f"{low:g} and up" if math.isinf(high) else f"{low:g} to {high:g}"
+
+
+def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
+    parts = anatomy.parts
+    counts = [part.parameters for part in parts], [part.flops for part in parts]
+    for offset, values, color, unit, prefix, divisor in (
+        (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", " M", 1e6),
+        (0.2, counts[1], CATEGORY_COLORS[1], "FLOPs", " G", 1e9),
+    ):
+        whole = max(sum(values), 1)
+        rows = [row + offset for row in range(len(parts))]
+        axes.barh(
+            rows, [100 * v / whole for v in values], height=0.36, color=color,
+            label=f"{_short(whole / divisor)}{prefix}{'' if prefix == ' G' else ' '}{unit}",
+        )  # fmt: skip
+        for row, value in zip(rows, values, strict=True):
+            told = f" {_short(value / divisor)}{prefix}"
+            axes.text(100 * value / whole, row, told, va="center", fontsize=11, color=INK)
+    axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=12)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 118)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel("share of the model (%)", fontsize=12)
+    axes.set_title("Parameters and multiply-adds by part", fontsize=13)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=11, ncols=2, loc="upper center", frameon=False, bbox_to_anchor=(0.5, -0.2))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

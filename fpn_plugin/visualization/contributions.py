@@ -1,0 +1,112 @@
+"""A picture of what each level of a pyramid contributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .palette import INK, level_color, level_title
+
+if TYPE_CHECKING:
+    from fpn_plugin.inspection.glimpse import Glimpse, Regions
+
+__all__ = ["contributions", "draw_contributions"]
+
+_BEST = 100  # proposals, as in AR@100
+
+
+def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[str, dict[str, int]]:
+    """How many anchors, proposals and detections came from each level, over images.
+
+    Args:
+        glimpses: of images by one model.
+        threshold: least score of a detection to count.
+
+    Returns:
+        ``{figure: {level: count}}``; figures that the model or missing labels do not allow are left
+        out.
+    """
+    counted: dict[str, dict[str, int]] = {}
+    for seen in glimpses:
+        sure = correct = None
+        if seen.detections is not None and seen.pooled is not None:
+            sure = seen.detections.chosen(seen.detections.scores >= threshold)
+            correct = seen.correct(threshold)
+        for figure, regions in (
+            ("anchors that matched", seen.matched),
+            ("proposals made", seen.proposed),
+            (f"objects in {_BEST} best", seen.covering(_BEST)),
+            ("proposals pooled", seen.pooled),
+            ("detections", sure),
+            ("correct detections", correct),
+        ):
+            if regions is not None:
+                by_level = counted.setdefault(figure, dict.fromkeys(seen.features, 0))
+                for level, count in _counts(regions).items():
+                    by_level[level] = by_level.get(level, 0) + count
+    return counted
+
+
+def _counts(regions: Regions) -> dict[str, int]:
+    return {level: regions.levels.count(level) for level in set(regions.levels)}
+
+
+def draw_contributions(
+    counted: Sequence[dict[str, dict[str, int]]], labels: Sequence[str], path: Path, images: int
+) -> Path:
+    """Draws what :func:`contributions` counted, a row for each model.
+
+    Args:
+        counted: of each model.
+        labels: the models' names.
+        path: the file to write; its suffix says the format.
+        images: how many were counted.
+
+    Returns:
+        ``path``.
+    """
+    figures = list(dict.fromkeys(figure for of_model in counted for figure in of_model))
+    most = max(len(levels) for of_model in counted for levels in of_model.values())
+    # One model's figures are wrapped; of several, each has a row.
+    across = min(len(figures), 3) if len(counted) == 1 else len(figures)
+    rows = -(-len(figures) // across) * len(counted)
+    figure = Figure(
+        figsize=(1.0 + 2.7 * across, 0.9 + rows * (0.75 + 0.36 * most)), dpi=130,
+        layout="constrained",
+    )  # fmt: skip
+    grid = figure.subplots(rows, across, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, of_model, label in zip(grid.reshape(len(counted), -1), counted, labels, strict=True):
+        for axes, name in zip(row, figures, strict=False):
+            if name in of_model:
+                axes.set_axis_on()
+                _draw_bars(axes, of_model[name])
+                axes.set_title(name, fontsize=13)
+        row[0].set_ylabel(label, fontsize=14)
+    plural = "image" if images == 1 else "images"
+    figure.suptitle(f"What each level contributed: shares, and counts in {images} {plural}",
+                    fontsize=15)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    return path
+
+
+def _draw_bars(axes: Axes, by_level: dict[str, int]) -> None:
+    levels = list(by_level)
+    whole = max(sum(by_level.values()), 1)
+    shares = [100 * by_level[level] / whole for level in levels]
+    colors = [level_color(level or None) for level in levels]
+    axes.barh(range(len(levels)), shares, color=colors, height=0.75)
+    for row, (share, level) in enumerate(zip(shares, levels, strict=True)):
+        axes.text(share + 2, row, f"{by_level[level]:,}", va="center", fontsize=12, color=INK)
+    names = [level_title(level) if level else "none" for level in levels]
+    axes.set_yticks(range(len(levels)), names, fontsize=12)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 135)
+    axes.set_xticks([0, 50, 100], ["0", "50", "100%"], fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,157 @@
+"""Pictures of a pyramid's features: their main directions as colour, and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .palette import INK, level_title
+
+if TYPE_CHECKING:
+    from fpn_plugin.inspection.glimpse import Glimpse
+
+__all__ = ["FeatureColors", "draw_features", "feature_colors", "feature_norms"]
+
+# Corners of a square: light is far along the first direction, yellow along the second. Blue,
+# yellow and lightness are what red-green-blind readers see as others do.
+_DARK_BLUE, _DARK_YELLOW = np.array([16, 32, 96.0]), np.array([92, 70, 0.0])
+_LIGHT_BLUE, _LIGHT_YELLOW = np.array([150, 205, 255.0]), np.array([255, 236, 130.0])
+_PANEL_INCHES = 2.3
+
+
+@dataclass(frozen=True)
+class FeatureColors:
+    """Features as colours.
+
+    Attributes:
+        images: ``{level: uint8 (h, w, 3)}``.
+        variance: share of the features' variance that the two directions hold.
+    """
+
+    images: dict[str, np.ndarray]
+    variance: float
+
+
+def feature_colors(features: dict[str, np.ndarray]) -> FeatureColors:
+    """Two principal directions of all levels' features as lightness and blue to yellow.
+
+    Every level counts the same: its features are centred and scaled to one variance before
+    directions are sought, which are the same for all levels. The first points to larger norms.
+
+    Args:
+        features: ``{level: (C, h, w)}``.
+    """
+    centred, norms = {}, {}
+    for name, values in features.items():
+        vectors = values.reshape(len(values), -1).T.astype(np.float64)
+        norms[name] = np.linalg.norm(vectors, axis=1)
+        vectors = vectors - vectors.mean(axis=0)
+        spread = np.sqrt((vectors**2).sum(axis=1).mean())
+        centred[name] = vectors / spread if spread > 0 else vectors
+    covariance = sum(v.T @ v / len(v) for v in centred.values()) / len(centred)
+    variances, directions = np.linalg.eigh(covariance)
+    axes = directions[:, ::-1][:, :2]
+    along = sum(norms[name] @ (v @ axes[:, 0]) / len(v) for name, v in centred.items())
+    second = axes[:, -1]
+    axes = axes * np.array(
+        [1.0 if along >= 0 else -1.0, np.sign(second[np.abs(second).argmax()]) or 1.0]
+    )
+    images = {
+        name: _colored(_stretched(v @ axes), features[name].shape[1:])
+        for name, v in centred.items()
+    }
+    whole = variances.sum()
+    return FeatureColors(images, float(variances[-2:].sum() / whole) if whole > 0 else 0.0)
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    low, high = np.quantile(values, [0.02, 0.98], axis=0)
+    return np.clip((values - low) / np.where(high > low, high - low, 1.0), 0, 1)
+
+
+def _colored(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    light, yellow = values[:, :1], values[:, 1:]
+    dark = _DARK_BLUE * (1 - yellow) + _DARK_YELLOW * yellow
+    bright = _LIGHT_BLUE * (1 - yellow) + _LIGHT_YELLOW * yellow
+    return (dark * (1 - light) + bright * light).round().astype(np.uint8).reshape(*shape, 3)
+
+
+def feature_norms(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """L2 norm of every cell's feature vector, ``{level: (h, w)}``."""
+    return {name: np.linalg.norm(values, axis=0) for name, values in features.items()}
+
+
+def draw_features(
+    glimpses: Sequence[Glimpse],
+    labels: Sequence[str],
+    path: Path,
+    kinds: Sequence[str] = ("colour", "norm"),
+) -> Path:
+    """Draws every level's features, a row for each model and kind.
+
+    Args:
+        glimpses: of one image by several models, or by one.
+        labels: the models' names.
+        path: the file to write; its suffix says the format.
+        kinds: "colour" (see :func:`feature_colors`), "norm".
+
+    Returns:
+        ``path``.
+    """
+    rows = [(seen, label, kind) for seen, label in zip(glimpses, labels, strict=True)
+            for kind in kinds]  # fmt: skip
+    columns = 1 + max(len(seen.features) for seen in glimpses)
+    height = _PANEL_INCHES * glimpses[0].image.shape[0] / glimpses[0].image.shape[1]
+    figure = Figure(
+        figsize=(_PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35), dpi=130,
+        layout="constrained",
+    )  # fmt: skip
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, (seen, label, kind) in enumerate(rows):
+        _draw_row(grid[row], seen, label, kind)
+    told = {
+        "colour": "colour: 1st principal component of all levels dark to light, 2nd blue to yellow",
+        "norm": "norm: length of a cell's vector; blue to yellow, on each level's own scale",
+    }
+    figure.supxlabel("\n".join(told[kind] for kind in kinds), fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    return path
+
+
+def _draw_row(row: Sequence[Axes], seen: Glimpse, label: str, kind: str) -> None:
+    features = {name: values.numpy() for name, values in seen.features.items()}
+    height, width = seen.image.shape[:2]
+    row[0].imshow(seen.image)
+    row[0].set_title(label, fontsize=14)
+    if kind == "colour":
+        colors = feature_colors(features)
+        panels, told = colors.images, f"colour: {100 * colors.variance:.0f}% of the variance"
+    else:
+        panels, told = feature_norms(features), "norm"
+    row[0].text(
+        0.02, 0.02, told, transform=row[0].transAxes, fontsize=10, color=INK, va="bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
+    )  # fmt: skip
+    for axes, (name, panel) in zip(row[1:], panels.items(), strict=False):
+        stride = seen.strides[name]
+        extent = (0, panel.shape[1] * stride, panel.shape[0] * stride, 0)
+        options = {"extent": extent, "interpolation": "nearest"}
+        title = f"{level_title(name)}, stride {stride}"
+        if kind == "norm":
+            low, high = np.quantile(panel, [0.02, 0.98])
+            axes.imshow(panel, cmap="cividis", vmin=low, vmax=high, **options)
+            title += f"\n{low:.3g} to {high:.3g}"
+        else:
+            axes.imshow(panel, **options)
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        axes.set_title(title, fontsize=13)

@@ -1,0 +1,320 @@
+"""What the observer counts is what independent computations count, and it changes nothing."""
+
+import copy
+import math
+
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+from torch.nn import functional as F
+from torchvision.ops import box_iou
+
+from fpn_plugin import UserError
+from fpn_plugin.engine.level_hook import LevelStatistics
+from fpn_plugin.inspection.cost import cost_table, paired_seconds
+from fpn_plugin.inspection.level_observer import observed_levels
+from fpn_plugin.inspection.level_tally import LevelTally, level_scalars
+
+FASTER = "mini/faster_rcnn_R_18_FPN.yaml"
+MODELS = [
+    FASTER,
+    "mini/table1_c_FPN.yaml",
+    "mini/table1_a_C4.yaml",
+    "mini/table2_c_FPN.yaml",
+    "mini/table3_a_C4.yaml",
+    "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+]
+
+
+def step(model, batch, observe):
+    """Losses, gradients, what Detectron2 logged, and what was observed."""
+    torch.manual_seed(5)
+    sums = None
+    with EventStorage() as storage:
+        if observe:
+            with observed_levels(model) as tally:
+                losses = model(copy.deepcopy(batch))
+            sums = tally.sums()
+        else:
+            losses = model(copy.deepcopy(batch))
+        sum(losses.values()).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return losses, gradients, storage.latest(), sums, torch.rand(1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_observing_changes_nothing_and_its_losses_are_the_whole(name, make_model, batch):
+    opts = []
+    if "cascade" in name:  # federated loss draws random classes
+        opts = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
+    model = make_model(name, *opts)
+    if "retinanet" in name:  # its scripted focal loss is another program from the third call on
+        for observe in (False, True, False):
+            step(copy.deepcopy(model), batch, observe)
+    other = copy.deepcopy(model)  # batch norms that train have a state
+    plain = step(model, batch, observe=False)
+    seen = step(other, batch, observe=True)
+    assert plain[0].keys() == seen[0].keys()
+    assert all(torch.equal(plain[0][key], seen[0][key]) for key in plain[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], seen[1], strict=True))
+    assert plain[2] == seen[2]
+    assert torch.equal(plain[4], seen[4])  # random numbers drawn later
+    assert "losses" not in vars(other)
+    again = step(other, batch, observe=False)
+    assert again[3] is None
+
+    losses, sums = seen[0], seen[3]
+    assert sums["images"] == {"": 2}
+    rpn = sum(loss.item() for key, loss in losses.items() if "rpn" in key)
+    box = sum(loss.item() for key, loss in losses.items() if "rpn" not in key)
+    if "rpn_loss" in sums:
+        assert sum(sums["rpn_loss"].values()) == pytest.approx(rpn, rel=1e-5)
+    else:
+        assert rpn == 0
+    if "retinanet" in name:
+        # Its losses are divided by a running count of matched anchors.
+        box *= model.loss_normalizer
+    if "box_loss" in sums:
+        assert sum(sums["box_loss"].values()) == pytest.approx(box, rel=1e-5)
+    else:
+        assert box == 0
+
+
+def test_federated_loss_leaves_random_numbers_as_they_are(make_model, batch, monkeypatch):
+    model = make_model(FASTER, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    predictor = model.roi_heads.box_predictor
+    predictor.use_fed_loss, predictor.fed_loss_num_classes = True, 6
+    predictor.register_buffer("fed_loss_cls_weights", torch.ones(14))
+    plain = step(copy.deepcopy(model), batch, observe=False)
+    seen = step(model, batch, observe=True)
+    assert all(torch.equal(plain[0][key], seen[0][key]) for key in plain[0])
+    assert torch.equal(plain[4], seen[4])
+
+
+def levels_of(boxes, k0=4, s0=112, finest=2, coarsest=5):
+    """Eq. (1) once more, box by box."""
+    levels = []
+    for x0, y0, x1, y1 in boxes.double().tolist():
+        k = math.floor(k0 + math.log2(max(math.sqrt((x1 - x0) * (y1 - y0)) / s0, 1e-8)))
+        levels.append(f"p{min(max(k, finest), coarsest)}")
+    return levels
+
+
+def counted(levels, chosen=None, names=("p2", "p3", "p4", "p5")):
+    chosen = [1] * len(levels) if chosen is None else chosen
+    return {
+        name: sum(float(c) for k, c in zip(levels, chosen, strict=True) if k == name)
+        for name in names
+    }
+
+
+def approximately(expected):
+    return {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in expected.items()}
+
+
+def test_rois_foreground_and_the_loss_of_the_box_head(make_model, batch):
+    model = make_model(FASTER)
+    heads = model.roi_heads
+    torch.nn.init.normal_(heads.box_predictor.bbox_pred.weight, std=0.1)
+    seen = {}
+    heads.register_forward_hook(lambda _, args, out: seen.update(proposals=out[0]))
+    heads.box_predictor.register_forward_hook(lambda _, args, out: seen.update(predictions=out))
+    *_, sums, _ = step(model, batch, observe=True)
+
+    boxes = torch.cat([p.proposal_boxes.tensor for p in seen["proposals"]])
+    classes = torch.cat([p.gt_classes for p in seen["proposals"]])
+    truths = torch.cat(
+        [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in seen["proposals"]]
+    )
+    levels = levels_of(boxes)
+    assert len(set(levels)) > 2
+    assert sums["rois"] == counted(levels)
+    assert sums["foreground"] == counted(levels, (classes < 14).tolist())
+    scores, deltas = seen["predictions"]
+    each = F.cross_entropy(scores, classes, reduction="none")
+    for i in (classes < 14).nonzero()[:, 0].tolist():
+        width, height = (boxes[i, 2:] - boxes[i, :2]).tolist()
+        wide, high = (truths[i, 2:] - truths[i, :2]).tolist()
+        target = torch.tensor(
+            [
+                10 * ((truths[i, 0] + truths[i, 2]) - (boxes[i, 0] + boxes[i, 2])) / 2 / width,
+                10 * ((truths[i, 1] + truths[i, 3]) - (boxes[i, 1] + boxes[i, 3])) / 2 / height,
+                5 * math.log(wide / width),
+                5 * math.log(high / height),
+            ]
+        )
+        c = int(classes[i])
+        each[i] += (deltas[i, 4 * c : 4 * c + 4] - target).abs().sum()
+    expected = counted(levels, (each / len(each)).tolist())
+    assert sums["box_loss"] == approximately(expected)
+
+
+@pytest.mark.parametrize("name", [FASTER, "mini/table1_c_FPN.yaml"])
+def test_anchors_recall_and_the_loss_of_the_rpn(name, make_model, batch, monkeypatch):
+    model = make_model(name, "MODEL.RPN.SMOOTH_L1_BETA", 0.0)
+    rpn = model.proposal_generator
+    given = {}
+    losses = rpn.losses
+
+    def keep(*args):
+        given["losses"] = args  # the last call is the whole one
+        return losses(*args)
+
+    monkeypatch.setattr(rpn, "losses", keep)
+    rpn.register_forward_hook(lambda _, args, out: given.update(proposals=out[0]))
+    *_, sums, _ = step(model, batch, observe=True)
+    names = ("p2", "p3", "p4", "p5", "p6")
+
+    anchors, logits, labels, deltas, _ = given["losses"]
+    truth = batch[0]["instances"].gt_boxes.tensor
+    every = torch.cat([level.tensor for level in anchors])
+    overlaps = box_iou(truth, every)
+    best = overlaps.max(dim=1, keepdim=True).values
+    matched = (overlaps >= 0.7).any(dim=0) | (overlaps == best).any(dim=0)
+    level_of_anchor = [
+        n for n, level in zip(names, anchors, strict=True) for _ in range(len(level))
+    ]
+    assert sums["anchors"] == counted(level_of_anchor, matched.tolist(), names)
+
+    # Boxes of 13, 37.4, 90 and 198.5 px; anchors of 16, 32, 64, 128, 256.
+    assert sums["objects"] == {"p2": 1, "p3": 1, "p4": 1, "p5": 0, "p6": 1}
+    covered = box_iou(truth, given["proposals"][0].proposal_boxes.tensor).max(dim=1).values >= 0.5
+    assert sum(sums["recalled"].values()) == covered.sum()
+
+    flat = torch.cat(logits, dim=1).flatten()
+    wanted = torch.stack(labels).flatten()
+    each = F.binary_cross_entropy_with_logits(flat, wanted.clamp(min=0).float(), reduction="none")
+    each = each * (wanted >= 0)
+    boxes, sizes = every.repeat(2, 1), torch.cat([every[:, 2:] - every[:, :2]] * 2)
+    target = truth[overlaps.argmax(dim=0)].repeat(2, 1)
+    extent = target[:, 2:] - target[:, :2]
+    moved = (target[:, :2] + extent / 2 - boxes[:, :2] - sizes / 2) / sizes
+    expected = torch.cat([moved, (extent / sizes).log()], dim=1)
+    away = (torch.cat(deltas, dim=1).flatten(0, 1) - expected).abs().sum(dim=1)
+    each = (each + away * (wanted == 1)) / (256 * 2)
+    whole = counted(level_of_anchor * 2, each.tolist(), names)
+    assert sums["rpn_loss"] == approximately(whole)
+
+
+def test_an_object_belongs_to_the_nearest_anchors(make_model):
+    from fpn_plugin.inspection.level_observer import anchor_levels
+
+    rpn = make_model(FASTER).proposal_generator
+    halfway = math.sqrt(32 * 64)
+    sides = [1, 22, 23, halfway - 0.1, halfway + 0.1, 90, 91, 1000]
+    boxes = torch.tensor([[10, 10, 10 + 2 * side, 10 + side / 2] for side in sides])
+    assert anchor_levels(rpn, boxes).tolist() == [0, 0, 1, 1, 2, 2, 3, 4]
+
+
+def test_feature_norms(make_model, batch):
+    model = make_model(FASTER)
+    kept = {}
+    model.backbone.register_forward_hook(lambda _, args, out: kept.update(out))
+    *_, sums, _ = step(model, batch, observe=True)
+    logged = level_scalars([sums])
+    for name, features in kept.items():
+        norms = features.double().pow(2).sum(dim=1).sqrt()
+        assert logged[f"fpn_feature_norm/{name}"] == pytest.approx(norms.mean().item(), rel=1e-5)
+
+
+def test_figures_of_two_processes():
+    tallies = []
+    for rois, foreground, loss, images in (
+        ([6, 2], [3, 0], [1.0, 3.0], 1),
+        ([4, 0], [1, 0], [4.0, 0.0], 3),
+    ):
+        tally = LevelTally()
+        tally.add("images", [""], torch.tensor(images))
+        tally.add("rois", ["p2", "p3"], torch.tensor(rois))
+        tally.add("foreground", ["p2", "p3"], torch.tensor(foreground))
+        tally.add("box_loss", ["p2", "p3"], torch.tensor(loss))
+        tally.add("rpn_loss", ["p2", "p6"], torch.tensor([1.0, 1.0]))
+        tally.add("objects", ["p2", "p6"], torch.tensor([2, 0]))
+        tally.add("recalled", ["p2", "p6"], torch.tensor([1, 0]))
+        tallies.append(tally.sums())
+    assert level_scalars(tallies) == {
+        "fpn_rois/p2": 2.5,
+        "fpn_rois/p3": 0.5,
+        "fpn_foreground/p2": 0.4,
+        "fpn_foreground/p3": 0.0,
+        "fpn_box_share/p2": 0.625,
+        "fpn_box_share/p3": 0.375,
+        "fpn_rpn_share/p2": 0.5,
+        "fpn_rpn_share/p6": 0.5,
+        "fpn_share/p2": pytest.approx(7 / 12),
+        "fpn_share/p3": 0.25,
+        "fpn_share/p6": pytest.approx(2 / 12),
+        "fpn_rpn_recall/p2": 0.5,  # p6 had no object
+    }
+
+
+def test_the_hook_logs_the_last_iteration_of_each_period(make_model, batch):
+    model = make_model(FASTER)
+    trainer = SimpleTrainer(model, [batch] * 10, torch.optim.SGD(model.parameters(), lr=0.0))
+    trainer.register_hooks([LevelStatistics(model, 3)])
+    trainer.train(0, 8)
+    histories = trainer.storage.histories()
+    for name in ("fpn_share/p6", "fpn_rois/p2", "fpn_anchors_matched/p3", "fpn_feature_norm/p5"):
+        assert [iteration for _, iteration in histories[name].values()] == [2, 5], name
+    shares = [histories[f"fpn_share/p{k}"].latest() for k in range(2, 7)]
+    assert sum(shares) == pytest.approx(1)
+    assert sum(histories[f"fpn_rois/p{k}"].latest() for k in range(2, 6)) == 64
+    assert not any("loss" in name for name in histories if name.startswith("fpn_"))
+    with pytest.raises(UserError, match=r"LEVEL_STATS_PERIOD is -5"):
+        LevelStatistics(model, -5)
+
+
+def test_a_step_that_fails_leaves_the_model_as_it_was(make_model, batch):
+    model = make_model(FASTER)
+    del batch[0]["instances"]
+    trainer = SimpleTrainer(model, [batch], torch.optim.SGD(model.parameters(), lr=0.0))
+    trainer.register_hooks([LevelStatistics(model, 1)])
+    hooks = len(model.backbone._forward_hooks)
+    with pytest.raises(AssertionError, match="gt_instances"):
+        trainer.train(0, 1)
+    assert "losses" not in vars(model.proposal_generator)
+    assert len(model.backbone._forward_hooks) == hooks
+
+
+def test_the_cost_is_timed_in_pairs(make_model, batch):
+    model = make_model(FASTER)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(model.backbone._forward_hooks)))
+    batches = iter([batch] * 4)
+    plain, observed = paired_seconds(model, batches, pairs=3, warm_up=1)
+    assert len(plain) == len(observed) == 3
+    assert all(seconds > 0 for seconds in plain + observed)
+    assert seen == [1, 0, 0, 1, 1, 0, 0, 1]  # which of each pair is observed, in turns
+
+
+def test_the_cost_in_words():
+    told = cost_table([0.1, 0.2, 0.3, 0.2], [0.12, 0.25, 0.33, 0.24], period=20)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:5]]
+    assert rows[0] == ["plain iteration", "200.0", "175.0", "225.0"]
+    assert rows[1] == ["observed iteration", "245.0", "210.0", "270.0"]
+    assert rows[2] == ["difference in a pair", "35.0", "27.5", "42.5"]
+    # Ratios 1.1, 1.2, 1.2, 1.25; 35 ms of 200 ms, one iteration in 20.
+    assert "observed / plain: 1.200 in the median of pairs (1.175 to 1.212" in told
+    assert "every 20 iterations: +0.88% of the time of training" in told
+
+
+@pytest.mark.parametrize("name", [FASTER, "mini/table2_c_FPN.yaml"])
+def test_training_ends_with_the_same_weights_bit_for_bit(name, make_model, batch):
+    first = make_model(name)
+    models = [first, copy.deepcopy(first)]
+    before = copy.deepcopy(first.state_dict())
+    for model, hooks in zip(models, ([], [LevelStatistics(models[1], 2)]), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        trainer = SimpleTrainer(model, copy.deepcopy([batch] * 5), optimizer)
+        trainer.register_hooks(hooks)
+        torch.manual_seed(2)
+        trainer.train(0, 5)
+    assert "fpn_rois/p2" in trainer.storage.histories()
+    plain, observed = (model.state_dict() for model in models)
+    assert all(torch.equal(plain[key], observed[key]) for key in plain)
+    moved = [key for key in plain if not torch.equal(plain[key], before[key])]
+    assert "roi_heads.box_predictor.cls_score.weight" in moved
+    assert "backbone.fpn_lateral4.weight" in moved
