@@ -28,12 +28,15 @@ from fpn_plugin.data import (
     check_proposal_files,
     ensure_mini,
     register_datasets,
+    train_stream,
 )
 from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
+from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
+from .exact import ExactResume
 from .launch import launch
 from .settings import settled_device
 from .trainer import LossCurve, save_results
@@ -146,7 +149,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     on_gpu = train.device.startswith("cuda")
     model = create_ddp_model(model, **train.ddp, **({} if on_gpu else {"device_ids": None}))
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
-    trainer = kind(model, instantiate(cfg.dataloader.train), optimizer)
+    loader = train_stream(instantiate(cfg.dataloader.train))
+    trainer = kind(model, loader, optimizer)
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
     main = comm.is_main_process()
     results: dict[str, Any] = {}
@@ -157,6 +161,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
 
     trainer.register_hooks(
         [
+            ExactResume(train.get("seed", -1), loader, train.output_dir),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
@@ -171,7 +176,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
+    with explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume"):
+        trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
     return results
 
 

@@ -33,13 +33,15 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
-from fpn_plugin.data import ReadableImageMapper
+from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.visualization import plot_losses
 
 from .building import explained_build_errors
+from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
+from .exact import ExactResume
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
@@ -49,7 +51,8 @@ class FPNTrainer(DefaultTrainer):
 
     Detection is evaluated with COCOEvaluator; a model that gives proposals alone (RPN) is
     evaluated by their recall. An image that cannot be read and weights that do not fit are a
-    :class:`UserError`. When training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
+    :class:`UserError`. A resumed run is the run that was cut, see :class:`ExactResume`. When
+    training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
 
     Args:
         cfg: the config.
@@ -60,16 +63,28 @@ class FPNTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks and the loss curve."""
+        """Detectron2's hooks, the loss curve, and what makes resuming exact."""
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
         self.checkpointer = FittingCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        hooks = super().build_hooks()
+        exact = ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR)
+        hooks = [exact, *super().build_hooks()]
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
         return hooks
+
+    def train(self) -> Any:
+        """Trains; see :meth:`DefaultTrainer.train`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with explained_full_disk(
+            f"to {self.cfg.OUTPUT_DIR}", "make room, then go on with --resume"
+        ):
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -86,10 +101,10 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader, whose unreadable images are named."""
+        """Detectron2's training loader as a :class:`TrainStream`; unreadable images are named."""
         mapper = ReadableImageMapper(cfg, is_train=True)
         with _explained_loading(cfg.DATASETS.TRAIN):
-            return build_detection_train_loader(cfg, mapper=mapper)
+            return train_stream(build_detection_train_loader(cfg, mapper=mapper))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
