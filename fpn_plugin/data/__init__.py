@@ -12,8 +12,8 @@ from .mini import ensure_mini, register_mini
 from .stream import TrainStream, train_stream
 
 __all__ = [
-    "TrainStream",
     "ReadableImageMapper",
+    "TrainStream",
     "check_coco",
     "check_config_datasets",
     "check_datasets",

@@ -16,7 +16,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from torch import Tensor, nn
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import NonFiniteError, UserError
 
 from .atomic import AtomicWrites, explained_full_disk
 
@@ -168,11 +168,22 @@ class FittingCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: there is no space for it; earlier checkpoints are as they were.
+            NonFiniteError: a weight is NaN or infinite; nothing could go on from it.
         """
+        if self.save_dir and self.save_to_disk:
+            self._check_finite(name)
         last = self.get_checkpoint_file()
         remedy = "make room, then go on with --resume" + (f" from {last}" if last else "")
         with explained_full_disk(f"checkpoint {name}.pth in {self.save_dir}", remedy):
             super().save(name, **kwargs)
+
+    def _check_finite(self, name: str) -> None:
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"checkpoint {name} is not written: {key} of the model is not finite; the "
+                    f"last one is {self.get_checkpoint_file() or 'none'}"
+                )
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Loads the last checkpoint or else ``path``; see

@@ -38,9 +38,10 @@ from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
 from .exact import ExactResume
 from .launch import launch
-from .settings import settled_device
+from .settings import check_mixed_precision, settled_device
 from .trainer import LossCurve, save_results
 from .training import argument_parser
+from .watch import LossWatch, SkippedSteps
 
 __all__ = ["lazy_main", "load_lazy_config"]
 
@@ -144,6 +145,7 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     train = cfg.train
+    check_mixed_precision(train.amp.enabled, train.device, "train.amp.enabled")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     on_gpu = train.device.startswith("cuda")
@@ -152,6 +154,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     loader = train_stream(instantiate(cfg.dataloader.train))
     trainer = kind(model, loader, optimizer)
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
+    watch = LossWatch(model)
     main = comm.is_main_process()
     results: dict[str, Any] = {}
 
@@ -162,6 +165,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     trainer.register_hooks(
         [
             ExactResume(train.get("seed", -1), loader, train.output_dir),
+            watch,
+            SkippedSteps(optimizer, trainer.grad_scaler) if train.amp.enabled else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
@@ -176,7 +181,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
-    with explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume"):
+    full = explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume")
+    with full, watch.explained():
         trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
     return results
 

@@ -21,7 +21,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -38,10 +38,12 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.visualization import plot_losses
 
-from .building import explained_build_errors
 from .atomic import explained_full_disk
+from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
 from .exact import ExactResume
+from .settings import check_mixed_precision
+from .watch import LossWatch, SkippedSteps
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
@@ -59,6 +61,7 @@ class FPNTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE, "SOLVER.AMP.ENABLED")
         with _ddp_that_takes(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
@@ -71,6 +74,11 @@ class FPNTrainer(DefaultTrainer):
         )
         exact = ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR)
         hooks = [exact, *super().build_hooks()]
+        if isinstance(self._trainer, AMPTrainer):
+            # Before the checkpointer, which keeps the count.
+            hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
+        self._watch = LossWatch(self._trainer.model)
+        self._trainer.register_hooks([self._watch])
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
         return hooks
