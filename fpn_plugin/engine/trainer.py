@@ -88,10 +88,12 @@ class FPNTrainer(DefaultTrainer):
 
         Raises:
             UserError: the disk is full.
+            NonFiniteError: a loss or a prediction is NaN or infinite; names the iteration and
+                the batch's files.
         """
-        with explained_full_disk(
-            f"to {self.cfg.OUTPUT_DIR}", "make room, then go on with --resume"
-        ):
+        remedy = "make room, then go on with --resume"
+        full = explained_full_disk(f"to {self.cfg.OUTPUT_DIR}", remedy)
+        with full, self._watch.explained():
             return super().train()
 
     @classmethod

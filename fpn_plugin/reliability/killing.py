@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,15 +23,13 @@ from fpn_plugin.engine.atomic import PARTIAL
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.errors import UserError
 
+from .dying import MOMENTS
 from .tiny import make_squares, tiny_options
 
 __all__ = ["differing_tensors", "kill_and_resume", "kill_main"]
 
-_TRAIN = (
-    "from fpn_plugin.engine import run_tool; from fpn_plugin.engine.training import train_main; "
-    "run_tool(train_main)"
-)
-_STARTED = "Starting training from iteration"
+_TRAIN = "from fpn_plugin.reliability.dying import train_until; train_until()"
+_STARTED = re.compile(r"Starting training from iteration (\d+)")
 _LONGEST_SECONDS = 3600
 """A training that does nothing for so long is taken to hang."""
 
@@ -43,7 +41,7 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; those of the command line by default.
 
     Raises:
-        UserError: the folder is there; or the run was not the uncut one.
+        UserError: the folder is there, a training failed, or the two differ.
     """
     parser = argparse.ArgumentParser(
         description="Kill (SIGKILL) a tiny training at random moments, resume it each time, and "
@@ -67,8 +65,8 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -> dict[str, Any]:
     """Trains twice on the same data, once without being killed.
 
-    Half of the kills come while a checkpoint is being written; of the others every second one
-    at any moment of the process, as while it imports or loads, and every second while it trains.
+    Half of the kills come within the writing of a checkpoint; of the others every second one at
+    any moment of the process, as while it imports or loads, and every second while it trains.
 
     Args:
         folder: is made.
@@ -77,44 +75,51 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
         workers: processes that load images.
 
     Returns:
-        ``kills``, by kind; ``iterations``, ``checkpoints_read``: how many times last_checkpoint
-        named one after a kill; ``unreadable_checkpoints``; ``killed_inside_a_write``: half
-        written files that were found; ``differing_tensors`` of weights and optimizer.
+        ``kills``, by kind, those within a write by how far that was; ``resumed_at``: iterations
+        from which it went on; ``checkpoints_read``: how many times last_checkpoint named one
+        after a kill; ``unreadable_checkpoints``; ``half_written``: files that kills within a write left so;
+        ``differing_tensors``: of weights, optimizer and schedule.
+
+    Raises:
+        UserError: the training failed, or reached its end before all kills.
     """
     folder.mkdir(parents=True)
     dataset = make_squares(folder / "data")
-    # Each kind of kill lets the run go on by one or two checkpoints in the mean.
-    iterations, period = 2 * (kills + 4), 2
-    solver = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(period)]
+    iterations = 8 * (kills + 1)
+    solver = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", "2"]
     solver += ["SOLVER.WARMUP_ITERS", "5"]
+    uncut = _Run(folder / "uncut", [*tiny_options(dataset, folder / "uncut", workers), *solver])
+    begin, end = uncut.finish()
+    four = 4 * (end - begin) / iterations
+    run = _Run(folder / "cut", [*tiny_options(dataset, folder / "cut", workers), *solver])
     draw = random.Random(seed)
     found: Counter[str] = Counter()
-    uncut = _Run(folder / "uncut", [*tiny_options(dataset, folder / "uncut", workers), *solver])
-    seconds = uncut.finish()
-    run = _Run(folder / "cut", [*tiny_options(dataset, folder / "cut", workers), *solver])
-    kinds = ["in a write", "anywhere", "in a write", "training"]
     with tqdm(total=kills, unit="kill") as bar:
         for number in range(kills):
-            kind = kinds[number % len(kinds)]
-            run.start()
-            if not run.kill(kind, draw, seconds):
-                break  # it reached the end before
+            if number % 2 == 0:
+                moment = MOMENTS[number // 2 % len(MOMENTS)]
+                kind = f"in a write, {moment}"
+                run.start(moment, draw.randint(1, 2), draw.random())
+                run.wait_for_its_death()
+                found["half written"] += run.half_written()
+            else:
+                kind = "anywhere" if number % 4 == 1 else "in training"
+                run.start()
+                run.kill(draw.uniform(0, four + begin), kind == "in training", four)
             found[kind] += 1
-            found["killed_inside_a_write"] += run.half_written()
             found[run.read_last_checkpoint()] += 1
             bar.update()
     run.finish()
-    differing = differing_tensors(
-        folder / "uncut" / "model_final.pth", folder / "cut" / "model_final.pth"
-    )
+    final = (folder / name / "model_final.pth" for name in ("uncut", "cut"))
     return {
-        "kills": {kind: found[kind] for kind in sorted(set(kinds))},
+        "kills": {kind: found[kind] for kind in sorted(found) if kind.startswith(("in ", "any"))},
         "iterations": iterations,
         "workers": workers,
-        "killed_inside_a_write": found["killed_inside_a_write"],
+        "resumed_at": run.began_at(),
+        "half_written": found["half written"],
         "checkpoints_read": found["read"],
         "unreadable_checkpoints": found["unreadable"],
-        "differing_tensors": differing,
+        "differing_tensors": differing_tensors(*final),
     }
 
 
@@ -157,69 +162,63 @@ class _Run:
         self._output, self._args = output, args
         self._log = output.with_name(output.name + ".log")
         self._process: subprocess.Popen | None = None
+        self._begun = 0.0
         self._log_begin = 0
-        self._started_ns = 0
 
-    def start(self) -> None:
-        """Starts it, or goes on."""
+    def start(self, moment: str = "never", nth: int = 0, fraction: float = 0.0) -> None:
+        """Starts it, or goes on; see :func:`fpn_plugin.reliability.dying.train_until`."""
         self._log_begin = self._log.stat().st_size if self._log.is_file() else 0
-        self._started_ns = time.time_ns()
+        self._begun = time.monotonic()
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _TRAIN, *self._args],
+                [sys.executable, "-c", _TRAIN, moment, str(nth), str(fraction), *self._args],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def finish(self) -> float:
-        """Lets it reach its end; seconds that this took.
+    def finish(self) -> tuple[float, float]:
+        """Lets it reach its end; seconds until it trained, and until its end.
 
         Raises:
             UserError: it ended otherwise.
         """
-        begun = time.monotonic()
         self.start()
+        begin = self._wait_until_it_trains()
         status = self._process.wait(timeout=_LONGEST_SECONDS)
         if status:
             raise UserError(f"the training ended with status {status}: see {self._log}")
-        return time.monotonic() - begun
+        return begin, time.monotonic() - self._begun
 
-    def kill(self, kind: str, draw: random.Random, uncut_seconds: float) -> bool:
-        """Waits for a moment of this kind and kills it there; False where it ended before.
+    def wait_for_its_death(self) -> None:
+        """Waits until it has killed itself.
 
         Raises:
-            UserError: it failed by itself.
+            UserError: it ended otherwise.
         """
-        if kind == "in a write":
-            # The second write from here, so that the run goes on; anywhere within it.
-            alive = self._wait_for(self.half_written) and self._wait_for(self._no_write)
-            alive = alive and self._wait_for(self.half_written)
-            time.sleep(draw.uniform(0, 0.02))
-        elif kind == "training":
-            alive = self._wait_for(self._trains)
-            time.sleep(draw.uniform(0, uncut_seconds / 10))
-        else:
-            alive = True
-            time.sleep(draw.uniform(0, uncut_seconds / 2))
-        if not alive or self._process.poll() is not None:
-            if self._process.wait():
-                raise UserError(f"the training failed by itself: see {self._log}")
-            return False
+        status = self._process.wait(timeout=_LONGEST_SECONDS)
+        if status != -signal.SIGKILL:
+            raise UserError(f"the training ended with status {status}: see {self._log}")
+
+    def kill(self, after: float, in_training: bool, longest: float) -> None:
+        """Kills it some seconds after its start or, in training, at most ``longest`` after the
+        beginning of that.
+
+        Raises:
+            UserError: it had ended before.
+        """
+        if in_training:
+            self._wait_until_it_trains()
+            after = min(after, longest)
+        time.sleep(after)
+        if self._process.poll() is not None:
+            raise UserError(f"the training ended before it was killed: see {self._log}")
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        return True
 
     def half_written(self) -> bool:
-        """Whether this process has begun a checkpoint that is not complete."""
-        if not self._output.is_dir():
-            return False
-        for entry in os.scandir(self._output):
-            if entry.name.endswith(".pth" + PARTIAL):
-                # It may get its name meanwhile; those of processes killed before stay.
-                with contextlib.suppress(FileNotFoundError):
-                    return entry.stat().st_mtime_ns >= self._started_ns
-        return False
+        """Whether there is a checkpoint that is not complete."""
+        return any(self._output.glob(f"*.pth{PARTIAL}"))
 
     def read_last_checkpoint(self) -> str:
         """Reads what last_checkpoint names: "read", "unreadable", or "none" where there is none.
@@ -231,29 +230,25 @@ class _Run:
             return "none"
         named = self._output / last.read_text()
         for other in self._output.glob("model_*.pth"):
-            if other != named:
+            if other.name < named.name:
                 other.unlink()
         try:
             return "read" if "model" in read_checkpoint(named) else "unreadable"
         except UserError:
             return "unreadable"
 
-    def _no_write(self) -> bool:
-        return not self.half_written()
+    def began_at(self) -> list[int]:
+        """The iterations that its processes began with, as far as they came to train."""
+        return [int(found) for found in _STARTED.findall(self._log.read_text())]
 
-    def _trains(self) -> bool:
-        with open(self._log, "rb") as log:
-            log.seek(self._log_begin)
-            return _STARTED.encode() in log.read()
-
-    def _wait_for(self, happened: Any) -> bool:
-        """Watches until it happened; False where the process ended before."""
-        limit = time.monotonic() + _LONGEST_SECONDS
-        while not happened():
-            if self._process.poll() is not None:
-                return False
-            if time.monotonic() > limit:
+    def _wait_until_it_trains(self) -> float:
+        while self._process.poll() is None:
+            with open(self._log) as log:
+                log.seek(self._log_begin)
+                if _STARTED.search(log.read()):
+                    break
+            if time.monotonic() - self._begun > _LONGEST_SECONDS:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 raise UserError(f"the training hangs: see {self._log}")
-            time.sleep(0.0005)
-        return True
+            time.sleep(0.01)
+        return time.monotonic() - self._begun
