@@ -77,8 +77,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
     Returns:
         ``kills``, by kind, those within a write by how far that was; ``resumed_at``: iterations
         from which it went on; ``checkpoints_read``: how many times last_checkpoint named one
-        after a kill; ``unreadable_checkpoints``; ``half_written``: files that kills within a write left so;
-        ``differing_tensors``: of weights, optimizer and schedule.
+        after a kill; ``unreadable_checkpoints``; ``half_written``: files that kills within a
+        write left so; ``differing_tensors``: of weights, optimizer and schedule.
 
     Raises:
         UserError: the training failed, or reached its end before all kills.

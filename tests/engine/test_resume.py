@@ -1,6 +1,7 @@
 """Runs that are cut go on as if they had not been, and checkpoints are whole or not there."""
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -220,10 +221,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_is_told(tmp_path, full_di
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_other_files_of_a_full_disk_are_told_too(number):
-    with pytest.raises(UserError, match="cannot write to here: .*; make room"):
-        with explained_full_disk("to here", "make room"):
-            raise OSError(number, "full")
-    with pytest.raises(PermissionError), explained_full_disk("to here", "make room"):
+    explained = functools.partial(explained_full_disk, "to here", "make room")
+    with pytest.raises(UserError, match="cannot write to here: .*; make room"), explained():
+        raise OSError(number, "full")
+    with pytest.raises(PermissionError), explained():
         raise PermissionError(errno.EACCES, "no")
 
 
