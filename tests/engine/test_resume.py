@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import logging
 import os
 import resource
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from fpn_plugin import UserError
@@ -25,6 +27,13 @@ from fpn_plugin.reliability.killing import differing_tensors, kill_and_resume
 from fpn_plugin.reliability.tiny import tiny_options
 
 LENGTH = 7
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_quick(monkeypatch) -> None:
+    # Detectron2's log handlers outlive the streams that a test captures.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug meanwhile
 
 
 def config(squares: str, output: Path, *opts: str, workers: int = 0):
@@ -45,7 +54,7 @@ class Cut(HookBase):
 
 
 def train(cfg, cut_at: int | None = None) -> FPNTrainer:
-    torch.manual_seed(0)
+    seed_all_rng(0)  # as default_setup does for SEED 0
     trainer = FPNTrainer(cfg)
     trainer.resume_or_load(resume=True)
     if cut_at is None:
@@ -68,8 +77,8 @@ def uncut(squares, tmp_path_factory) -> Path:
     ("cuts", "workers", "opts"),
     [
         ([1], 0, []),  # before the first checkpoint
-        ([2, 3, 5, 6], 0, []),
-        ([4, 6], 2, []),
+        ([2, 3, 6], 0, []),
+        ([5], 2, []),
         ([4], 0, ["TEST.EVAL_PERIOD", "2"]),  # evaluation comes after the checkpoint
     ],
 )
@@ -92,6 +101,7 @@ def test_the_comparison_sees_one_bit(uncut, tmp_path):
 def test_a_drawn_seed_is_resumed(squares, tmp_path):
     cfg = config(squares, tmp_path, "SEED", "-1")
     first = train(cfg, 3)
+    seed_all_rng(1)
     second = FPNTrainer(cfg)
     seeds = [next(h for h in t._hooks if isinstance(h, ExactResume)) for t in (first, second)]
     assert seeds[0].state_dict() != seeds[1].state_dict()
