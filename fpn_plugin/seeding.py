@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 __all__ = ["seed_rngs", "seeded"]
 
@@ -35,11 +36,16 @@ def _seed_cpu(*entropy: int) -> None:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`; after it, as before.
+    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`; after it, as before, but
+    for processes that load data, which draw nothing in between.
 
     Args:
         entropy: not negative.
     """
+    if get_worker_info() is not None:
+        _seed_cpu(*entropy)
+        yield
+        return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_cpu(*entropy)
     try:
