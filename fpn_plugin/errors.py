@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "near_names"]
+__all__ = ["NonFiniteError", "UserError", "near_names"]
 
 
 class UserError(ValueError):
@@ -14,6 +14,13 @@ class UserError(ValueError):
     The message is one line that says what was given, what was expected and which key or command
     mends it. The tools print it without a traceback and exit with status 2; code that catches
     ``ValueError`` catches it too.
+    """
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A number is NaN or infinite where that has no meaning: a loss, a weight, a coordinate.
+
+    Code that catches Detectron2's ``FloatingPointError`` catches it too.
     """
 
 

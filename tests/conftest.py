@@ -11,7 +11,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from fpn_plugin.reliability.tiny import make_squares  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory) -> str:
+    """What --dataset takes to register eight images of squares."""
+    return make_squares(tmp_path_factory.mktemp("squares") / "data", 8)

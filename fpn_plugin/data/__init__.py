@@ -9,9 +9,11 @@ from .coco import (
 )
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, register_mini
+from .stream import TrainStream, train_stream
 
 __all__ = [
     "ReadableImageMapper",
+    "TrainStream",
     "check_coco",
     "check_config_datasets",
     "check_datasets",
@@ -20,4 +22,5 @@ __all__ = [
     "read_image_or_say",
     "register_datasets",
     "register_mini",
+    "train_stream",
 ]

@@ -1,5 +1,5 @@
-"""Loading weights without running what is in their files, and saying plainly where they do not
-fit.
+"""Loading weights without running what is in their files, saying plainly where they do not fit,
+and writing them so that no checkpoint is ever half there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from torch import Tensor, nn
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import NonFiniteError, UserError
+
+from .atomic import AtomicWrites, explained_full_disk
 
 __all__ = ["FittingCheckpointer", "read_checkpoint", "write_checkpoint"]
 
@@ -132,7 +134,8 @@ def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool =
 
 
 class FittingCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer that refuses weights which would leave a model half random.
+    """Detectron2's checkpointer that refuses weights which would leave a model half random, and
+    whose files are written aside, put on the disk and then named.
 
     Starting a training from weights that lack parts (a backbone's, or a detector's of other
     classes) is ordinary and goes on as in Detectron2, with its warnings. What is refused: a file
@@ -158,6 +161,50 @@ class FittingCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self._complete = complete
         self._path = ""
+        self.path_manager = AtomicWrites(self.path_manager)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes a checkpoint; see :meth:`fvcore.common.checkpoint.Checkpointer.save`.
+
+        Raises:
+            UserError: there is no space for it; earlier checkpoints are as they were.
+            NonFiniteError: a weight is NaN or infinite; nothing could go on from it.
+        """
+        if self.save_dir and self.save_to_disk:
+            self._check_finite(name)
+        last = self.get_checkpoint_file()
+        remedy = "make room, then go on with --resume" + (f" from {last}" if last else "")
+        with explained_full_disk(f"checkpoint {name}.pth in {self.save_dir}", remedy):
+            super().save(name, **kwargs)
+
+    def _check_finite(self, name: str) -> None:
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"checkpoint {name} is not written: {key} of the model is not finite; the "
+                    f"last one is {self.get_checkpoint_file() or 'none'}"
+                )
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Loads the last checkpoint or else ``path``; see
+        :meth:`fvcore.common.checkpoint.Checkpointer.resume_or_load`.
+
+        Raises:
+            UserError: as :meth:`load`; a last checkpoint that cannot be read, as another program
+                may have left it, is told with those that are beside it.
+        """
+        if not resume or not self.has_checkpoint():
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        try:
+            return super().resume_or_load(path, resume=resume)
+        except UserError as error:
+            others = sorted(set(self.get_all_checkpoint_files()) - {last})
+            named = ", ".join(os.path.basename(each) for each in others) or "none"
+            raise UserError(
+                f"cannot resume: {error}. {os.path.join(self.save_dir, 'last_checkpoint')} names "
+                f"the checkpoint to go on from; others there: {named}"
+            ) from error
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint; see :meth:`DetectionCheckpointer.load`.

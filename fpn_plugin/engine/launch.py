@@ -110,7 +110,8 @@ class _WithoutUserErrors(logging.Filter):
     """Drops Detectron2's log of a traceback where the error is told in one line elsewhere."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+        told = (UserError, FloatingPointError)
+        return not (record.exc_info and isinstance(record.exc_info[1], told))
 
 
 def quiet_third_parties() -> None:

@@ -28,17 +28,21 @@ from fpn_plugin.data import (
     check_proposal_files,
     ensure_mini,
     register_datasets,
+    train_stream,
 )
 from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
+from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
+from .exact import ExactResume
 from .launch import launch
 from .level_hook import LevelStatistics
-from .settings import settled_device
+from .settings import check_mixed_precision, settled_device
 from .trainer import LossCurve, save_results
 from .training import argument_parser
+from .watch import LossWatch, SkippedSteps
 
 __all__ = ["lazy_main", "load_lazy_config"]
 
@@ -142,13 +146,16 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     train = cfg.train
+    check_mixed_precision(train.amp.enabled, train.device, "train.amp.enabled")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     on_gpu = train.device.startswith("cuda")
     model = create_ddp_model(model, **train.ddp, **({} if on_gpu else {"device_ids": None}))
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
-    trainer = kind(model, instantiate(cfg.dataloader.train), optimizer)
+    loader = train_stream(instantiate(cfg.dataloader.train))
+    trainer = kind(model, loader, optimizer)
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
+    watch = LossWatch(model)
     main = comm.is_main_process()
     results: dict[str, Any] = {}
 
@@ -158,6 +165,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
 
     trainer.register_hooks(
         [
+            ExactResume(train.get("seed", -1), loader, train.output_dir),
+            watch,
+            SkippedSteps(optimizer, trainer.grad_scaler) if train.amp.enabled else None,
             LevelStatistics(model, period) if (period := train.get("level_stats_period")) else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
@@ -173,7 +183,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     )
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
-    trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
+    full = explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume")
+    with full, watch.explained():
+        trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
     return results
 
 

@@ -15,7 +15,13 @@ from fpn_plugin import model_zoo
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.errors import UserError, near_names
 
-__all__ = ["find_config_file", "load_config", "settle_device", "settled_device"]
+__all__ = [
+    "check_mixed_precision",
+    "find_config_file",
+    "load_config",
+    "settle_device",
+    "settled_device",
+]
 
 
 def find_config_file(name: str) -> str:
@@ -115,6 +121,21 @@ def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts many
         print("no GPU found: running on the CPU", flush=True)
     return "cpu"
+
+
+def check_mixed_precision(enabled: bool, device: str, key: str) -> None:
+    """Refuses mixed precision where Detectron2's trainer has none.
+
+    Args:
+        enabled: the config's.
+        device: the model's.
+        key: the config's key, for the message.
+
+    Raises:
+        UserError: it is enabled and the device no GPU.
+    """
+    if enabled and not device.startswith("cuda"):
+        raise UserError(f"{key} is True: mixed precision trains on a GPU, not on {device!r}")
 
 
 def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

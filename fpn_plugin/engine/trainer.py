@@ -21,7 +21,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -33,14 +33,18 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
-from fpn_plugin.data import ReadableImageMapper
+from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.visualization import plot_losses
 
+from .atomic import explained_full_disk
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
+from .exact import ExactResume
 from .level_hook import LevelStatistics
+from .settings import check_mixed_precision
+from .watch import LossWatch, SkippedSteps
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
@@ -50,24 +54,32 @@ class FPNTrainer(DefaultTrainer):
 
     Detection is evaluated with COCOEvaluator; a model that gives proposals alone (RPN) is
     evaluated by their recall. An image that cannot be read and weights that do not fit are a
-    :class:`UserError`. When training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
+    :class:`UserError`. A resumed run is the run that was cut, see :class:`ExactResume`. When
+    training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
 
     Args:
         cfg: the config.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE, "SOLVER.AMP.ENABLED")
         with _ddp_that_takes(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks, the loss curve and, where asked for, statistics of levels."""
+        """Detectron2's hooks, the loss curve, what makes resuming exact, and level statistics."""
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
         self.checkpointer = FittingCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        hooks = super().build_hooks()
+        exact = ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR)
+        hooks = [exact, *super().build_hooks()]
+        if isinstance(self._trainer, AMPTrainer):
+            # Before the checkpointer, which keeps the count.
+            hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
+        self._watch = LossWatch(self._trainer.model)
+        self._trainer.register_hooks([self._watch])
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
         if self.cfg.MODEL.FPN.LEVEL_STATS_PERIOD:
@@ -75,6 +87,19 @@ class FPNTrainer(DefaultTrainer):
                 0, LevelStatistics(self._trainer.model, self.cfg.MODEL.FPN.LEVEL_STATS_PERIOD)
             )
         return hooks
+
+    def train(self) -> Any:
+        """Trains; see :meth:`DefaultTrainer.train`.
+
+        Raises:
+            UserError: the disk is full.
+            NonFiniteError: a loss or a prediction is NaN or infinite; names the iteration and
+                the batch's files.
+        """
+        remedy = "make room, then go on with --resume"
+        full = explained_full_disk(f"to {self.cfg.OUTPUT_DIR}", remedy)
+        with full, self._watch.explained():
+            return super().train()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -91,10 +116,10 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader, whose unreadable images are named."""
+        """Detectron2's training loader as a :class:`TrainStream`; unreadable images are named."""
         mapper = ReadableImageMapper(cfg, is_train=True)
         with _explained_loading(cfg.DATASETS.TRAIN):
-            return build_detection_train_loader(cfg, mapper=mapper)
+            return train_stream(build_detection_train_loader(cfg, mapper=mapper))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

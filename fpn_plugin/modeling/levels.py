@@ -8,7 +8,7 @@ import torch
 from detectron2.structures import Boxes, RotatedBoxes
 from torch import Tensor
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import NonFiniteError
 
 __all__ = ["assign_levels"]
 
@@ -41,7 +41,7 @@ def assign_levels(
         int64 ``(N,)``, each k itself, in ``[min_level, max_level]``.
 
     Raises:
-        UserError: a coordinate is NaN or infinite; says how many boxes and which is the first.
+        NonFiniteError: a coordinate is NaN or infinite; says how many boxes and which is the first.
 
     Example::
 
@@ -85,13 +85,13 @@ def check_finite(boxes: Tensor) -> None:
         boxes: ``(N, 4)`` or ``(N, 5)``.
 
     Raises:
-        UserError: a coordinate is NaN or infinite.
+        NonFiniteError: a coordinate is NaN or infinite.
     """
     finite = torch.isfinite(boxes)
     if finite.all():
         return
     bad = (~finite.all(dim=1)).nonzero()[:, 0].tolist()
-    raise UserError(
+    raise NonFiniteError(
         f"{len(bad)} of {len(boxes)} boxes have NaN or infinite coordinates, the first is box "
         f"{bad[0]}: {boxes[bad[0]].tolist()}. Eq. (1) names no level for them; training that "
         "diverged (try a lower SOLVER.BASE_LR) and broken annotations are the usual causes"

@@ -31,7 +31,8 @@ class PyramidROIPooler(ROIPooler):
     * non-square output over several levels;
     * box coordinates are never rounded to the features' dtype: where features are float16 or
       bfloat16, pooling is done in float32 and its result returned in the features' dtype;
-    * NaN and infinite coordinates are an error, not a row of zeros.
+    * NaN and infinite coordinates are an error, not a row of zeros; in a trace, which cannot
+      raise one, a row of NaN.
 
     Args:
         output_size: height and width of the pooled region, in cells; one int for both.
@@ -99,12 +100,19 @@ class PyramidROIPooler(ROIPooler):
             ``(M, C, *output_size)`` in the features' dtype; M boxes, in the order given.
 
         Raises:
-            UserError: maps or images do not fit the pooler or each other; or a coordinate is NaN
-                or infinite.
+            UserError: maps or images do not fit the pooler or each other.
+            NonFiniteError: a coordinate is NaN or infinite.
         """
         if torch.jit.is_tracing():
             # Counts of boxes read below would be frozen into a trace; Detectron2's way is not.
-            return super().forward(x, box_lists)
+            # A trace cannot raise: it gives NaN for boxes that are not finite.
+            finite = [torch.isfinite(boxes.tensor).all(dim=1) for boxes in box_lists]
+            boxes = [
+                type(boxes)(torch.where(of_image[:, None], boxes.tensor, 0.0))
+                for boxes, of_image in zip(box_lists, finite, strict=True)
+            ]
+            known = torch.cat(finite)[:, None, None, None]
+            return super().forward(x, boxes).masked_fill(~known, math.nan)
         if len(x) != len(self.level_poolers):
             raise UserError(
                 f"got {len(x)} feature maps, but this pooler was built for "

@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from fpn_plugin.errors import UserError
+
+__all__ = ["PARTIAL", "AtomicWrites", "explained_full_disk", "written_whole"]
+
+PARTIAL = ".partial"
+"""What the name of a file ends with until it is complete."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Gives a file to write that gets its name when it is complete and on the disk.
+
+    Until then, and for good where writing fails, the name stays with what it had before.
+
+    Args:
+        path: of a folder that is there.
+        mode: "wb" or "w".
+    """
+    aside = path + PARTIAL
+    try:
+        with open(aside, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise
+    # The new name is lost with the power unless the folder is written too.
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class AtomicWrites:
+    """A path manager whose local files are written by :func:`written_whole`.
+
+    Args:
+        path_manager: does everything else.
+    """
+
+    def __init__(self, path_manager: Any) -> None:
+        self._path_manager = path_manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._path_manager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
+        """A context manager that gives a file."""
+        if mode in ("w", "wb") and "://" not in path:
+            return written_whole(path, mode)
+        return self._path_manager.open(path, mode, **kwargs)
+
+
+@contextmanager
+def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
+    """Within it, a write for which there is no space is told.
+
+    Args:
+        what: is being written, in words.
+        remedy: what to do.
+
+    Raises:
+        UserError: the disk is full, a quota reached or a file too large.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer of archives raises an error of its own while it handles the system's.
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {what}: {os.strerror(cause.errno)}; {remedy}") from error

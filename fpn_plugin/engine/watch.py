@@ -1,0 +1,142 @@
+"""Stopping where numbers go bad, with what a user needs to find out why."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from fpn_plugin.errors import NonFiniteError
+
+__all__ = ["LossWatch", "SkippedSteps"]
+
+_MOST_SKIPPED_IN_A_ROW = 32
+"""Halved so often, the loss scale is 2^-16 of the one that GradScaler begins with, below 1."""
+
+
+class LossWatch(HookBase):
+    """Stops a training at the first loss that is NaN or infinite, before weights are changed.
+
+    Every process looks at its own losses, so the files named are those of the batch that gave
+    them. To be registered with the trainer that runs the step: a DefaultTrainer's ``_trainer``.
+    Losses are read where Detectron2 reads them too, after the backward pass: no wait is added.
+
+    Args:
+        model: the one trained; returns a dict of losses.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: list[str] = []
+        self._losses: dict[str, Tensor] = {}
+        model.register_forward_pre_hook(self._keep_names)
+        model.register_forward_hook(self._keep_losses)
+
+    def after_backward(self) -> None:
+        """Looks at the losses.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite; names it, the iteration and the batch's files.
+        """
+        if not self._losses:
+            return
+        values = torch.stack([loss.float() for loss in self._losses.values()]).tolist()
+        losses = dict(zip(self._losses, values, strict=True))
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            raise NonFiniteError(self._told(f"{' and '.join(bad)} not finite ({told})"))
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Within it, what Detectron2 or the plugin find not finite is told with the batch.
+
+        Raises:
+            NonFiniteError: instead of any FloatingPointError.
+        """
+        try:
+            yield
+        except FloatingPointError as error:
+            if str(error).startswith("iteration "):
+                raise
+            raise NonFiniteError(self._told(" ".join(str(error).split()))) from error
+
+    def _told(self, what: str) -> str:
+        return (
+            f"iteration {self.trainer.iter}: {what}; batch: {', '.join(self._names)}. Either the "
+            "annotations of these images are broken, or training diverged: try a lower "
+            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+
+    def _keep_names(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module.training:
+            self._names = [str(record.get("file_name", "?")) for record in inputs[0]]
+            self._losses = {}
+
+    def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training and isinstance(output, dict):
+            self._losses = {name: loss.detach() for name, loss in output.items()}
+
+
+class SkippedSteps(HookBase):
+    """Counts the steps that mixed precision leaves out because gradients overflowed.
+
+    GradScaler then halves the loss scale and goes on without a word. The count is the scalar
+    ``skipped_steps`` of metrics.json; each step left out is logged.
+
+    Args:
+        optimizer: the one trained with.
+        scaler: of the trainer.
+    """
+
+    def __init__(self, optimizer: Optimizer, scaler: GradScaler) -> None:
+        self._scaler = scaler
+        self._stepped = False
+        self._in_a_row = 0
+        self.skipped = 0
+        optimizer.register_step_post_hook(self._step)
+
+    def _step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def before_step(self) -> None:
+        """Begins to watch an iteration."""
+        self._stepped = False
+
+    def after_step(self) -> None:
+        """Counts it if the optimizer did not step.
+
+        Raises:
+            NonFiniteError: no step of the last 32 was taken.
+        """
+        self._in_a_row = 0 if self._stepped else self._in_a_row + 1
+        if not self._stepped:
+            self.skipped += 1
+            logging.getLogger(__name__).warning(
+                "iteration %d: gradients overflowed, step skipped (%d so far); loss scale now %g",
+                self.trainer.iter,
+                self.skipped,
+                self._scaler.get_scale(),
+            )
+        self.trainer.storage.put_scalar("skipped_steps", self.skipped, smoothing_hint=False)
+        if self._in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"iteration {self.trainer.iter}: gradients were not finite in each of the last "
+                f"{self._in_a_row} iterations, whatever the loss scale (now "
+                f"{self._scaler.get_scale():g}); train with SOLVER.AMP.ENABLED False to see why"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self.skipped = state["skipped"]

@@ -1,0 +1,1 @@
+"""Showing that the plugin stands up: trainings that are killed, and that run for long."""
