@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from .ground_truth import GroundTruth
-from .recommendation import Recommendation
+from .recommendation import Recommendation, value_at
 
 __all__ = ["Density", "recommend_room"]
 
@@ -103,7 +103,7 @@ def _room(
     crowded: int,
     density: Density | None = None,
 ) -> Recommendation:
-    has = {key: _value(cfg, key) for key in wanted}
+    has = {key: value_at(cfg, key) for key in wanted}
     changes = {
         key: int(-(-value // multiple) * multiple)
         for key, value in wanted.items()
@@ -131,10 +131,3 @@ def _room(
         )
         effect += ". Costs time and memory in proportion in the part that it feeds."
     return Recommendation(subject, changes, reason, effect)
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node
