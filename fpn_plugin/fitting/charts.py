@@ -75,7 +75,8 @@ def _levels(fit: Fit) -> Figure:
     low, high = np.log2(np.maximum(np.percentile(sizes, (0.1, 99.9)), 0.5))
     bins = np.exp2(np.arange(np.floor(low * 4) / 4, np.ceil(high * 4) / 4 + 0.25, 0.25))
     for axes, (name, found, cfg) in zip(all_axes, rows, strict=True):
-        levels = sorted(set(found.level.tolist()))
+        pyramid = Pyramid.from_config(cfg)
+        levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
         axes.hist(
             [sizes[found.level == level] for level in levels],
             bins=bins,
@@ -87,7 +88,6 @@ def _levels(fit: Fit) -> Figure:
             linewidth=0.5,
         )
         axes.margins(y=0.16)
-        pyramid = Pyramid.from_config(cfg)
         for level, of_level in zip(pyramid.anchor_levels, pyramid.sizes, strict=True):
             axes.plot(
                 of_level,
@@ -116,7 +116,7 @@ def _shapes(fit: Fit) -> Figure:
     figure = Figure(figsize=(7.5, 7), dpi=120, layout="constrained")
     axes = figure.subplots()
     sides = fit.inputs.sample(_POINTS).sides
-    axes.scatter(*sides.T, s=7, color=_PLAIN, alpha=0.35, lw=0, label="objects", rasterized=True)
+    axes.scatter(*sides.T, s=12, color=_PLAIN, alpha=0.5, lw=0, label="objects", rasterized=True)
     pairs = [("anchors as they are", fit.cfg, _BEFORE, "D")]
     if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
         pairs.append(("anchors fitted", fit.fitted, _AFTER, "o"))
@@ -144,7 +144,7 @@ def _anchors(fit: Fit) -> Figure:
         at = [row["from"] * 2**0.5 for row in rows]
         left.plot(at, [row["mean_iou"] for row in rows], marker=marker, color=color, label=name)
         for key, style in (("recall_50", "-"), ("recall_70", "--")):
-            label = f"{name}, IoU {key[-2]}.{key[-1]}"
+            label = f"{name}, IoU 0.{key[-2]}"
             right.plot(
                 at, [row[key] for row in rows], style, marker=marker, color=color, label=label
             )

@@ -200,7 +200,7 @@ def _read_records(name: str, raw: _Raw) -> None:
                 f"dataset {name!r}: {record.get('file_name')!r} has no height and width"
             )
         for label in record.get("annotations", ()):
-            box = BoxMode.convert(label["bbox"], label["bbox_mode"], BoxMode.XYWH_ABS)
+            box = BoxMode.convert(list(label["bbox"]), label["bbox_mode"], BoxMode.XYWH_ABS)
             raw.boxes.extend(float(value) for value in box)
             raw.image.append(raw.num_images)
             raw.flags.append(1 if label.get("iscrowd") else 2 if label.get("ignore") else 0)

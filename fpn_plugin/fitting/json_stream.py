@@ -11,6 +11,7 @@ __all__ = ["JsonStream"]
 
 _DECODER = json.JSONDecoder()
 _CHARACTERS = 1 << 22  # read at a time
+_FOLLOWS = frozenset(",:]} \t\r\n")  # what may stand after a value
 
 
 class JsonStream:
@@ -42,9 +43,8 @@ class JsonStream:
             ValueError: the text is not JSON, or not an object.
         """
         self._take("{")
-        if self._next_is("}"):
-            return
-        while True:
+        more = self._peek() != "}"
+        while more:
             key = self.value()
             if not isinstance(key, str):
                 raise ValueError(f"a key is {key!r}, expected a string")
@@ -53,9 +53,10 @@ class JsonStream:
             yield key
             if self._unread:
                 self.value()
-            if not self._next_is(","):
-                break
+            more = self._next_is(",")
         self._take("}")
+        if self._peek():
+            raise ValueError(f"expected the end, found {self._text[self._at :][:20]!r}")
 
     def items(self) -> Iterator[Any]:
         """The items of the list that is the present key's value.
@@ -88,8 +89,8 @@ class JsonStream:
                 if self._ended:
                     raise
             else:
-                # A number at the end of the window may go on beyond it.
-                if end < len(self._text) or self._ended:
+                # A number at the end of the window may go on beyond it: of 0.5, "0." reads as 0.
+                if self._ended or self._text[end : end + 1] in _FOLLOWS:
                     self._at = end
                     return value
             self._read()
