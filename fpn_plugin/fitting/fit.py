@@ -131,10 +131,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
         "--data",
-        nargs="+",
+        action="append",
         default=[],
         metavar="NAME|JSON",
-        help="registered datasets or COCO instances JSONs; default: the config's DATASETS.TRAIN",
+        help="a registered dataset or a COCO instances JSON; may be given several times; default: "
+        "the config's DATASETS.TRAIN",
     )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("--output", default="output/fit", help="folder of the report and config")
