@@ -25,7 +25,8 @@ from .resizing import InputBoxes, ResizeRule, boxes_at_input
 __all__ = ["Fit", "argument_parser", "fit_main", "fit_pyramid"]
 
 _FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the config's input size
-_SAMPLE = 100_000  # boxes that other input sizes are measured on
+# What other input sizes are measured on, at most.
+_SAMPLE_IMAGES, _SAMPLE = 20_000, 100_000
 
 _EXAMPLES = """
 Examples:
@@ -82,7 +83,8 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
     recommendations, fitted = recommend(cfg, truth, inputs)
     before = measure(inputs, pyramid)
     changed = any(not recommendation.keep for recommendation in recommendations)
-    testing = boxes_at_input(truth, ResizeRule.from_config(cfg, training=False))
+    few = truth.sample(_SAMPLE_IMAGES)
+    testing = boxes_at_input(few, ResizeRule.from_config(cfg, training=False))
     return Fit(
         cfg=cfg,
         fitted=fitted,
@@ -92,7 +94,7 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
         before=before,
         after=measure(inputs, Pyramid.from_config(fitted)) if changed else before,
         test=measure(testing.sample(_SAMPLE), pyramid),
-        input_sizes=[_at_input_size(truth, rule, factor, pyramid) for factor in _FACTORS],
+        input_sizes=[_at_input_size(few, rule, factor, pyramid) for factor in _FACTORS],
         density=Density.of(truth),
         recommendations=recommendations,
     )

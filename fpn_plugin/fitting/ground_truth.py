@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .json_stream import JsonStream
 
 __all__ = ["LEFT_OUT", "GroundTruth", "read_ground_truth"]
 
+_MOST_PIXELS = 1 << 21  # of an image's side
 # Why a box is left out; one that has several reasons counts under the first.
 LEFT_OUT = {
     "crowd": "marked iscrowd",
@@ -47,6 +48,19 @@ class GroundTruth:
     shapes: np.ndarray
     left_out: dict[str, int]
     clipped: int
+
+    def sample(self, most_images: int) -> GroundTruth:
+        """At most so many of the images that have boxes, drawn with a fixed seed, and their boxes.
+
+        Counts of what was left out stay those of all.
+        """
+        present = np.unique(self.image)
+        if len(present) <= most_images:
+            return self
+        chosen = np.sort(np.random.default_rng(0).choice(present, most_images, replace=False))
+        kept = np.isin(self.image, chosen)
+        image = np.searchsorted(chosen, self.image[kept])
+        return replace(self, boxes=self.boxes[kept], image=image, shapes=self.shapes[chosen])
 
 
 def read_ground_truth(sources: Sequence[str]) -> GroundTruth:
@@ -159,7 +173,7 @@ def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw:
         try:
             image_id, height, width = record["id"], record["height"], record["width"]
             seen = image_id in index
-            sides = height > 0 and width > 0
+            sides = 0 < height < _MOST_PIXELS and 0 < width < _MOST_PIXELS
         except (TypeError, KeyError):
             raise UserError(
                 f"{path}: images[{number}] lacks one of id, height, width: {_shown(record)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from json.decoder import WHITESPACE
 from typing import Any, TextIO
 
 __all__ = ["JsonStream"]
 
+_COMMA = re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 _CHARACTERS = 1 << 22  # read at a time
 _FOLLOWS = frozenset(",:]} \t\r\n")  # what may stand after a value
@@ -70,7 +72,10 @@ class JsonStream:
             return
         while True:
             yield self.value()
-            if not self._next_is(","):
+            comma = _COMMA.match(self._text, self._at)
+            if comma and comma.end() < len(self._text):  # as a rule, and at a third of the time
+                self._at = comma.end()
+            elif not self._next_is(","):
                 break
         self._take("]")
 
@@ -82,15 +87,18 @@ class JsonStream:
         """
         self._unread = False
         while True:
-            self._peek()
+            text, at = self._text, self._at
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = _DECODER.raw_decode(text, at)
             except ValueError:
+                self._peek()  # there may be white space before it
+                if self._at > at or self._text is not text:
+                    continue
                 if self._ended:
                     raise
             else:
                 # A number at the end of the window may go on beyond it: of 0.5, "0." reads as 0.
-                if self._ended or self._text[end : end + 1] in _FOLLOWS:
+                if text[end : end + 1] in _FOLLOWS or self._ended:
                     self._at = end
                     return value
             self._read()

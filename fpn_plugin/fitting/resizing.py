@@ -70,13 +70,14 @@ class ResizeRule:
             int64 ``(M, 2)``, height and width.
         """
         # Images of a dataset share few shapes, so Detectron2's own function can be asked.
-        keys = np.column_stack([shapes, short_edge])
-        distinct, which = np.unique(keys, axis=0, return_inverse=True)
+        keys = np.concatenate([shapes.T, short_edge[None]]).astype(np.int64)
+        packed = (keys[0] << 42) | (keys[1] << 21) | keys[2]  # sides are below 2^21 px
+        _, first, which = np.unique(packed, return_index=True, return_inverse=True)
         found = [
             ResizeShortestEdge.get_output_shape(h, w, edge, self.max_size) if edge else (h, w)
-            for h, w, edge in distinct.tolist()
+            for h, w, edge in keys[:, first].T.tolist()
         ]
-        return np.array(found, np.int64).reshape(-1, 2)[which.reshape(-1)]
+        return np.array(found, np.int64).reshape(-1, 2)[which]
 
 
 @dataclass(frozen=True)

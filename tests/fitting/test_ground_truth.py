@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpn_plugin import UserError
-from fpn_plugin.fitting import json_stream, read_ground_truth
+from fpn_plugin.fitting import GroundTruth, json_stream, read_ground_truth
 from fpn_plugin.fitting.json_stream import JsonStream
 
 VALUES = st.recursive(
@@ -21,6 +21,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     content=st.dictionaries(st.text(), VALUES, max_size=5),
     window=st.integers(1, 40),
@@ -88,6 +89,19 @@ def test_what_is_left_out_is_counted_by_name(tmp_path):
     assert truth.left_out == {
         "crowd": 2, "ignored": 1, "not_finite": 2, "zero_area": 2, "out_of_image": 2,
     }  # fmt: skip
+
+
+def test_a_sample_keeps_images_whole():
+    image = np.repeat([0, 2, 3, 5], [3, 1, 2, 4])
+    boxes = np.arange(40.0).reshape(10, 4)
+    shapes = np.arange(12).reshape(6, 2)
+    truth = GroundTruth(boxes, image, shapes, {"crowd": 1}, 0)
+    assert truth.sample(4) is truth
+    few = truth.sample(2)
+    assert len(few.shapes) == 2 and few.left_out == {"crowd": 1}
+    for index, shape in enumerate(few.shapes.tolist()):
+        original = shapes.tolist().index(shape)
+        assert few.boxes[few.image == index].tolist() == boxes[image == original].tolist()
 
 
 def test_datasets_are_taken_together(coco_json):

@@ -43,7 +43,7 @@ def inputs_of(boxes: object, height: int = 256, width: int = 256) -> InputBoxes:
     return InputBoxes(boxes, shapes, False, 0.0, float(height * width))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     height=st.integers(16, 300),
     width=st.integers(16, 300),
@@ -78,6 +78,7 @@ def test_best_anchors_are_those_of_detectron2s_whole_grid(
     np.testing.assert_allclose(of_level, expected.max(axis=0), atol=2e-5)
 
 
+@settings(deadline=None)
 @given(
     sides=st.lists(st.tuples(st.floats(0.5, 900), st.floats(0.5, 900)), min_size=1, max_size=20),
     size=st.sampled_from([56.0, 112.0, 224.0]),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpn_plugin import UserError
@@ -13,6 +13,7 @@ from fpn_plugin.fitting import GroundTruth, ResizeRule, boxes_at_input, resizing
 SIDES = st.integers(20, 900)
 
 
+@settings(deadline=None)
 @given(
     shapes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=4),
     edges=st.lists(st.integers(0, 800), min_size=1, max_size=3),
