@@ -8,7 +8,7 @@ from .coco import (
     register_datasets,
 )
 from .mapper import ReadableImageMapper, read_image_or_say
-from .mini import ensure_mini, register_mini
+from .mini import ensure_mini, ensure_mini_datasets, register_mini
 from .stream import TrainStream, train_stream
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_datasets",
     "check_proposal_files",
     "ensure_mini",
+    "ensure_mini_datasets",
     "read_image_or_say",
     "register_datasets",
     "register_mini",

@@ -2,7 +2,8 @@
 
 It lets anyone see a feature pyramid train and be evaluated on a laptop, with nothing to download.
 What the images show and why is told in :mod:`fpn_plugin.data.mini_scene`. Figures reached on it
-say nothing about COCO.
+say nothing about COCO. Beside ``mini_train`` and ``mini_val`` there are siblings of other sizes and
+shapes: ``mini_small_train``, ``mini_large_train``, ``mini_thin_train`` and their ``_val``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,25 @@ from tqdm import tqdm
 from fpn_plugin.errors import UserError
 
 from . import mini_scene
-from .mini_scene import CATEGORIES, IMAGE_SIZE, Scene, draw_scene
+from .mini_scene import IMAGE_SIZE, KINDS, Scene, draw_scene
 
-__all__ = ["MINI_NAMES", "SPLITS", "ensure_mini", "mini_root", "register_mini"]
+__all__ = [
+    "MINI_NAMES",
+    "SPLITS",
+    "ensure_mini",
+    "ensure_mini_datasets",
+    "mini_root",
+    "register_mini",
+]
 
 SEED = 0
 SPLITS = {"train": 1500, "val": 200}
-MINI_NAMES = tuple(f"mini_{split}" for split in SPLITS)
+# Registered name to the kind and split that it stands for.
+MINI_NAMES = {
+    "_".join(filter(None, ("mini", kind, split))): (kind, split)
+    for kind in KINDS
+    for split in SPLITS
+}
 _JPEG_QUALITY = 92
 
 
@@ -49,15 +63,33 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:8]
 
 
-def mini_root() -> Path:
-    """The folder of the dataset as the present generator makes it: ``.../mini-<fingerprint>``.
+def mini_root(kind: str = "") -> Path:
+    """The folder of a dataset as the present generator makes it: ``.../mini-<fingerprint>``.
 
     A changed generator has another folder, so files of an earlier one are never taken for its own.
+
+    Args:
+        kind: of :data:`fpn_plugin.data.mini_scene.KINDS`.
     """
-    return _datasets_root() / f"mini-{_fingerprint()}"
+    return _datasets_root() / f"{'_'.join(filter(None, ('mini', kind)))}-{_fingerprint()}"
 
 
-def ensure_mini(splits: dict[str, int] | None = None, root: Path | None = None) -> Path:
+def ensure_mini_datasets(names: Iterable[str]) -> None:
+    """Makes those of some registered datasets that are mini ones and not there yet.
+
+    Args:
+        names: of datasets of any sort.
+
+    Raises:
+        UserError: see :func:`ensure_mini`.
+    """
+    for kind in dict.fromkeys(MINI_NAMES[name][0] for name in names if name in MINI_NAMES):
+        ensure_mini(kind=kind)
+
+
+def ensure_mini(
+    splits: dict[str, int] | None = None, root: Path | None = None, kind: str = ""
+) -> Path:
     """Makes the dataset where it is not there yet; about half a minute, with a progress bar.
 
     Safe to call from several processes at once: one makes it, the others wait for it. It is made
@@ -67,6 +99,7 @@ def ensure_mini(splits: dict[str, int] | None = None, root: Path | None = None) 
     Args:
         splits: number of images by split; :data:`SPLITS` by default.
         root: the folder to make; :func:`mini_root` by default.
+        kind: what the images show, of :data:`fpn_plugin.data.mini_scene.KINDS`.
 
     Returns:
         The folder: ``<split>/*.jpg`` and ``<split>.json`` (COCO instances) for each split.
@@ -76,7 +109,7 @@ def ensure_mini(splits: dict[str, int] | None = None, root: Path | None = None) 
             photographs the images are made of, is not installed.
     """
     splits = SPLITS if splits is None else splits
-    root = mini_root() if root is None else root
+    root = mini_root(kind) if root is None else root
     if root.is_dir():
         return root
     try:
@@ -90,7 +123,7 @@ def ensure_mini(splits: dict[str, int] | None = None, root: Path | None = None) 
         root.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(root)):
             if not root.is_dir():  # another process may have made it while this one waited
-                _make(splits, root)
+                _make(splits, root, kind)
     except OSError as error:
         raise UserError(
             f"cannot write the mini dataset to {root}: {error.strerror or error}; set "
@@ -99,21 +132,21 @@ def ensure_mini(splits: dict[str, int] | None = None, root: Path | None = None) 
     return root
 
 
-def _make(splits: dict[str, int], root: Path) -> None:
+def _make(splits: dict[str, int], root: Path, kind: str) -> None:
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off; the lock is ours
     with tqdm(total=sum(splits.values()), desc="making the mini dataset", unit="image") as bar:
         for split, count in splits.items():
-            _make_split(partial, split, count, bar)
+            _make_split(partial, split, count, kind, bar)
     os.replace(partial, root)
 
 
-def _make_split(folder: Path, split: str, count: int, bar: tqdm) -> None:
+def _make_split(folder: Path, split: str, count: int, kind: str, bar: tqdm) -> None:
     (folder / split).mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        scene = draw_scene(SEED, split, index)
+        scene = draw_scene(SEED, split, index, kind)
         name = f"{index:06d}.jpg"
         Image.fromarray(scene.image).save(folder / split / name, quality=_JPEG_QUALITY)
         images.append(
@@ -126,7 +159,7 @@ def _make_split(folder: Path, split: str, count: int, bar: tqdm) -> None:
         "licenses": [],
         "images": images,
         "annotations": annotations,
-        "categories": list(CATEGORIES),
+        "categories": KINDS[kind].categories,
     }
     (folder / f"{split}.json").write_text(json.dumps(content))
 
@@ -153,29 +186,30 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, A
     return found
 
 
-def _load(split: str, root: Path) -> list[dict[str, Any]]:
-    ensure_mini(root=root)
+def _load(name: str, root: Path) -> list[dict[str, Any]]:
+    kind, split = MINI_NAMES[name]
+    ensure_mini(root=root, kind=kind)
     logging.getLogger(__name__).info("mini dataset: %s", root)
-    return load_coco_json(str(root / f"{split}.json"), str(root / split), f"mini_{split}")
+    return load_coco_json(str(root / f"{split}.json"), str(root / split), name)
 
 
 def register_mini() -> None:
-    """Registers ``mini_train`` and ``mini_val`` with Detectron2; nothing is made until asked for.
+    """Registers the names of :data:`MINI_NAMES` with Detectron2; nothing is made until asked for.
 
     Safe to call twice.
     """
-    root = mini_root()
-    for split in SPLITS:
-        name = f"mini_{split}"
+    for name, (kind, split) in MINI_NAMES.items():
         if name in DatasetCatalog.list():
             continue
-        DatasetCatalog.register(name, lambda split=split: _load(split, root))
+        root = mini_root(kind)
+        categories = KINDS[kind].categories
+        DatasetCatalog.register(name, lambda name=name, root=root: _load(name, root))
         MetadataCatalog.get(name).set(
             json_file=str(root / f"{split}.json"),
             image_root=str(root / split),
             evaluator_type="coco",
-            thing_classes=[category["name"] for category in CATEGORIES],
+            thing_classes=[category["name"] for category in categories],
             thing_dataset_id_to_contiguous_id={
-                category["id"]: index for index, category in enumerate(CATEGORIES)
+                category["id"]: index for index, category in enumerate(categories)
             },
         )

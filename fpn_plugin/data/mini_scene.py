@@ -4,6 +4,8 @@ Two groups of categories ask for two different things of a pyramid. A *digit* is
 pixels and may have any size from 10 to 150 px. A *disc* is 12-22 px wide and looks the same in
 each of its four categories: only the outline of the panel it lies in, 120-220 px wide, tells
 them apart. Its class can be read at the finest level only if coarser levels were added to it.
+
+Sibling kinds have digits alone, of other sizes or shapes, to ask what a pyramid must be for them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["CATEGORIES", "IMAGE_SIZE", "Scene", "SceneObject", "draw_scene"]
+__all__ = ["CATEGORIES", "IMAGE_SIZE", "KINDS", "Scene", "SceneKind", "SceneObject", "draw_scene"]
 
 IMAGE_SIZE = 256  # pixels, both sides
 PANEL_SHAPES = ("circle", "square", "triangle", "diamond")
@@ -26,8 +28,6 @@ CATEGORIES = tuple(
     ]
 )
 
-_DIGIT_PX = (10.0, 150.0)  # square root of the box's area, log-uniform
-_DIGITS_PER_IMAGE = (4, 9)
 _PANEL_PX = (120.0, 220.0)
 _PAIRED_PANEL_PX = (120.0, 124.0)  # as wide as two panels side by side can be
 _DISC_PX = (12.0, 22.0)
@@ -37,6 +37,37 @@ _ATTEMPTS = 40
 _SUPERSAMPLE = 2  # shapes are drawn at twice the size and averaged down, for smooth edges
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+
+
+@dataclass(frozen=True)
+class SceneKind:
+    """What the images of one mini dataset show.
+
+    Attributes:
+        digit_px: least and largest square root of a digit's box, in pixels; log-uniform.
+        digits: fewest and most tried in an image.
+        stretch: least and largest factor by which a digit's longer side is drawn out against the
+            other, at the same area; log-uniform, along or across as a coin decides.
+        panels: whether there are panels with discs.
+    """
+
+    digit_px: tuple[float, float]
+    digits: tuple[int, int]
+    stretch: tuple[float, float] = (1.0, 1.0)
+    panels: bool = False
+
+    @property
+    def categories(self) -> list[dict[str, object]]:
+        """The COCO categories that occur: without panels, digits alone."""
+        return [c for c in CATEGORIES if self.panels or c["supercategory"] == "digit"]
+
+
+KINDS = {
+    "": SceneKind((10.0, 150.0), (4, 9), panels=True),
+    "small": SceneKind((4.0, 24.0), (8, 20)),
+    "large": SceneKind((100.0, 240.0), (1, 3)),
+    "thin": SceneKind((10.0, 60.0), (4, 9), stretch=(4.0, 10.0)),
+}
 
 
 @dataclass
@@ -102,7 +133,7 @@ class Scene:
         return True
 
 
-def draw_scene(seed: int, split: str, index: int) -> Scene:
+def draw_scene(seed: int, split: str, index: int, kind: str = "") -> Scene:
     """Draws image ``index`` of a split; the same arguments give the same pixels.
 
     Args:
@@ -110,15 +141,21 @@ def draw_scene(seed: int, split: str, index: int) -> Scene:
         split: ``"train"`` or ``"val"``. The two share neither a handwritten digit nor a part of
             a photograph.
         index: which image.
+        kind: of :data:`KINDS`.
     """
-    rng = np.random.default_rng([seed, ("train", "val").index(split), index])
+    entropy = [seed, ("train", "val").index(split), index]
+    rng = np.random.default_rng([*entropy, list(KINDS).index(kind)] if kind else entropy)
+    shown = KINDS[kind]
     scene = Scene(_background(rng, split))
-    for center, size in _panel_places(rng):
+    for center, size in _panel_places(rng) if shown.panels else ():
         _add_panel(scene, rng, center, size)
-    count = rng.integers(_DIGITS_PER_IMAGE[0], _DIGITS_PER_IMAGE[1] + 1)
-    sizes = np.exp(rng.uniform(*np.log(_DIGIT_PX), count))
+    count = rng.integers(shown.digits[0], shown.digits[1] + 1)
+    sizes = np.exp(rng.uniform(*np.log(shown.digit_px), count))
     for size in sorted(sizes, reverse=True):  # the large ones first, while there is room for them
-        _add_digit(scene, rng, split, size)
+        stretch = 1.0
+        if shown.stretch[1] > 1:
+            stretch = np.exp(rng.uniform(*np.log(shown.stretch)) * rng.choice((-1, 1)))
+        _add_digit(scene, rng, split, size, stretch)
     scene.objects = [thing for thing in scene.objects if thing.mask.any()]
     return scene
 
@@ -250,14 +287,22 @@ def _add_panel(
                 break
 
 
-def _add_digit(scene: Scene, rng: np.random.Generator, split: str, size: float) -> None:
-    """Adds a handwritten digit; ``size`` is the square root of its box's area, in pixels."""
+def _add_digit(
+    scene: Scene, rng: np.random.Generator, split: str, size: float, stretch: float
+) -> None:
+    """Adds a handwritten digit; ``size`` is the square root of its box's area, in pixels, and
+    ``stretch`` what its width over its height is multiplied by.
+    """
     images, values = _digits(split)
     which = int(rng.integers(len(values)))
     strokes = images[which]
     strokes = strokes[np.flatnonzero(strokes.any(axis=1))][:, np.flatnonzero(strokes.any(axis=0))]
     scale = size / np.sqrt(strokes.size)
-    height, width = (min(IMAGE_SIZE, max(3, round(side * scale))) for side in strokes.shape)
+    scales = (scale / np.sqrt(stretch), scale * np.sqrt(stretch))
+    height, width = (
+        min(IMAGE_SIZE, max(3, round(side * scale)))
+        for side, scale in zip(strokes.shape, scales, strict=True)
+    )
     for _ in range(_ATTEMPTS):
         x = int(rng.integers(0, IMAGE_SIZE - width + 1))
         y = int(rng.integers(0, IMAGE_SIZE - height + 1))

@@ -26,11 +26,10 @@ from fpn_plugin import model_zoo
 from fpn_plugin.data import (
     check_datasets,
     check_proposal_files,
-    ensure_mini,
+    ensure_mini_datasets,
     register_datasets,
     train_stream,
 )
-from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
@@ -115,8 +114,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
             check_proposal_files(names[split], files, key)
-    if set(names["train"] + names["test"]) & set(MINI_NAMES):
-        ensure_mini()
+    ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
     launch(_worker, args, cfg.train.device, (cfg, args))
 

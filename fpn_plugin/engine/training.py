@@ -9,8 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
-from fpn_plugin.data import check_config_datasets, ensure_mini, register_datasets
-from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
 from fpn_plugin.errors import UserError
@@ -77,8 +76,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     check_config_datasets(cfg, training=not args.eval_only)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
-    if set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) & set(MINI_NAMES):
-        ensure_mini()
+    ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     cfg.freeze()
     launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
 

@@ -18,8 +18,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from fpn_plugin import UserError
-from fpn_plugin.data import ensure_mini, mini, mini_scene
-from fpn_plugin.data.mini_scene import CATEGORIES, IMAGE_SIZE, PANEL_SHAPES, draw_scene
+from fpn_plugin.data import ensure_mini, ensure_mini_datasets, mini, mini_scene
+from fpn_plugin.data.mini_scene import CATEGORIES, IMAGE_SIZE, KINDS, PANEL_SHAPES, draw_scene
 
 FEW = {"train": 12, "val": 6}
 
@@ -159,6 +159,32 @@ def test_it_is_registered_and_loads(root, monkeypatch):
 def _make(root: Path, barrier) -> None:
     barrier.wait()
     ensure_mini({"train": 10, "val": 4}, root)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind])
+def test_siblings_have_digits_of_their_sizes_and_shapes_alone(kind):
+    scenes = [draw_scene(0, "val", index, kind) for index in range(30)]
+    things = [thing for scene in scenes for thing in scene.objects]
+    assert {thing.category_id for thing in things} <= {c["id"] for c in KINDS[kind].categories}
+    assert len(KINDS[kind].categories) == 10
+    width, height = np.array([thing.box[2:] for thing in things], float).T
+    size, low, high = np.sqrt(width * height), *KINDS[kind].digit_px
+    assert size.max() <= high + 2
+    assert np.percentile(size, 10) >= low - 1  # a few are covered in part by others
+    longer = np.maximum(width / height, height / width)
+    assert (np.median(longer) > 4) == (kind == "thin")
+    other = draw_scene(0, "val", 0, "")
+    assert not np.array_equal(scenes[0].image, other.image)
+
+
+def test_siblings_are_registered_and_made_by_name():
+    names = [f"mini_{kind}_{split}" for kind in ("small", "large", "thin") for split in FEW]
+    assert set(names) <= set(DatasetCatalog.list())
+    assert MetadataCatalog.get("mini_thin_val").thing_classes == [str(d) for d in range(10)]
+    ensure_mini(FEW, kind="thin")
+    ensure_mini_datasets(["mini_thin_val", "coco_2017_val"])  # there, and none of ours
+    assert len(DatasetCatalog.get("mini_thin_val")) == FEW["val"]
+    shutil.rmtree(mini.mini_root("thin"))
 
 
 def test_two_processes_at_once_make_one_dataset(root, tmp_path):

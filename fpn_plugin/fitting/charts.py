@@ -1,0 +1,188 @@
+"""Pictures of a dataset against a pyramid: sizes by level, anchors among boxes, IoU by size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+from fpn_plugin.visualization import level_color
+
+from .fit import Fit
+from .measures import Measures
+from .pyramid import Pyramid
+
+__all__ = ["draw"]
+
+# Okabe and Ito's palette; before and after are told apart by marker and line as well.
+_BEFORE, _AFTER, _PLAIN = "#D55E00", "#0072B2", "#999999"
+_FONT = {"font.size": 13}
+_POINTS = 4_000  # boxes in the scatter plot
+
+
+def draw(fit: Fit, folder: Path) -> list[Path]:
+    """Draws every chart.
+
+    Args:
+        fit: what was found.
+        folder: gets levels.png, shapes.png, anchors.png and input_sizes.png.
+    """
+    import matplotlib
+
+    makers = {
+        "levels.png": _levels,
+        "shapes.png": _shapes,
+        "anchors.png": _anchors,
+        "input_sizes.png": _input_sizes,
+    }
+    paths = []
+    with matplotlib.rc_context(_FONT):
+        for name, make in makers.items():
+            paths.append(folder / name)
+            make(fit).savefig(paths[-1])
+    return paths
+
+
+def _changed(fit: Fit) -> bool:
+    return any(not each.keep for each in fit.recommendations)
+
+
+def _log_pixels(axes: Axes, values: np.ndarray, which: str = "x") -> None:
+    """A logarithmic axis whose ticks are powers of two, over most of the values."""
+    low, high = np.percentile(values, (0.1, 99.9))
+    low, high = max(low, 0.5) / 1.3, high * 1.3
+    exponents = np.arange(np.floor(np.log2(low)), np.ceil(np.log2(high)) + 1)
+    axis = getattr(axes, f"{which}axis")
+    getattr(axes, f"set_{which}scale")("log", base=2)
+    axis.set_ticks(2.0**exponents)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    getattr(axes, f"set_{which}lim")(low, high)
+
+
+def _levels(fit: Fit) -> Figure:
+    """Sizes at the input, each bar divided among the levels that Eq. (1) pools from."""
+    rows = [("as it is", fit.before, fit.cfg)]
+    if _changed(fit):
+        rows.append(("fitted", fit.after, fit.fitted))
+    figure = Figure(figsize=(9, 1.2 + 3.2 * len(rows)), dpi=120, layout="constrained")
+    all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    sizes = fit.before.size
+    low, high = np.log2(np.maximum(np.percentile(sizes, (0.1, 99.9)), 0.5))
+    bins = np.exp2(np.arange(np.floor(low * 4) / 4, np.ceil(high * 4) / 4 + 0.25, 0.25))
+    for axes, (name, found, cfg) in zip(all_axes, rows, strict=True):
+        pyramid = Pyramid.from_config(cfg)
+        levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
+        axes.hist(
+            [sizes[found.level == level] for level in levels],
+            bins=bins,
+            weights=[np.full((found.level == level).sum(), 1 / len(sizes)) for level in levels],
+            stacked=True,
+            color=[level_color(level) for level in levels],
+            label=[f"P{level}  {(found.level == level).mean():.0%}" for level in levels],
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        axes.margins(y=0.16)
+        for level, of_level in zip(pyramid.anchor_levels, pyramid.sizes, strict=True):
+            axes.plot(
+                of_level,
+                [0.95] * len(of_level),
+                "v",
+                color=level_color(level),
+                mec="black",
+                ms=9,
+                transform=axes.get_xaxis_transform(),
+            )
+        axes.set_title(f"{name}: level that an object is {_read_from(found)}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.set_ylabel("objects")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        _log_pixels(axes, sizes)
+    all_axes[-1].set_xlabel("object size sqrt(w h), pixels of the input;  ▼ anchor sizes")
+    return figure
+
+
+def _read_from(found: Measures) -> str:
+    return "pooled from" if found.roi_levels else "found at by its best anchor"
+
+
+def _shapes(fit: Fit) -> Figure:
+    """Widths and heights of objects, and the anchors among them."""
+    figure = Figure(figsize=(7.5, 7), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    sides = fit.inputs.sample(_POINTS).sides
+    axes.scatter(*sides.T, s=12, color=_PLAIN, alpha=0.5, lw=0, label="objects", rasterized=True)
+    pairs = [("anchors as they are", fit.cfg, _BEFORE, "D")]
+    if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
+        pairs.append(("anchors fitted", fit.fitted, _AFTER, "o"))
+    for label, cfg, color, marker in pairs:
+        shapes = np.concatenate(Pyramid.from_config(cfg).anchor_shapes())
+        axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=label)
+    for which, values in (("x", sides[:, 0]), ("y", sides[:, 1])):
+        _log_pixels(axes, values, which)
+    axes.set_xlabel("width, pixels of the input")
+    axes.set_ylabel("height")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _anchors(fit: Fit) -> Figure:
+    """Best IoU and recall of anchors by octave of size."""
+    figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    lines = [("as they are", fit.before, _BEFORE, "D")]
+    if _changed(fit):
+        lines.append(("fitted", fit.after, _AFTER, "o"))
+    for name, found, color, marker in lines:
+        rows = [row for row in found.octaves() if row["share"] >= 0.001]
+        at = [row["from"] * 2**0.5 for row in rows]
+        left.plot(at, [row["mean_iou"] for row in rows], marker=marker, color=color, label=name)
+        for key, style in (("recall_50", "-"), ("recall_70", "--")):
+            label = f"{name}, IoU 0.{key[-2]}"
+            right.plot(
+                at, [row[key] for row in rows], style, marker=marker, color=color, label=label
+            )
+    left.set_title("mean IoU with the best anchor")
+    right.set_title("objects with an anchor of that IoU")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes in (left, right):
+        axes.set_ylim(0, 1.03)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("object size, pixels of the input")
+        _log_pixels(axes, fit.before.size)
+    left.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4)
+    return figure
+
+
+def _input_sizes(fit: Fit) -> Figure:
+    """What the input size does to the config as it is."""
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    factors = [row["factor"] for row in fit.input_sizes]
+    series: Sequence[tuple[str, str, str, str]] = (
+        ("recall_50", "anchor recall at IoU 0.5", "#009E73", "o"),
+        ("recall_70", "anchor recall at IoU 0.7", "#0072B2", "s"),
+        ("below_2_cells", "objects under 2 cells of their level", "#D55E00", "D"),
+        ("clamped_fine", "below the finest level by Eq. (1)", "#CC79A7", "^"),
+        ("clamped_coarse", "above the coarsest", "#E69F00", "v"),
+    )
+    for key, label, color, marker in series:
+        values = [row[key] for row in fit.input_sizes]
+        axes.plot(factors, values, marker=marker, color=color, label=label, ms=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(factors, [f"x {factor:g}" for factor in factors])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("input size over the config's; its pyramid as it is")
+    axes.set_ylabel("objects")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure

@@ -1,0 +1,173 @@
+"""What tools/fit_pyramid.py does: a dataset and a config in, a fitted config and a report out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from fpn_plugin.data import register_datasets
+from fpn_plugin.engine import find_config_file, load_config
+from fpn_plugin.errors import UserError
+
+from .density import Density
+from .ground_truth import GroundTruth, read_ground_truth
+from .measures import Measures, measure
+from .pyramid import Pyramid
+from .recommend import recommend
+from .recommendation import Recommendation
+from .resizing import InputBoxes, ResizeRule, boxes_at_input
+
+__all__ = ["Fit", "argument_parser", "fit_main", "fit_pyramid"]
+
+_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the config's input size
+# What other input sizes are measured on, at most.
+_SAMPLE_IMAGES, _SAMPLE = 20_000, 100_000
+
+_EXAMPLES = """
+Examples:
+  fit_pyramid.py --config-file mini/faster_rcnn_R_18_FPN.yaml --data mini_small_train
+  fit_pyramid.py --config-file my.yaml --data train.json --output output/fit
+  fit_pyramid.py --config-file my.yaml INPUT.MIN_SIZE_TRAIN "(1200,)"   # DATASETS.TRAIN of my.yaml
+"""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A dataset, a config's pyramid against it, and what to change.
+
+    Attributes:
+        cfg: the config.
+        fitted: the config with all recommendations applied.
+        truth: the dataset's boxes.
+        rule: how training resizes images.
+        inputs: the boxes as the network sees them in training.
+        before: the config's pyramid, measured.
+        after: that of the fitted config.
+        test: the config's pyramid measured at the input size of testing.
+        input_sizes: the config's pyramid at other input sizes, a row each.
+        density: objects per image.
+        recommendations: in the order in which they were found.
+    """
+
+    cfg: CfgNode
+    fitted: CfgNode
+    truth: GroundTruth
+    rule: ResizeRule
+    inputs: InputBoxes
+    before: Measures
+    after: Measures
+    test: Measures
+    input_sizes: list[dict[str, Any]]
+    density: Density
+    recommendations: list[Recommendation]
+
+
+def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
+    """Fits a config's pyramid to boxes.
+
+    Args:
+        cfg: the config.
+        truth: the boxes of the training data.
+
+    Raises:
+        UserError: the config has no pyramid with anchors.
+    """
+    pyramid = Pyramid.from_config(cfg)
+    rule = ResizeRule.from_config(cfg, training=True)
+    inputs = boxes_at_input(truth, rule)
+    recommendations, fitted = recommend(cfg, truth, inputs)
+    before = measure(inputs, pyramid)
+    changed = any(not recommendation.keep for recommendation in recommendations)
+    few = truth.sample(_SAMPLE_IMAGES)
+    testing = boxes_at_input(few, ResizeRule.from_config(cfg, training=False))
+    return Fit(
+        cfg=cfg,
+        fitted=fitted,
+        truth=truth,
+        rule=rule,
+        inputs=inputs,
+        before=before,
+        after=measure(inputs, Pyramid.from_config(fitted)) if changed else before,
+        test=measure(testing.sample(_SAMPLE), pyramid),
+        input_sizes=[_at_input_size(few, rule, factor, pyramid) for factor in _FACTORS],
+        density=Density.of(truth),
+        recommendations=recommendations,
+    )
+
+
+def _at_input_size(
+    truth: GroundTruth, rule: ResizeRule, factor: float, pyramid: Pyramid
+) -> dict[str, Any]:
+    """The same pyramid where images are larger or smaller."""
+    scaled = rule.scaled(factor)
+    inputs = boxes_at_input(truth, scaled)
+    found = measure(inputs.sample(_SAMPLE), pyramid).as_dict()
+    keys = (
+        "clamped_fine", "clamped_coarse", "below_1_cell", "below_2_cells", "recall_50", "recall_70",
+        "mean_iou",
+    )  # fmt: skip
+    return {
+        "factor": factor,
+        "short_edges": list(scaled.short_edges),
+        "max_size": scaled.max_size,
+        "limited_by_max_size": inputs.limited,
+        "pixels": inputs.pixels,
+        "median_size": found["size_percentiles"]["50"],
+        **{key: found[key] for key in keys},
+    }
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of tools/fit_pyramid.py."""
+    parser = argparse.ArgumentParser(
+        description="Which levels, canonical size and anchors your data wants: measures a config's "
+        "pyramid against labelled boxes, and writes a config that fits them better.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME|JSON",
+        help="a registered dataset or a COCO instances JSON; may be given several times; default: "
+        "the config's DATASETS.TRAIN",
+    )
+    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    parser.add_argument("--output", default="output/fit", help="folder of the report and config")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def fit_main(argv: Sequence[str] | None = None) -> None:
+    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    from .report import write_report  # matplotlib, which the library need not load
+
+    args = argument_parser().parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    Pyramid.from_config(cfg)  # what is wrong with it is told before a long reading
+    register_datasets(args.dataset)
+    sources = args.data or list(cfg.DATASETS.TRAIN)
+    if not sources:
+        raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
+    fit = fit_pyramid(cfg, read_ground_truth(sources))
+    base = Path(find_config_file(args.config_file))
+    folder = Path(args.output)
+    try:
+        text = write_report(fit, sources, base, list(args.opts[::2]), folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    print(text)

@@ -1,0 +1,155 @@
+"""What a pyramid is to a dataset: sizes, levels, cells and anchors, in figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpn_plugin.modeling.levels import assign_levels
+
+from .matching import best_anchors
+from .pyramid import Pyramid
+from .resizing import InputBoxes
+
+__all__ = ["PERCENTILES", "Measures", "measure"]
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_BEYOND = 64  # levels: no box is so small or large that Eq. (1) puts it further off
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A pyramid and the boxes it is to detect.
+
+    Attributes:
+        size: sqrt(w h) of each box in input pixels, ``(N,)``.
+        aspect: height over width, ``(N,)``.
+        level: of Eq. (1) for each box, clamped to the RoI levels, ``(N,)``; without RoI heads, the
+            level of its best anchor.
+        clamped_fine, clamped_coarse: how many boxes Eq. (1) puts below the finest RoI level and
+            above the coarsest.
+        cells: the shorter side of each box in cells of its level, ``(N,)``.
+        best_iou: with the anchor that fits best, over all its places, ``(N,)``.
+        anchor_level: that anchor's level, ``(N,)``.
+        roi_levels, anchor_levels: those of the pyramid.
+    """
+
+    size: np.ndarray
+    aspect: np.ndarray
+    level: np.ndarray
+    clamped_fine: int
+    clamped_coarse: int
+    cells: np.ndarray
+    best_iou: np.ndarray
+    anchor_level: np.ndarray
+    roi_levels: tuple[int, ...]
+    anchor_levels: tuple[int, ...]
+
+    def recall(self, threshold: float) -> float:
+        """Share of boxes that some anchor overlaps by at least this IoU."""
+        return float((self.best_iou >= threshold).mean())
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean of ``best_iou``."""
+        return float(self.best_iou.mean())
+
+    def below_cells(self, cells: float) -> float:
+        """Share of boxes whose shorter side is less than so many cells of their level."""
+        return float((self.cells < cells).mean())
+
+    def octaves(self) -> list[dict[str, Any]]:
+        """Boxes and anchors by octave of size: from 2^i to less than 2^(i+1) input pixels."""
+        octave = np.floor(np.log2(np.maximum(self.size, 1))).astype(int)
+        return [
+            {"from": 2**i, "to": 2 ** (i + 1), **self._group(octave == i)}
+            for i in range(octave.min(), octave.max() + 1)
+        ]
+
+    def by_level(self) -> list[dict[str, Any]]:
+        """Boxes pooled from each level, and those whose best anchor is there."""
+        levels = sorted({*self.roi_levels, *self.anchor_levels})
+        return [
+            {
+                "level": level,
+                "pooled": float((self.level == level).mean()) if self.roi_levels else None,
+                **self._group(self.anchor_level == level),
+            }
+            for level in levels
+        ]
+
+    def _group(self, which: np.ndarray) -> dict[str, Any]:
+        iou = self.best_iou[which]
+        return {
+            "share": float(which.mean()),
+            "recall_50": float((iou >= 0.5).mean()) if len(iou) else None,
+            "recall_70": float((iou >= 0.7).mean()) if len(iou) else None,
+            "mean_iou": float(iou.mean()) if len(iou) else None,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in figures, for JSON."""
+        total = len(self.size)
+        small, large = self.size < 32, self.size >= 96
+        return {
+            "boxes": total,
+            "size_percentiles": _percentiles(self.size),
+            "aspect_percentiles": _percentiles(self.aspect),
+            "small": float(small.mean()),
+            "medium": float((~small & ~large).mean()),
+            "large": float(large.mean()),
+            "clamped_fine": self.clamped_fine / total,
+            "clamped_coarse": self.clamped_coarse / total,
+            "below_1_cell": self.below_cells(1),
+            "below_2_cells": self.below_cells(2),
+            "recall_50": self.recall(0.5),
+            "recall_70": self.recall(0.7),
+            "mean_iou": self.mean_iou,
+            "by_size": self.octaves(),
+            "by_level": self.by_level(),
+        }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    found = np.percentile(values, PERCENTILES)
+    return {str(p): float(value) for p, value in zip(PERCENTILES, found, strict=True)}
+
+
+def measure(inputs: InputBoxes, pyramid: Pyramid) -> Measures:
+    """Measures a pyramid against boxes.
+
+    Args:
+        inputs: the boxes as the network sees them.
+        pyramid: the pyramid.
+    """
+    best_iou, anchor_level = best_anchors(inputs, pyramid)
+    level, fine, coarse = anchor_level, 0, 0
+    if pyramid.roi_levels:
+        # From corners at the origin, so that float32 loses nothing of a box far from it.
+        boxes = np.concatenate([np.zeros_like(inputs.sides), inputs.sides], axis=1)
+        free = assign_levels(
+            torch.from_numpy(boxes),
+            -_BEYOND,
+            _BEYOND,
+            pyramid.canonical_size,
+            pyramid.canonical_level,
+        ).numpy()
+        finest, coarsest = pyramid.roi_levels[0], pyramid.roi_levels[-1]
+        fine, coarse = int((free < finest).sum()), int((free > coarsest).sum())
+        level = free.clip(finest, coarsest)
+    sides = inputs.sides
+    return Measures(
+        size=inputs.size,
+        aspect=sides[:, 1] / sides[:, 0],
+        level=level,
+        clamped_fine=fine,
+        clamped_coarse=coarse,
+        cells=sides.min(axis=1) / 2.0**level,
+        best_iou=best_iou,
+        anchor_level=anchor_level,
+        roi_levels=pyramid.roi_levels,
+        anchor_levels=pyramid.anchor_levels,
+    )

@@ -1,0 +1,154 @@
+"""What a config says of its pyramid: levels, Eq. (1), anchors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+
+from fpn_plugin.errors import UserError
+
+__all__ = ["Pyramid", "level_names"]
+
+_RPN_FAMILIES = ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork")
+_PLUGIN_HEADS = ("FPNROIHeads", "FPNCascadeROIHeads")
+_DETECTRON2_CANONICAL = (224.0, 4)  # what its poolers have, whatever the config says
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """A config's pyramid, as far as a dataset bears on it.
+
+    Attributes:
+        node: the config node whose IN_FEATURES names the levels with anchors: "MODEL.RPN" or
+            "MODEL.RETINANET".
+        stages: levels of the bottom-up stages that the pyramid is built on, finest first.
+        anchor_levels: levels with anchors, finest first; level k has stride 2^k.
+        roi_levels: levels that regions are pooled from, finest first; empty without RoI heads.
+        canonical_size: s0 of Eq. (1), in pixels of the network's input.
+        canonical_level: k0.
+        canonical_keys: whether the config's RoI heads read these two from it.
+        sizes: square root of the anchors' areas at each anchor level, in the same pixels.
+        ratios: height over width of the anchors at each anchor level.
+        offset: where in its cell an anchor's centre lies, as a share of the stride.
+        divisibility: what sides of the padded input are multiples of, in pixels.
+    """
+
+    node: str
+    stages: tuple[int, ...]
+    anchor_levels: tuple[int, ...]
+    roi_levels: tuple[int, ...]
+    canonical_size: float
+    canonical_level: int
+    canonical_keys: bool
+    sizes: tuple[tuple[float, ...], ...]
+    ratios: tuple[tuple[float, ...], ...]
+    offset: float
+    divisibility: int
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Pyramid:
+        """The pyramid of a config.
+
+        Raises:
+            UserError: the config has no pyramid, or no anchors on it.
+        """
+        model = cfg.MODEL
+        if model.META_ARCHITECTURE in _RPN_FAMILIES:
+            node, reader = "MODEL.RPN", model.RPN
+            if model.PROPOSAL_GENERATOR.NAME != "RPN":
+                raise UserError(
+                    f"the config's proposals come from {model.PROPOSAL_GENERATOR.NAME!r}, not from "
+                    "an RPN: fit the config of the RPN that made them"
+                )
+        elif model.META_ARCHITECTURE == "RetinaNet":
+            node, reader = "MODEL.RETINANET", model.RETINANET
+        else:
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r} has no anchors that this "
+                f"tool knows; it knows {', '.join((*_RPN_FAMILIES, 'RetinaNet'))}"
+            )
+        generator = model.ANCHOR_GENERATOR
+        if generator.NAME != "DefaultAnchorGenerator":
+            raise UserError(
+                f"MODEL.ANCHOR_GENERATOR.NAME is {generator.NAME!r}; DefaultAnchorGenerator's "
+                "anchors alone can be fitted"
+            )
+        levels = _levels(reader.IN_FEATURES, f"{node}.IN_FEATURES", "p")
+        stages = _levels(model.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES", "res")
+        roi_levels = ()
+        if model.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+            key = "MODEL.ROI_HEADS.IN_FEATURES"
+            roi_levels = _levels(model.ROI_HEADS.IN_FEATURES, key, "p")
+        own = model.ROI_HEADS.NAME in _PLUGIN_HEADS
+        canonical = _DETECTRON2_CANONICAL
+        if own:
+            canonical = (float(model.FPN.CANONICAL_BOX_SIZE), int(model.FPN.CANONICAL_LEVEL))
+        return cls(
+            node=node,
+            stages=stages,
+            anchor_levels=levels,
+            roi_levels=roi_levels,
+            canonical_size=canonical[0],
+            canonical_level=canonical[1],
+            canonical_keys=own,
+            sizes=_per_level(generator.SIZES, len(levels), "SIZES"),
+            ratios=_per_level(generator.ASPECT_RATIOS, len(levels), "ASPECT_RATIOS"),
+            offset=float(generator.OFFSET),
+            divisibility=1 if model.FPN.get("MATCH_LATERAL_SIZE") else 2 ** stages[-1],
+        )
+
+    @property
+    def anchors_per_cell(self) -> int:
+        """Anchors at each cell of a level."""
+        return len(self.sizes[0]) * len(self.ratios[0])
+
+    def anchor_shapes(self) -> list[np.ndarray]:
+        """Width and height of each level's anchors, ``(A, 2)`` in input pixels: Detectron2's own.
+
+        Its float32 values are given as float64.
+        """
+        generator = DefaultAnchorGenerator(
+            sizes=self.sizes,
+            aspect_ratios=self.ratios,
+            strides=[2**level for level in self.anchor_levels],
+            offset=self.offset,
+        )
+        return [(cells[:, 2:] - cells[:, :2]).double().numpy() for cells in generator.cell_anchors]
+
+
+def level_names(levels: Sequence[int], prefix: str = "p") -> list[str]:
+    """Names of levels as a config has them: ``["p2", "p3"]``."""
+    return [f"{prefix}{level}" for level in levels]
+
+
+def _levels(names: Sequence[str], key: str, prefix: str) -> tuple[int, ...]:
+    found = [re.fullmatch(rf"{prefix}(\d+)", str(name)) for name in names]
+    if not names or not all(found):
+        raise UserError(
+            f"{key} is {list(names)}, which is no pyramid; expected levels as "
+            f"{level_names((3, 4, 5), prefix)}"
+        )
+    levels = tuple(int(match.group(1)) for match in found)
+    if levels != tuple(range(levels[0], levels[-1] + 1)):
+        raise UserError(f"{key} is {list(names)}; expected levels without a gap, finest first")
+    return levels
+
+
+def _per_level(given: Sequence, levels: int, key: str) -> tuple[tuple[float, ...], ...]:
+    """Detectron2's broadcasting: one list stands for every level."""
+    lists = [given] if given and not isinstance(given[0], list | tuple) else list(given)
+    if len(lists) == 1:
+        lists = lists * levels
+    if len(lists) != levels or not all(lists) or len({len(each) for each in lists}) > 1:
+        raise UserError(
+            f"MODEL.ANCHOR_GENERATOR.{key} is {given}; expected one list, or one for each of the "
+            f"{levels} levels with anchors, all equally long"
+        )
+    if not all(value > 0 for each in lists for value in each):
+        raise UserError(f"MODEL.ANCHOR_GENERATOR.{key} is {given}; expected values above 0")
+    return tuple(tuple(float(value) for value in each) for each in lists)

@@ -1,0 +1,248 @@
+"""What levels, canonical size and anchors a dataset wants, each with its reason and effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from .anchor_fit import fit_anchors
+from .density import Density, recommend_room
+from .ground_truth import GroundTruth
+from .measures import Measures, measure
+from .pyramid import Pyramid, level_names
+from .recommendation import Recommendation, applied
+from .resizing import InputBoxes
+
+__all__ = ["recommend"]
+
+_SAMPLE = 100_000  # boxes that candidates are measured on
+_FEW = 0.005  # of boxes, that a level is dropped for
+_MANY = 0.05  # of boxes, that a level is added for
+_FINE_CELLS = 4.0  # shorter side, in cells of the next level, under which the finest is needed
+_LEAST_CELLS = 2.0  # shorter side, in cells of the finest level, under which a finer one is
+_FINEST = 2  # level of the finest stage that ResNets and most networks give
+_WORTH_MOVING = 0.02  # of mean best IoU, for anchors to be moved
+_WORTH_ADDING = 0.03  # the same, for a size more at each level
+_CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
+
+
+def recommend(
+    cfg: CfgNode, truth: GroundTruth, inputs: InputBoxes
+) -> tuple[list[Recommendation], CfgNode]:
+    """What to change in a config for a dataset.
+
+    Args:
+        cfg: the config.
+        truth: the boxes of its training data.
+        inputs: the same at the network's input.
+
+    Returns:
+        The recommendations, those to keep things as they are among them, and the config with all
+        of them applied.
+    """
+    inputs = inputs.sample(_SAMPLE)
+    found = [_levels(cfg, inputs)]
+    fitted = applied(cfg, found)
+    if Pyramid.from_config(fitted).roi_levels:
+        found.append(_canonical(fitted, inputs))
+        fitted = applied(cfg, found)
+    found.append(_anchors(fitted, inputs))
+    found += recommend_room(fitted, Density.of(truth))
+    return found, applied(cfg, found)
+
+
+def _levels(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
+    pyramid = Pyramid.from_config(cfg)
+    finest = pyramid.stages[0]
+    shorter = inputs.sides.min(axis=1)
+    needing = float((shorter < _FINE_CELLS * 2 ** (finest + 1)).mean())
+    lost = float((shorter < _LEAST_CELLS * 2**finest).mean())
+    figures = {"needing_finest": needing, "below_2_cells": lost}
+    keep_reason = (
+        f"{needing:.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
+        f"P{finest + 1} and need P{finest}; {lost:.1%} are narrower than {_LEAST_CELLS:.0f} cells "
+        f"of P{finest}."
+    )
+    told = _unmovable(cfg, pyramid)
+    if told:
+        return Recommendation("levels", {}, keep_reason, f"Levels stay: {told}.", figures)
+    if needing < _FEW and len(pyramid.stages) > 2:
+        changes = _level_changes(cfg, pyramid, finest + 1)
+        kept = sum(0.25**level for level in pyramid.anchor_levels[1:])
+        share = kept / (kept + 0.25**finest)
+        return Recommendation(
+            "levels",
+            changes,
+            f"Only {needing:.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
+            f"P{finest + 1}, so P{finest} is dropped.",
+            f"Cells of all levels, which the 3x3 convolutions of pyramid and RPN are paid for: "
+            f"{share:.0%} of what they were. Faster, at an AP that is about the same.",
+            figures | {"cells": share},
+        )
+    if lost > _MANY and finest > _FINEST:
+        changes = _level_changes(cfg, pyramid, finest - 1)
+        kept = sum(0.25**level for level in pyramid.anchor_levels)
+        times = (kept + 0.25 ** (finest - 1)) / kept
+        after = float((shorter < _LEAST_CELLS * 2 ** (finest - 1)).mean())
+        return Recommendation(
+            "levels",
+            changes,
+            f"{lost:.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of P{finest}, so "
+            f"P{finest - 1} is added.",
+            f"{after:.1%} are narrower than that many cells of P{finest - 1}. Cells of all levels, "
+            f"which convolutions are paid for: {times:.1f} times as many.",
+            figures | {"cells": times, "below_2_cells_after": after},
+        )
+    effect = "Nothing changes."
+    if lost > _MANY:
+        effect += (
+            " There is no finer stage to build on: a larger INPUT.MIN_SIZE is what helps objects "
+            "this small (table of input sizes)."
+        )
+    return Recommendation("levels", {}, keep_reason, effect, figures)
+
+
+def _unmovable(cfg: CfgNode, pyramid: Pyramid) -> str:
+    """Why the finest level of a config cannot be moved; "" where it can."""
+    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
+        return "the semantic head reads them too"
+    if cfg.MODEL.FPN.get("OUT_FEATURES"):
+        return "MODEL.FPN.OUT_FEATURES names those to compute"
+    readers = {pyramid.anchor_levels[0], *pyramid.roi_levels[:1]}
+    if readers != {pyramid.stages[0]}:
+        return "anchors, regions and stages do not begin at the same one"
+    return ""
+
+
+def _level_changes(cfg: CfgNode, pyramid: Pyramid, finest: int) -> dict[str, Any]:
+    """The keys of a pyramid that begins at another level, a level finer or coarser."""
+    added = finest < pyramid.stages[0]
+
+    def moved(levels: tuple[int, ...]) -> tuple[int, ...]:
+        return (finest, *levels) if added else levels[1:]
+
+    def per_level(values: tuple[tuple[float, ...], ...], factor: float) -> list[list[float]]:
+        first = [[value * factor for value in values[0]]] if added else []
+        return first + [list(each) for each in values[0 if added else 1 :]]
+
+    changes: dict[str, Any] = {
+        "MODEL.FPN.IN_FEATURES": level_names(moved(pyramid.stages), "res"),
+        f"{pyramid.node}.IN_FEATURES": level_names(moved(pyramid.anchor_levels)),
+        "MODEL.ANCHOR_GENERATOR.SIZES": per_level(pyramid.sizes, 0.5),
+    }
+    if len(set(pyramid.ratios)) > 1:
+        changes["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"] = per_level(pyramid.ratios, 1.0)
+    if pyramid.roi_levels:
+        changes["MODEL.ROI_HEADS.IN_FEATURES"] = level_names(moved(pyramid.roi_levels))
+    return changes
+
+
+def _canonical(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
+    """Eq. (1) gives a region at the lower end of its level s0 / 2^k0 cells: 14 in the paper, two
+    for each of 7 bins. Between one cell a bin and two, what data asks for is met by clamping.
+    """
+    pyramid = Pyramid.from_config(cfg)
+    before = measure(inputs, pyramid)
+    s0, k0 = pyramid.canonical_size, pyramid.canonical_level
+    bins = int(cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
+    cells = s0 / 2**k0
+    least, most = (bins * cells_per_bin for cells_per_bin in _CANONICAL_BINS)
+    spread = _spread(before)
+    figures = {"cells_at_lower_end": cells, "levels_before": spread}
+    shown = ", ".join(f"P{level} {share:.0%}" for level, share in spread.items())
+    here = (
+        f"s0 {s0:g} px at k0 {k0} gives a region at least {cells:.3g} cells of its level where one "
+        f"is fine enough, for {bins} bins"
+    )
+    if least <= cells <= most:
+        return Recommendation(
+            "canonical size", {}, f"{here}, which is enough.", f"Regions stay at {shown}.", figures
+        )
+    if not pyramid.canonical_keys:
+        return Recommendation(
+            "canonical size",
+            {},
+            f"{here}, but these RoI heads read neither from the config.",
+            "MODEL.ROI_HEADS.NAME FPNROIHeads would.",
+            figures,
+        )
+    size = min(max(cells, least), most) * 2**k0
+    changes = {"MODEL.FPN.CANONICAL_BOX_SIZE": round(size)}
+    fitted = applied(cfg, [Recommendation("", changes, "", "")])
+    after = measure(inputs, Pyramid.from_config(fitted))
+    moved = float((before.level != after.level).mean())
+    then = ", ".join(f"P{level} {share:.0%}" for level, share in _spread(after).items())
+    why = "less than a cell for each" if cells < least else "more than two cells for each"
+    return Recommendation(
+        "canonical size",
+        changes,
+        f"{here}, {why}; k0 stays, since it and s0 act as s0 / 2^k0 alone.",
+        f"{moved:.1%} of regions change their level: {shown} before, {then} after.",
+        figures | {"moved": moved, "levels_after": _spread(after)},
+    )
+
+
+def _spread(measures: Measures) -> dict[int, float]:
+    return {level: float((measures.level == level).mean()) for level in measures.roi_levels}
+
+
+def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
+    pyramid = Pyramid.from_config(cfg)
+    before = measure(inputs, pyramid)
+    num_sizes, num_ratios = len(pyramid.sizes[0]), len(pyramid.ratios[0])
+    same = fit_anchors(inputs, pyramid, num_sizes, num_ratios)
+    more = fit_anchors(inputs, pyramid, num_sizes + 1, num_ratios)
+    measured = {"same": measure(inputs, same), "more": measure(inputs, more)}
+    gained = measured["same"].mean_iou - before.mean_iou
+    added = measured["more"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
+    figures = {
+        "before": _fit(before),
+        **{name: _fit(each) for name, each in measured.items()},
+        "anchors_per_cell": {"before": pyramid.anchors_per_cell, "more": more.anchors_per_cell},
+    }
+    if added >= _WORTH_ADDING:
+        chosen, after = more, measured["more"]
+        reason = (
+            f"With {num_sizes + 1} sizes a level anchors overlap objects better than {num_sizes} "
+            f"can, wherever {'it is' if num_sizes == 1 else 'they are'} set (mean best IoU "
+            f"{after.mean_iou:.2f} against {measured['same'].mean_iou:.2f})."
+        )
+    elif gained >= _WORTH_MOVING:
+        chosen, after = same, measured["same"]
+        reason = (
+            f"As many anchors, of other sizes and ratios, overlap objects better; a size more "
+            f"would add {added:.2f} of IoU."
+        )
+    else:
+        return Recommendation(
+            "anchors",
+            {},
+            f"Fitted anchors would overlap objects by {gained:+.3f} of IoU, and with a size more "
+            f"a level by {gained + added:+.3f}.",
+            f"Nothing changes: {_told(before)}.",
+            figures,
+        )
+    changes = {
+        "MODEL.ANCHOR_GENERATOR.SIZES": [list(each) for each in chosen.sizes],
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [list(chosen.ratios[0])],
+    }
+    effect = f"Before: {_told(before)}. After: {_told(after)}."
+    if chosen is more:
+        effect += f" {more.anchors_per_cell} anchors a cell, {pyramid.anchors_per_cell} before."
+    return Recommendation("anchors", changes, reason, effect, figures)
+
+
+def _fit(measures: Measures) -> dict[str, float]:
+    return {
+        "mean_iou": measures.mean_iou,
+        "recall_50": measures.recall(0.5),
+        "recall_70": measures.recall(0.7),
+    }
+
+
+def _told(measures: Measures) -> str:
+    return (
+        f"mean best IoU {measures.mean_iou:.2f}, recall {measures.recall(0.5):.0%} at 0.5 and "
+        f"{measures.recall(0.7):.0%} at 0.7"
+    )

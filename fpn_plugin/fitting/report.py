@@ -1,0 +1,267 @@
+"""What was found and what to change: report.md, report.json, fitted.yaml and charts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from . import charts
+from .fit import Fit
+from .ground_truth import LEFT_OUT
+from .measures import PERCENTILES, Measures
+from .recommendation import value_at
+
+__all__ = ["write_fitted_config", "write_report"]
+
+
+def write_report(
+    fit: Fit, sources: Sequence[str], base: Path, opts: Sequence[str], folder: Path
+) -> str:
+    """Writes everything to a folder.
+
+    Args:
+        fit: what was found.
+        sources: the datasets, as they were named.
+        base: the config file that was fitted.
+        opts: config keys that were set beside it.
+        folder: made where it is not there.
+
+    Returns:
+        The text of report.md.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = write_fitted_config(fit, base, opts, folder / "fitted.yaml")
+    pictures = charts.draw(fit, folder)
+    text = _text(fit, sources, base, config, pictures)
+    (folder / "report.md").write_text(text)
+    content = {
+        "data": list(sources),
+        "config": str(base),
+        "images": len(fit.truth.shapes),
+        "boxes": len(fit.truth.boxes),
+        "clipped_to_image": fit.truth.clipped,
+        "left_out": fit.truth.left_out,
+        "short_edges": list(fit.rule.short_edges),
+        "max_size": fit.rule.max_size,
+        "sizes_dealt_out": fit.inputs.sampled,
+        "limited_by_max_size": fit.inputs.limited,
+        "objects_per_image": fit.density.as_dict(),
+        "before": fit.before.as_dict(),
+        "after": fit.after.as_dict(),
+        "at_test_size": fit.test.as_dict(),
+        "input_sizes": fit.input_sizes,
+        "recommendations": [asdict(each) for each in fit.recommendations],
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=1))
+    return text
+
+
+def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> Path:
+    """Writes the config that tools/train_net.py takes: the user's as _BASE_, and what changes.
+
+    Args:
+        fit: what was found.
+        base: the config that was fitted.
+        opts: keys that were set beside it; they hold in the new config too.
+        path: of the file.
+    """
+    here = Path.cwd()
+    base, folder = base.resolve(), path.parent.resolve()
+    # Inside one tree the two are moved together; a packaged config is where it is.
+    if base.is_relative_to(here) and folder.is_relative_to(here):
+        up = [".."] * len(folder.relative_to(here).parts)
+        named = Path(*up, base.relative_to(here)).as_posix()
+    else:
+        named = str(base)
+    content: dict[str, Any] = {"_BASE_": named}
+    changed = [key for each in fit.recommendations for key in each.changes]
+    for key in dict.fromkeys([*opts, *changed]):
+        node = content
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _plain(value_at(fit.fitted, key))
+    told = [f"# {each.subject}: {each.reason} {each.effect}" for each in fit.recommendations]
+    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, width=100)
+    path.write_text("# Written by tools/fit_pyramid.py.\n" + "\n".join(told) + "\n" + text)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, CfgNode):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _text(
+    fit: Fit, sources: Sequence[str], base: Path, config: Path, pictures: Sequence[Path]
+) -> str:
+    parts = [
+        f"# The pyramid of {base.name} for {', '.join(sources)}",
+        _counted(fit),
+        "## What to change",
+        _recommended(fit, config),
+        "## Objects at the network's input",
+        _input_text(fit),
+        _sizes_table(fit),
+        "## Levels and anchors",
+        "Pooled: by Eq. (1), clamped to the levels there are. Best anchor: the level whose anchor "
+        "overlaps the object most, of all its places on the grid. Before and after what is to "
+        "change.",
+        _levels_table(fit),
+        _octaves_table(fit),
+        "## Other input sizes",
+        "The config as it is, with all lengths of INPUT.MIN_SIZE and MAX_SIZE multiplied. The cost "
+        "of a network's convolutions goes with the pixels.",
+        _input_sizes_table(fit),
+        *(f"![{picture.stem}]({picture.name})" for picture in pictures),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counted(fit: Fit) -> str:
+    truth, density = fit.truth, fit.density.as_dict()
+    left_out = ", ".join(
+        f"{count} {name} ({LEFT_OUT[name]})" for name, count in truth.left_out.items() if count
+    )
+    return (
+        f"{len(truth.boxes)} objects in {len(truth.shapes)} images, "
+        f"{density['images_without_objects']} of which have none; {density['mean']:.1f} in an "
+        f"image that has any, at most {density['percentile_99']} in 99 of 100, {density['most']} "
+        f"at most. Left out: {left_out or 'none'}. Clipped to their image: {truth.clipped}."
+    )
+
+
+def _recommended(fit: Fit, config: Path) -> str:
+    rows = []
+    for each in fit.recommendations:
+        keys = "\n".join(f"`{key}` {_short(value)}" for key, value in each.changes.items())
+        rows.append(f"**{each.subject}: {'keep' if each.keep else 'change'}.** {each.reason} ")
+        rows[-1] += each.effect + (f"\n\n{_indented(keys)}" if keys else "")
+    if all(each.keep for each in fit.recommendations):
+        rows.append("The config fits this data as it is.")
+    else:
+        rows.append(f"To train with all of it: `tools/train_net.py --config-file {config}`")
+    return "\n\n".join(rows)
+
+
+def _indented(lines: str) -> str:
+    return "\n".join(f"- {line}" for line in lines.splitlines())
+
+
+def _short(value: Any) -> str:
+    return json.dumps(_plain(value)).replace('"', "'")
+
+
+def _input_text(fit: Fit) -> str:
+    edges = fit.rule.short_edges
+    shown = ", ".join(map(str, edges[:9]))
+    how = "each image at one of them, dealt out" if fit.inputs.sampled else "each image at all"
+    text = f"Shorter side of images {shown} px" + (f" ({how})" if len(edges) > 1 else "")
+    text += f", longer side at most {fit.rule.max_size} px, which decides for "
+    text += f"{fit.inputs.limited:.1%} of them. Sizes are sqrt(w h). In pixels of the input:"
+    if fit.cfg.INPUT.CROP.ENABLED:
+        text = "INPUT.CROP is on and is not taken into account. " + text
+    return text
+
+
+def _sizes_table(fit: Fit) -> str:
+    rows = []
+    for name, found in (("training", fit.before), ("testing", fit.test)):
+        figures = found.as_dict()
+        rows.append(
+            [
+                name,
+                *(f"{figures['size_percentiles'][str(p)]:.3g}" for p in PERCENTILES),
+                *(f"{figures[key]:.1%}" for key in ("small", "medium", "large")),
+            ]
+        )
+    aspects = fit.before.as_dict()["aspect_percentiles"]
+    rows.append(["height / width", *(f"{aspects[str(p)]:.2g}" for p in PERCENTILES), "", "", ""])
+    headers = ["", *(f"{p}%" for p in PERCENTILES), "below 32", "32 to 96", "96 and above"]
+    return _table(rows, headers)
+
+
+def _levels_table(fit: Fit) -> str:
+    by_level = {
+        name: {row["level"]: row for row in found.by_level()}
+        for name, found in (("before", fit.before), ("after", fit.after))
+    }
+    rows = []
+    for level in sorted({*by_level["before"], *by_level["after"]}):
+        row = [f"P{level}"]
+        for key in ("pooled", "share", "mean_iou", "recall_50", "recall_70"):
+            for name in ("before", "after"):
+                row.append(_figure(by_level[name].get(level, {}).get(key), key == "mean_iou"))
+        rows.append(row)
+    headers = ["level"]
+    for name in ("pooled", "best anchor", "IoU", "recall 0.5", "recall 0.7"):
+        headers += [name, "after"]
+    table = _table(rows, headers)
+    return f"{table}\n\n{_ends(fit.before)} After: {_ends(fit.after)}"
+
+
+def _ends(found: Measures) -> str:
+    total = len(found.size)
+    text = ""
+    if found.roi_levels:
+        text = (
+            f"Eq. (1) puts {found.clamped_fine / total:.1%} below P{found.roi_levels[0]} and "
+            f"{found.clamped_coarse / total:.1%} above P{found.roi_levels[-1]}. "
+        )
+    return text + (
+        f"Shorter side below 1 cell of the level: {found.below_cells(1):.1%}, below 2 cells: "
+        f"{found.below_cells(2):.1%}."
+    )
+
+
+def _octaves_table(fit: Fit) -> str:
+    after = {row["from"]: row for row in fit.after.octaves()}
+    rows = []
+    for row in fit.before.octaves():
+        cells = [f"{row['from']} to {row['to']}", f"{row['share']:.1%}"]
+        for key in ("mean_iou", "recall_50", "recall_70"):
+            cells += [_figure(each[key], key == "mean_iou") for each in (row, after[row["from"]])]
+        rows.append(cells)
+    every = ["all", "100.0%"]
+    for name, threshold in (("mean_iou", None), ("recall", 0.5), ("recall", 0.7)):
+        for found in (fit.before, fit.after):
+            value = found.mean_iou if threshold is None else found.recall(threshold)
+            every.append(_figure(value, name == "mean_iou"))
+    headers = ["size (px)", "objects"]
+    for name in ("IoU", "recall 0.5", "recall 0.7"):
+        headers += [name, "after"]
+    return _table([*rows, every], headers)
+
+
+def _input_sizes_table(fit: Fit) -> str:
+    keys = ("limited_by_max_size", "clamped_fine", "clamped_coarse", "below_1_cell")
+    keys += ("below_2_cells", "recall_50", "recall_70")
+    unit = next(row["pixels"] for row in fit.input_sizes if row["factor"] == 1)
+    rows = []
+    for row in fit.input_sizes:
+        edges = row["short_edges"]
+        shown = f"{min(edges)}" if len(set(edges)) == 1 else f"{min(edges)} to {max(edges)}"
+        cells = [f"{shown} / {row['max_size']}", f"{row['pixels'] / unit:.2f}"]
+        cells += [f"{row['median_size']:.3g}", *(f"{row[key]:.1%}" for key in keys)]
+        rows.append(cells)
+    headers = [
+        "MIN / MAX_SIZE", "pixels", "median size", "at MAX_SIZE", "below finest",
+        "above coarsest", "< 1 cell", "< 2 cells", "recall 0.5", "recall 0.7",
+    ]  # fmt: skip
+    return _table(rows, headers)
+
+
+def _figure(value: float | None, plain: bool) -> str:
+    return "-" if value is None else f"{value:.2f}" if plain else f"{value:.1%}"
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,154 @@
+"""What INPUT.MIN_SIZE and MAX_SIZE make of boxes, by Detectron2's ResizeShortestEdge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+
+from fpn_plugin.errors import UserError
+
+from .ground_truth import GroundTruth
+
+__all__ = ["InputBoxes", "ResizeRule", "boxes_at_input"]
+
+_MOST_SIZES = 9  # that stand for a range
+_MOST_BOXES = 300_000  # up to which each box is taken at every size
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """How a config resizes images.
+
+    Attributes:
+        short_edges: lengths of the shorter side that are as likely as each other, in pixels; a
+            range is stood for by nine lengths spread evenly over it. 0: images stay as they are.
+        max_size: most that the longer side may have, in pixels.
+    """
+
+    short_edges: tuple[int, ...]
+    max_size: int
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, training: bool) -> ResizeRule:
+        """The rule of MIN_SIZE_TRAIN, its SAMPLING and MAX_SIZE_TRAIN, or of their TEST siblings.
+
+        Raises:
+            UserError: a range that is not two lengths.
+        """
+        if not training:
+            return cls((int(cfg.INPUT.MIN_SIZE_TEST),), int(cfg.INPUT.MAX_SIZE_TEST))
+        given = cfg.INPUT.MIN_SIZE_TRAIN
+        edges = (given,) if isinstance(given, int) else tuple(given)
+        if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not isinstance(given, int):
+            if len(edges) != 2 or edges[0] > edges[1]:
+                raise UserError(
+                    f"INPUT.MIN_SIZE_TRAIN is {edges}; with MIN_SIZE_TRAIN_SAMPLING range it must "
+                    "be (least, largest)"
+                )
+            count = min(_MOST_SIZES, edges[1] - edges[0] + 1)
+            edges = tuple(int(edge) for edge in np.linspace(*edges, count).round())
+        if not edges:
+            raise UserError("INPUT.MIN_SIZE_TRAIN is empty: name at least one length")
+        return cls(edges, int(cfg.INPUT.MAX_SIZE_TRAIN))
+
+    def scaled(self, factor: float) -> ResizeRule:
+        """The rule with all lengths multiplied by a factor."""
+        edges = tuple(round(edge * factor) for edge in self.short_edges)
+        return ResizeRule(edges, round(self.max_size * factor))
+
+    def output_shapes(self, shapes: np.ndarray, short_edge: np.ndarray) -> np.ndarray:
+        """Shapes of images at the network's input.
+
+        Args:
+            shapes: int ``(M, 2)``, height and width.
+            short_edge: int ``(M,)``, the length that each image's shorter side is to get.
+
+        Returns:
+            int64 ``(M, 2)``, height and width.
+        """
+        # Images of a dataset share few shapes, so Detectron2's own function can be asked.
+        keys = np.concatenate([shapes.T, short_edge[None]]).astype(np.int64)
+        packed = (keys[0] << 42) | (keys[1] << 21) | keys[2]  # sides are below 2^21 px
+        _, first, which = np.unique(packed, return_index=True, return_inverse=True)
+        found = [
+            ResizeShortestEdge.get_output_shape(h, w, edge, self.max_size) if edge else (h, w)
+            for h, w, edge in keys[:, first].T.tolist()
+        ]
+        return np.array(found, np.int64).reshape(-1, 2)[which]
+
+
+@dataclass(frozen=True)
+class InputBoxes:
+    """Boxes as the network sees them.
+
+    Attributes:
+        boxes: float64 ``(N, 4)``, XYXY in pixels of the network's input.
+        shapes: int64 ``(N, 2)``, height and width there of the image of each box.
+        sampled: whether images were dealt out among the rule's lengths, each at one of them,
+            instead of taken at all of them.
+        limited: share of images whose size MAX_SIZE decides.
+        pixels: mean area of an image, in pixels, padding left out.
+    """
+
+    boxes: np.ndarray
+    shapes: np.ndarray
+    sampled: bool
+    limited: float
+    pixels: float
+
+    @property
+    def sides(self) -> np.ndarray:
+        """Width and height of each box, ``(N, 2)``."""
+        return self.boxes[:, 2:] - self.boxes[:, :2]
+
+    @property
+    def size(self) -> np.ndarray:
+        """sqrt(w h) of each box, ``(N,)``, as in Eq. (1)."""
+        return np.sqrt(self.sides.prod(axis=1))
+
+    def part(self, which: slice | np.ndarray) -> InputBoxes:
+        """Some of the boxes."""
+        return replace(self, boxes=self.boxes[which], shapes=self.shapes[which])
+
+    def sample(self, most: int) -> InputBoxes:
+        """At most so many of the boxes, drawn at random with a fixed seed."""
+        if len(self.boxes) <= most:
+            return self
+        return self.part(np.random.default_rng(0).choice(len(self.boxes), most, replace=False))
+
+
+def boxes_at_input(truth: GroundTruth, rule: ResizeRule) -> InputBoxes:
+    """Resizes boxes as Detectron2 does with the images they are in.
+
+    Where a rule has several lengths, each box is taken at all of them; above 300,000 boxes in all,
+    images are dealt out among the lengths instead, at random with a fixed seed and in equal parts.
+
+    Args:
+        truth: the boxes.
+        rule: how images are resized.
+    """
+    edges = np.array(rule.short_edges)
+    sampled = len(truth.boxes) * len(edges) > _MOST_BOXES and len(edges) > 1
+    if sampled:
+        order = np.random.default_rng(0).permutation(len(truth.shapes))
+        passes = [edges[order % len(edges)]]
+    else:
+        passes = [np.full(len(truth.shapes), edge) for edge in edges]
+    boxes, shapes, limited, pixels = [], [], [], []
+    for short_edge in passes:
+        new = rule.output_shapes(truth.shapes, short_edge)
+        scale = np.tile((new / truth.shapes)[:, ::-1], 2)
+        boxes.append(truth.boxes * scale[truth.image])
+        shapes.append(new[truth.image])
+        limited.append(((new.min(axis=1) < short_edge) & (short_edge > 0)).mean())
+        pixels.append(new.prod(axis=1).mean())
+    return InputBoxes(
+        np.concatenate(boxes),
+        np.concatenate(shapes),
+        sampled,
+        float(np.mean(limited)),
+        float(np.mean(pixels)),
+    )

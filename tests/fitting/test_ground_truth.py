@@ -1,0 +1,179 @@
+"""Reading boxes: what is kept, what is left out by name, what is refused."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpn_plugin import UserError
+from fpn_plugin.fitting import GroundTruth, json_stream, read_ground_truth
+from fpn_plugin.fitting.json_stream import JsonStream
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(
+    content=st.dictionaries(st.text(), VALUES, max_size=5),
+    window=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 2]),
+)
+def test_a_stream_reads_what_json_reads_whatever_its_window(content, window, indent):
+    text = json.dumps(content, indent=indent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "_CHARACTERS", window)
+        stream = JsonStream(io.StringIO(text))
+        read = {
+            key: list(stream.items()) if isinstance(content[key], list) else stream.value()
+            for key in stream.keys()  # noqa: SIM118
+        }
+    assert read == content
+
+
+def test_a_stream_skips_what_is_not_asked_for():
+    stream = JsonStream(io.StringIO('{"a": [1, {"b": 2}], "c": 12, "d": [3]}'))
+    assert [list(stream.items()) for key in stream.keys() if key == "d"] == [[3]]  # noqa: SIM118
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": [1, 2', '{"a" 1}', '{"a": 1} {', "{1: 2}"])
+def test_a_stream_refuses_what_is_not_an_object(text):
+    stream = JsonStream(io.StringIO(text))
+    with pytest.raises(ValueError):
+        list(stream.keys())
+
+
+def test_boxes_are_kept_in_corners_and_clipped_to_their_image(coco_json):
+    truth = read_ground_truth([str(coco_json([[10, 20, 30, 40], [-5, 90, 20, 20]]))])
+    assert truth.boxes.tolist() == [[10, 20, 40, 60], [0, 90, 15, 100]]
+    assert truth.image.tolist() == [0, 0]
+    assert truth.shapes.tolist() == [[100, 200]]
+    assert truth.clipped == 1
+    assert set(truth.left_out.values()) == {0}
+
+
+def test_what_is_left_out_is_counted_by_name(tmp_path):
+    boxes = [
+        {"bbox": [1, 1, 5, 5]},
+        {"bbox": [1, 1, 5, 5], "iscrowd": 1},
+        {"bbox": [1, 1, 0, 5], "iscrowd": 1},  # two reasons: it counts once
+        {"bbox": [1, 1, 5, 5], "ignore": 1},
+        {"bbox": [1, 1, 0, 5]},
+        {"bbox": [1, 1, 5, -5]},
+        {"bbox": [float("nan"), 1, 5, 5]},
+        {"bbox": [1, 1, float("inf"), 5]},
+        {"bbox": [200, 1, 5, 5]},
+        {"bbox": [1, -5, 5, 5]},
+    ]
+    path = tmp_path / "boxes.json"
+    # Images after boxes: the order of keys is free.
+    content = {
+        "annotations": [{"image_id": "a", **box} for box in boxes],
+        "images": [
+            {"id": "b", "height": 50, "width": 60},
+            {"id": "a", "height": 100, "width": 200},
+        ],
+    }
+    path.write_text(json.dumps(content))
+    truth = read_ground_truth([str(path)])
+    assert truth.boxes.tolist() == [[1, 1, 6, 6]]
+    assert truth.image.tolist() == [1]
+    assert truth.left_out == {
+        "crowd": 2, "ignored": 1, "not_finite": 2, "zero_area": 2, "out_of_image": 2,
+    }  # fmt: skip
+
+
+def test_a_sample_keeps_images_whole():
+    image = np.repeat([0, 2, 3, 5], [3, 1, 2, 4])
+    boxes = np.arange(40.0).reshape(10, 4)
+    shapes = np.arange(12).reshape(6, 2)
+    truth = GroundTruth(boxes, image, shapes, {"crowd": 1}, 0)
+    assert truth.sample(4) is truth
+    few = truth.sample(2)
+    assert len(few.shapes) == 2 and few.left_out == {"crowd": 1}
+    for index, shape in enumerate(few.shapes.tolist()):
+        original = shapes.tolist().index(shape)
+        assert few.boxes[few.image == index].tolist() == boxes[image == original].tolist()
+
+
+def test_datasets_are_taken_together(coco_json):
+    path = str(coco_json([[0, 0, 10, 10]]))
+    truth = read_ground_truth([path, path])
+    assert truth.image.tolist() == [0, 1]
+    assert len(truth.shapes) == 2
+
+
+def test_a_dataset_registered_by_a_function_is_read(request):
+    records = [
+        {"height": 50, "width": 80, "annotations": []},
+        {
+            "height": 100,
+            "width": 200,
+            "annotations": [
+                {"bbox": np.array([10, 20, 40, 60]), "bbox_mode": BoxMode.XYXY_ABS},
+                {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 1},
+            ],
+        },
+    ]
+    DatasetCatalog.register("fit_from_function", lambda: records)
+    request.addfinalizer(lambda: DatasetCatalog.remove("fit_from_function"))
+    request.addfinalizer(lambda: MetadataCatalog.remove("fit_from_function"))
+    truth = read_ground_truth(["fit_from_function"])
+    assert truth.boxes.tolist() == [[10, 20, 40, 60]]
+    assert truth.image.tolist() == [1]
+    assert truth.left_out["crowd"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is not COCO JSON"),
+        ("[]", "is not COCO JSON: expected '{'"),
+        ('{"images": 3, "annotations": []}', "expected '\\['"),
+        ('{"images": []}', "has no list 'annotations'; it has images"),
+        ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] lacks one of id, height"),
+        ('{"images": [{"id": 1, "height": 0, "width": 2}], "annotations": []}', "is 2 x 0 px"),
+        (
+            '{"images": [{"id": 1, "height": 3, "width": 2}, {"id": 1, "height": 3, "width": 2}]}',
+            r"images\[1\]: id 1 is there twice",
+        ),
+        (
+            '{"images": [], "annotations": [{"image_id": 5, "bbox": [1, 2, 3, 4]}]}',
+            "no image has id 5",
+        ),
+        ('{"images": [], "annotations": [{"image_id": 5, "bbox": [1, 2, 3]}]}', "lacks an image"),
+        ('{"images": [], "annotations": [{"image_id": 5}]}', r"annotations\[0\] lacks an image"),
+        ('{"images": [], "annotations": [[1]]}', r"annotations\[0\] lacks an image_id"),
+        ('{"images": [], "annotations": [{"bbox": ["1", 2, 3, 4]}]}', "is \\[x, y, width"),
+    ],
+)
+def test_a_broken_file_is_told_by_record(tmp_path, content, told):
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=told):
+        read_ground_truth([str(path)])
+
+
+def test_a_file_without_a_box_to_fit_to_says_why(coco_json):
+    path = coco_json([[0, 0, 0, 5], [300, 0, 5, 5]])
+    with pytest.raises(UserError, match="no box to fit to: 1 zero_area, 1 out_of_image"):
+        read_ground_truth([str(path)])
+    with pytest.raises(UserError, match="no box to fit to$"):
+        read_ground_truth([str(coco_json([]))])
+
+
+def test_a_missing_file_and_an_unknown_name_are_told():
+    with pytest.raises(UserError, match=r"no file 'nothing/here.json'"):
+        read_ground_truth(["nothing/here.json"])
+    with pytest.raises(
+        UserError, match=r"'mini_trian', which is not registered: did you mean mini"
+    ):
+        read_ground_truth(["mini_trian"])

@@ -1,0 +1,232 @@
+"""What is recommended: anchors that fit, levels, canonical size, room; and when nothing is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpn_plugin.engine import load_config
+from fpn_plugin.fitting import (
+    GroundTruth,
+    InputBoxes,
+    Pyramid,
+    ResizeRule,
+    boxes_at_input,
+    fit_pyramid,
+    measure,
+)
+from fpn_plugin.fitting.anchor_fit import fit_anchors
+from fpn_plugin.fitting.density import Density, recommend_room
+from fpn_plugin.fitting.recommendation import applied
+
+
+def boxes_of(sides: object, seed: int = 0) -> np.ndarray:
+    """Boxes of given widths and heights, anywhere in 256 x 256 px."""
+    sides = np.asarray(sides, np.float64)
+    corner = np.random.default_rng(seed).uniform(0, 1, sides.shape) * (256 - sides)
+    return np.concatenate([corner, corner + sides], axis=1)
+
+
+def inputs_of(boxes: np.ndarray) -> InputBoxes:
+    return InputBoxes(boxes, np.full((len(boxes), 2), 256), False, 0.0, 256.0**2)
+
+
+def by_subject(fit) -> dict[str, object]:
+    return {each.subject: each for each in fit.recommendations}
+
+
+def recommended(cfg, truth_of, sides) -> dict[str, object]:
+    return by_subject(fit_pyramid(cfg, truth_of(boxes_of(sides))))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    low=st.floats(4, 60),
+    spread=st.floats(1, 4),
+    aspect=st.floats(0.2, 5),
+    num_sizes=st.integers(1, 2),
+    seed=st.integers(0, 9),
+)
+def test_fitted_anchors_are_never_worse_than_the_configs(low, spread, aspect, num_sizes, seed):
+    pyramid = Pyramid.from_config(load_config("mini/faster_rcnn_R_18_FPN.yaml"))
+    rng = np.random.default_rng(seed)
+    size = low * spread ** rng.uniform(0, 1, 120)
+    inputs = inputs_of(boxes_of(np.column_stack([size / aspect**0.5, size * aspect**0.5]), seed))
+    fitted = fit_anchors(inputs, pyramid, num_sizes, 3)
+    assert measure(inputs, fitted).mean_iou >= measure(inputs, pyramid).mean_iou - 2e-3
+    assert [len(each) for each in fitted.sizes] == [num_sizes] * 5
+    for level, sizes in zip(fitted.anchor_levels, fitted.sizes, strict=True):
+        assert list(sizes) == sorted(sizes)
+        assert 0.99 * 2**level <= sizes[0] and sizes[-1] <= 16.1 * 2**level
+    assert list(fitted.ratios[0]) == sorted(fitted.ratios[0])
+    assert len(set(fitted.ratios)) == 1
+
+
+def test_two_shapes_on_the_grid_are_fitted_exactly(mini_config):
+    pyramid = Pyramid.from_config(mini_config())
+    # Centres on multiples of 32 px, where every level but the last has an anchor.
+    centers = np.random.default_rng(0).integers(2, 6, (200, 2)) * 32.0
+    half = np.where(np.arange(200)[:, None] % 2, [[20.0, 5.0]], [[5.0, 20.0]])
+    inputs = inputs_of(np.concatenate([centers - half, centers + half], axis=1))
+    before, fitted = measure(inputs, pyramid), fit_anchors(inputs, pyramid, 1, 2)
+    after = measure(inputs, fitted)
+    assert before.mean_iou < 0.7
+    assert after.mean_iou > 0.98
+    assert fitted.ratios[0] == pytest.approx((0.25, 4), rel=0.03)
+    assert min(abs(size - 20) for (size,) in fitted.sizes) < 0.6
+
+
+def test_levels_that_no_box_decides_on_go_on_in_octaves(mini_config):
+    pyramid = Pyramid.from_config(mini_config())
+    sizes = fit_anchors(inputs_of(boxes_of(np.full((50, 2), 12.0))), pyramid, 1, 3).sizes
+    assert sizes[3][0] == pytest.approx(2 * sizes[2][0], rel=0.01) or sizes[3][0] == 32
+    assert sizes[4][0] == pytest.approx(2 * sizes[3][0], rel=0.01) or sizes[4][0] == 64
+
+
+def test_large_objects_drop_the_finest_level(mini_config, truth_of):
+    cfg = mini_config()
+    sides = np.random.default_rng(0).uniform(100, 240, (300, 2))
+    fit = fit_pyramid(cfg, truth_of(boxes_of(sides)))
+    levels = by_subject(fit)["levels"]
+    assert levels.changes == {
+        "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+        "MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[32.0], [64.0], [128.0], [256.0]],
+    }
+    # Cells: (1 + 1/4 + 1/16 + 1/64) of 4 (1 + 1/4 + 1/16 + 1/64) + 1/64 of them.
+    assert levels.figures["cells"] == pytest.approx((85 / 64) / (4 * 85 / 64 + 1 / 64), rel=0.02)
+    fitted = Pyramid.from_config(fit.fitted)
+    assert (fitted.stages, fitted.anchor_levels) == ((3, 4, 5), (3, 4, 5, 6))
+    assert fit.after.mean_iou > fit.before.mean_iou + 0.1
+
+
+def test_what_reads_the_finest_level_elsewhere_keeps_it(mini_config, truth_of):
+    sides = np.full((50, 2), 150.0)
+    cfg = mini_config("MODEL.META_ARCHITECTURE", "PanopticFPN")
+    found = recommended(cfg, truth_of, sides)["levels"]
+    assert found.keep and "semantic head" in found.effect
+    cfg = mini_config("MODEL.FPN.OUT_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6']")
+    assert recommended(cfg, truth_of, sides)["levels"].keep
+
+
+def retinanet(**opts: str):
+    given = [value for pair in opts.items() for value in pair]
+    return load_config(
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        ["INPUT.MIN_SIZE_TRAIN", "(256,)", "INPUT.MIN_SIZE_TEST", "256", *given],
+    )
+
+
+def test_objects_too_small_for_p3_add_p2(truth_of):
+    fit = fit_pyramid(retinanet(), truth_of(boxes_of(np.full((60, 2), 12.0))))
+    changes = by_subject(fit)["levels"].changes
+    assert changes["MODEL.FPN.IN_FEATURES"] == ["res2", "res3", "res4", "res5"]
+    assert changes["MODEL.RETINANET.IN_FEATURES"] == ["p2", "p3", "p4", "p5", "p6", "p7"]
+    assert changes["MODEL.ANCHOR_GENERATOR.SIZES"][0] == pytest.approx([16, 20.16, 25.4], abs=0.01)
+    assert "canonical size" not in by_subject(fit)
+    assert fit.before.below_cells(2) == 1
+    assert fit.after.recall(0.5) > fit.before.recall(0.5)
+
+
+def test_p2_is_the_finest_there_is(mini_config, truth_of):
+    found = recommended(mini_config(), truth_of, np.full((60, 2), 6.0))["levels"]
+    assert found.keep
+    assert "INPUT.MIN_SIZE" in found.effect
+
+
+@pytest.mark.parametrize(
+    ("size", "level", "expected"),
+    [(112, 4, None), (224, 4, None), (160, 4, None), (28, 4, 112), (448, 4, 224), (112, 5, 224)],
+)
+def test_the_canonical_size_is_one_to_two_cells_a_bin(mini_config, truth_of, size, level, expected):
+    cfg = mini_config(
+        "MODEL.FPN.CANONICAL_BOX_SIZE", str(size), "MODEL.FPN.CANONICAL_LEVEL", str(level)
+    )
+    sides = np.random.default_rng(0).uniform(10, 200, (100, 2))
+    found = recommended(cfg, truth_of, sides)["canonical size"]
+    key = "MODEL.FPN.CANONICAL_BOX_SIZE"
+    assert found.changes == ({} if expected is None else {key: expected})
+
+
+def test_heads_that_do_not_read_the_canonical_size_are_told_of(mini_config, truth_of):
+    cfg = mini_config(
+        "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "28"
+    )
+    found = recommended(cfg, truth_of, np.full((20, 2), 50.0))["canonical size"]
+    assert found.keep
+    assert "FPNROIHeads" in found.effect
+
+
+def test_anchors_that_fit_are_kept(mini_config, truth_of):
+    cfg = mini_config()
+    first = fit_pyramid(cfg, truth_of(boxes_of(np.full((80, 2), 40.0))))
+    assert not by_subject(first)["anchors"].keep
+    again = fit_pyramid(first.fitted, truth_of(boxes_of(np.full((80, 2), 40.0))))
+    assert by_subject(again)["anchors"].keep
+    assert again.after is again.before
+
+
+def crowds(*counts: int) -> GroundTruth:
+    image = np.repeat(np.arange(len(counts)), counts)
+    boxes = np.tile([0.0, 0, 20, 20], (len(image), 1))
+    return GroundTruth(boxes, image, np.full((len(counts), 2), 256), {}, 0)
+
+
+def test_density_is_over_images_that_have_objects():
+    density = Density.of(crowds(0, 10, 0, 30))
+    assert density.counts.tolist() == [10, 30]
+    assert density.empty == 2
+    assert density.crowded == 30
+    assert density.without_room(20) == pytest.approx(10 / 40)
+
+
+def test_sparse_data_has_room(mini_config):
+    assert all(each.keep for each in recommend_room(mini_config(), Density.of(crowds(5, 12, 3))))
+
+
+def test_dense_data_gets_room_for_each_object(mini_config):
+    cfg = mini_config()
+    found = list(recommend_room(cfg, Density.of(crowds(*[300] * 10))))
+    changed = applied(cfg, found)
+    assert changed.MODEL.RPN.POST_NMS_TOPK_TEST == 1500
+    assert changed.MODEL.RPN.PRE_NMS_TOPK_TRAIN == 3000
+    assert changed.MODEL.RPN.BATCH_SIZE_PER_IMAGE == 960  # 450 at a half, in 64s
+    assert changed.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 1856  # 450 at a quarter
+    assert changed.TEST.DETECTIONS_PER_IMAGE == 450
+    [detections] = [each for each in found if each.subject == "detections"]
+    assert "66.7% before, 0.0% after" in detections.effect
+    assert "100 detections an image" in detections.effect
+
+
+def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):
+    cfg = mini_config()
+    before = cfg.dump()
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((40, 2), 150.0))))
+    assert cfg.dump() == before
+    assert fit.fitted.dump() != before
+
+
+def test_a_padded_grid_reaches_beyond_the_image(mini_config):
+    pyramid = Pyramid.from_config(mini_config())
+    boxes = np.array([[236.0, 236, 252, 252]])
+    inputs = InputBoxes(boxes, np.array([[252, 252]]), False, 0.0, 252.0**2)
+    only = replace(
+        pyramid, anchor_levels=(5,), sizes=((16.0,),), ratios=((1.0,),), offset=0.5, roi_levels=()
+    )
+    # 252 px are padded to 256: the last anchor stands at 240, 4 px off either way.
+    assert measure(inputs, only).best_iou[0] == pytest.approx(144 / (512 - 144))
+
+
+def test_other_input_sizes_are_measured(mini_config, truth_of):
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((30, 2), 10.0))))
+    rows = {row["factor"]: row for row in fit.input_sizes}
+    assert rows[2.0]["short_edges"] == [512]
+    assert rows[2.0]["pixels"] == 4 * rows[1.0]["pixels"]
+    assert rows[2.0]["median_size"] == pytest.approx(20)
+    assert rows[0.5]["below_2_cells"] == 1
+    again = boxes_at_input(fit.truth, ResizeRule((512,), 2666))
+    found = measure(again, Pyramid.from_config(fit.cfg))
+    assert rows[2.0]["recall_50"] == found.recall(0.5)
