@@ -34,6 +34,7 @@ from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
 from .checkpoint import FittingCheckpointer
+from .evaluating import JointEvalHook
 from .launch import launch
 from .settings import settled_device
 from .trainer import LossCurve, save_results
@@ -160,7 +161,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-            hooks.EvalHook(train.eval_period, evaluate),
+            JointEvalHook(train.eval_period, evaluate),
             hooks.PeriodicWriter(
                 default_writers(train.output_dir, train.max_iter), period=train.log_period
             )

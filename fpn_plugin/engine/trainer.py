@@ -22,6 +22,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -40,6 +41,7 @@ from fpn_plugin.visualization import plot_losses
 
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
+from .evaluating import JointEvalHook
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 
@@ -66,7 +68,12 @@ class FPNTrainer(DefaultTrainer):
         self.checkpointer = FittingCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        hooks = super().build_hooks()
+        hooks = [
+            JointEvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
+            if isinstance(hook, EvalHook)
+            else hook
+            for hook in super().build_hooks()
+        ]
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
         return hooks
