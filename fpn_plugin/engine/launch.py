@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +24,9 @@ __all__ = ["launch", "quiet_third_parties", "run_tool"]
 
 _USER_ERROR_STATUS = 2
 _INTERRUPTED_STATUS = 130  # what a shell reports for SIGINT
+# What gloo and torch's store say where another process has ended.
+_PEER_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused", re.I)
+_PATIENCE = 10.0  # seconds in which a launcher ends what is left of its processes
 
 
 def run_tool(main: Callable[[], Any]) -> None:
@@ -36,8 +42,13 @@ def run_tool(main: Callable[[], Any]) -> None:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(_USER_ERROR_STATUS)
         _exit_with(error)
-    except ProcessExitedException as error:  # of a process that has said why
-        sys.exit(error.exit_code)
+    except ProcessExitedException as error:
+        if error.exit_code >= 0:  # of a process that has said why
+            sys.exit(error.exit_code)
+        why = " (out of memory?)" if -error.exit_code == signal.SIGKILL else ""
+        told = f"process {error.error_index} was ended by {error.signal_name}{why}"
+        print(f"error: {told}; the others were stopped", file=sys.stderr, flush=True)
+        sys.exit(128 - error.exit_code)  # as a shell reports signals
     except KeyboardInterrupt:
         told = "interrupted; the same command goes on (train_net.py: with --resume)"
         print(f"\n{told}", file=sys.stderr)
@@ -48,7 +59,8 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
     """Runs ``worker(*worker_args)`` in every process that the command line asks for.
 
     Under torchrun the processes are there already. Otherwise Detectron2's launcher starts
-    ``args.num_gpus`` of them on this machine. On the CPU they talk through gloo.
+    ``args.num_gpus`` of them on this machine. On the CPU they talk through gloo. Where one ends
+    with an error, by itself or by a signal, either launcher ends the others.
 
     Args:
         worker: importable by name; each process calls it.
@@ -81,6 +93,11 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
 def _join_torchrun(on_cpu: bool) -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if not on_cpu:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} asks for more GPUs "
+                f"than the {torch.cuda.device_count()} found here"
+            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group(backend="gloo" if on_cpu else "nccl")
     if not hasattr(comm, "create_local_process_group"):
@@ -95,6 +112,14 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
         worker(*worker_args)
     except UserError as error:
         _exit_with(error)
+    except RuntimeError as error:
+        if comm.get_world_size() == 1 or not _PEER_LOST.search(str(error)):
+            raise
+        # Launchers report the process that ends first: let that be the one that failed. They end
+        # this one meanwhile, unless the process lost is another machine's.
+        time.sleep(_PATIENCE)
+        told = f"process {comm.get_rank()} lost another process, which says why: {error}"
+        _exit_with(UserError(" ".join(told.split())))
 
 
 def _exit_with(error: UserError) -> None:

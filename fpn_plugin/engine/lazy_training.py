@@ -35,6 +35,7 @@ from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
 from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
+from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .launch import launch
 from .level_hook import LevelStatistics
@@ -170,7 +171,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-            hooks.EvalHook(train.eval_period, evaluate),
+            JointEvalHook(train.eval_period, evaluate),
             hooks.PeriodicWriter(
                 default_writers(train.output_dir, train.max_iter), period=train.log_period
             )

@@ -22,6 +22,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -41,6 +42,7 @@ from fpn_plugin.visualization import plot_losses
 from .atomic import explained_full_disk
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
+from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .level_hook import LevelStatistics
 from .settings import check_mixed_precision
@@ -73,8 +75,13 @@ class FPNTrainer(DefaultTrainer):
         self.checkpointer = FittingCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        exact = ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR)
-        hooks = [exact, *super().build_hooks()]
+        hooks = [
+            JointEvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
+            if isinstance(hook, EvalHook)
+            else hook
+            for hook in super().build_hooks()
+        ]
+        hooks.insert(0, ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR))
         if isinstance(self._trainer, AMPTrainer):
             # Before the checkpointer, which keeps the count.
             hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
