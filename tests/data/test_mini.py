@@ -170,7 +170,7 @@ def test_siblings_have_digits_of_their_sizes_and_shapes_alone(kind):
     width, height = np.array([thing.box[2:] for thing in things], float).T
     size, low, high = np.sqrt(width * height), *KINDS[kind].digit_px
     assert size.max() <= high + 2
-    assert np.percentile(size, 10) >= low - 1  # a few are covered in part by others
+    assert np.percentile(size, 10) >= 0.85 * low  # a few are covered in part by others
     longer = np.maximum(width / height, height / width)
     assert (np.median(longer) > 4) == (kind == "thin")
     other = draw_scene(0, "val", 0, "")
