@@ -21,12 +21,10 @@ WAYS = [
     ("torchrun", "evaluation kill", 2),
 ]
 MORE_WAYS = [
-    (how, f"{where} {death}", processes)
+    (how, f"{where} {death}", 4)
     for how in ("launch", "torchrun")
     for where in ("train", "last", "evaluation")
     for death in ("kill", "raise")
-    for processes in (2, 4)
-    if (how, f"{where} {death}", processes) not in WAYS
 ]
 
 

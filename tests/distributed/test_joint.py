@@ -8,10 +8,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from joint import FROZEN, ROWS, UNEVEN, evaluated, make_data
+from joint import FASTER, FROZEN, MASK, ROWS, UNEVEN, evaluated, make_data
 
 # float64, relative to a tensor's largest entry: sums in another order, about 1e-15 each.
 CLOSE = 1e-12
+# Proposals are float32 boxes: 1e-15 in what an RPN gives becomes 1e-7 where one is rounded the
+# other way, and so in what is pooled from it.
+CLOSE_ON_PROPOSALS = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +95,11 @@ def test_with_frozen_statistics_they_are_those_of_one_process_with_all_images(
     together, _ = joined(how, processes, every_row)
     for row in FROZEN if every_row else FROZEN[:1]:
         name = f"frozen {row}"
-        assert furthest(together["steps"][name], alone["steps"][f"{name} in 1"]) < CLOSE, name
+        distance = furthest(together["steps"][name], alone["steps"][f"{name} in 1"])
+        print(f"{how}, {processes}: {name}: {distance:.1e}")
+        assert distance < (CLOSE_ON_PROPOSALS if row in (MASK, FASTER) else CLOSE), name
     # Batch statistics are each process's own: the comparison can tell.
-    assert furthest(together["steps"][row], alone["steps"][f"{row} in 1"]) > 1e-3
+    assert furthest(together["steps"][MASK], alone["steps"][f"{MASK} in 1"]) > 1e-3
 
 
 @CASES
