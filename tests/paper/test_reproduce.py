@@ -1,5 +1,6 @@
 """tools/reproduce.py: what runs, what is refused, and what the report says of it."""
 
+import functools
 import json
 import shutil
 import signal
@@ -200,7 +201,9 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     args = ["2c", "--output", str(tmp_path), "--opts", *TINY]
     tool = [sys.executable, str(TOOLS / "reproduce.py"), *args]
     # Cut off while it runs, it leaves a folder that the next call goes on with.
-    cut = subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # A shell in the background ignores interrupts, and so would what it starts.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    cut = subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed)
     first = tmp_path / "mini" / "table1_c_FPN" / "seed0"
     deadline = time.monotonic() + 120
     while not (first / "train.log").is_file() and time.monotonic() < deadline:
