@@ -27,6 +27,7 @@ from fpn_plugin.data import (
     check_datasets,
     check_proposal_files,
     ensure_mini_datasets,
+    check_records,
     register_datasets,
     train_stream,
 )
@@ -107,10 +108,11 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     cfg = load_lazy_config(args.config_file, args.opts)
     named = any(opt.startswith("train.device=") for opt in args.opts)
     cfg.train.device = settled_device(cfg.train.device, named, args.num_gpus, "train.device")
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)  # below
     names = {split: _names(cfg, split) for split in ("train", "test")}
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
+        check_records(names[split], training=split == "train")
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
@@ -126,7 +128,7 @@ def _names(cfg: DictConfig, split: str) -> list[str]:
 
 
 def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     device = cfg.train.device
     model = instantiate(cfg.model).to(device)
