@@ -27,6 +27,7 @@ from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
 from fpn_plugin.data import (
+    Needs,
     ReadableImageMapper,
     check_datasets,
     check_records,
@@ -91,7 +92,7 @@ def dump_main(argv: Sequence[str] | None = None) -> None:
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
     register_datasets(args.dataset, checked=True)  # below
     check_datasets(args.splits, "--splits")
-    check_records(args.splits, training=False)
+    check_records(args.splits, Needs.of(cfg, training=False))
     if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which does not give "

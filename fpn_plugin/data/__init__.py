@@ -11,8 +11,10 @@ from .coco import (
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
 from .stream import TrainStream, train_stream
+from .needs import Needs
 
 __all__ = [
+    "Needs",
     "ReadableImageMapper",
     "TrainStream",
     "check_coco",

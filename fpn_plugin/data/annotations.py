@@ -1,56 +1,36 @@
-"""The rules for annotations of a COCO JSON.
-
-They are written once, for one annotation. As annotations are many, whole runs of them are screened
-with numpy first, and only those that may break a rule are looked at one by one.
-"""
+"""The rules for an annotation of a COCO JSON, and for any record's id."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import numpy as np
-
+from .needs import Needs, needs_problem
 from .problems import Problem, shortened
-from .shapes import (
-    NO_EXTENT,
-    NUMBER,
-    ROUNDING,
-    Size,
-    box_problem,
-    keypoint_problem,
-    mask_problem,
-)
+from .shapes import NUMBER, Size, box_problem, keypoint_problem, mask_problem
 
-__all__ = [
-    "Known",
-    "annotation_problems",
-    "first_with",
-    "has_id",
-    "id_problems",
-    "may_break_a_rule",
-]
+__all__ = ["Known", "annotation_problems", "first_with", "has_id", "id_problems"]
 
 Id = int | str
-_UNKNOWN_SIZE = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What annotations refer to.
+    """What annotations refer to, and are asked for.
 
     Args:
         sizes: width and height by image id; None where an image's own record has none.
         categories: ids.
         first: index of the first annotation that has an id.
+        needs: what the model asks of them.
     """
 
     sizes: dict[Id, Size | None]
     categories: set[Id]
     first: dict[Id, int]
+    needs: Needs
 
 
 def has_id(record: Any) -> bool:
@@ -136,82 +116,7 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         box_problem(record.get("bbox"), size),
         mask_problem(record.get("segmentation"), size),
         keypoint_problem(record.get("keypoints"), size),
+        needs_problem(record, known.needs),
     ):
         if kind:
             yield Problem(kind, where, told)
-
-
-def may_break_a_rule(records: Sequence[Any], start: int, known: Known) -> np.ndarray:
-    """Screens annotations: those it clears have no problem by :func:`annotation_problems`.
-
-    Args:
-        records: annotations that follow each other in the file.
-        start: index of the first of them.
-        known: what they refer to.
-
-    Returns:
-        bool ``(len(records),)``: False where nothing is wrong.
-    """
-    try:
-        return _screen(records, start, known)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        return np.ones(len(records), bool)  # of a run with odd values, none is cleared
-
-
-def _screen(records: Sequence[dict[str, Any]], start: int, known: Known) -> np.ndarray:
-    count = len(records)
-    ids = _column(records, "id", {int})
-    areas = np.array(_column(records, "area", {int, float}), np.float64)
-    crowds = np.array(_column(records, "iscrowd", {int}))
-    images = _column(records, "image_id", {int, str})
-    categories = _column(records, "category_id", {int})
-    boxes = _column(records, "bbox", {list})
-    if set(map(len, boxes)) != {4} or not set(map(type, chain.from_iterable(boxes))) <= {
-        int,
-        float,
-    }:
-        raise TypeError
-    x, y, width, height = np.array(boxes, np.float64).T
-    sizes = list(map(known.sizes.get, images))
-    pixels = np.array([_UNKNOWN_SIZE if size is None else size for size in sizes], np.float64)
-    across, down = pixels.T
-    right, bottom = x + width, y + height
-    firsts = np.fromiter(map(known.first.__getitem__, ids), np.int64, count)
-    with np.errstate(invalid="ignore"):
-        # Comparisons with NaN are false: they clear nothing.
-        clear = (
-            (firsts == np.arange(start, start + count))
-            & (np.array(ids, np.int64) >= 1)
-            & (areas >= 0)
-            & (areas < np.inf)
-            & ((crowds == 0) | (crowds == 1))
-            & np.fromiter(map(known.categories.__contains__, categories), bool, count)
-            & (np.minimum(width, height) >= NO_EXTENT)
-            & (np.minimum(x, y) >= -ROUNDING)
-            & (right <= across + ROUNDING)
-            & (bottom <= down + ROUNDING)
-            & (right <= 2 * across)
-            & (bottom <= 2 * down)
-            & (np.minimum(right, bottom) >= NO_EXTENT)
-            & (np.minimum(across - x, down - y) >= NO_EXTENT)
-        )
-    for i, record in enumerate(records):
-        if "segmentation" in record and mask_problem(record["segmentation"], sizes[i])[0]:
-            clear[i] = False
-        if "keypoints" in record and keypoint_problem(record["keypoints"], sizes[i])[0]:
-            clear[i] = False
-        if "ignore" in record and record["ignore"] != 0:
-            clear[i] = False
-    return ~clear
-
-
-def _column(records: Sequence[dict[str, Any]], key: str, types: set[type]) -> list[Any]:
-    """Values of a key, all of the types given.
-
-    Raises:
-        KeyError, TypeError: they are not.
-    """
-    values = [record[key] for record in records]
-    if not set(map(type, values)) <= types:
-        raise TypeError
-    return values

@@ -16,6 +16,7 @@ from fpn_plugin.errors import UserError
 from .checking import check_dataset
 from .coco import check_datasets
 from .mini import MINI_NAMES, ensure_mini
+from .needs import Needs
 
 __all__ = ["check_main"]
 
@@ -48,7 +49,17 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=int, default=3, help="records shown of a kind")
     parser.add_argument("--json", metavar="FILE", help="write all problems there as JSON")
     parser.add_argument(
-        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN of the config to be used"
+        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN of the model to be trained"
+    )
+    parser.add_argument(
+        "--masks",
+        choices=("polygon", "bitmask"),
+        default="",
+        help="INPUT.MASK_FORMAT of a model with masks",
+    )
+    parser.add_argument("--keypoints", type=int, default=0, help="of an object, for such a model")
+    parser.add_argument(
+        "--test", action="store_true", help="data to evaluate on: it may have no annotations"
     )
     parser.add_argument(
         "--threads", type=int, default=min(os.cpu_count() or 1, 16), help="images read at a time"
@@ -75,7 +86,7 @@ def check_main(argv: Sequence[str] | None = None) -> None:
         folder,
         look=args.images,
         keep=None if args.json else args.examples,
-        max_size=args.max_size,
+        needs=Needs(args.max_size, args.masks, args.keypoints, not args.test),
         threads=args.threads,
     )
     if report.counts:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fpn_plugin.errors import UserError
 
 from .image_files import image_problem
+from .needs import BOXES, Needs
 from .problems import Problem, Report
 from .records import coco_problems, declared_size, image_record
 
@@ -41,8 +42,7 @@ def check_coco(
     json_file: str,
     images: str | None = None,
     *,
-    max_size: int = 1333,
-    training: bool = True,
+    needs: Needs = BOXES,
 ) -> list[str]:
     """Refuses a JSON that could not be trained on or evaluated as COCO instances.
 
@@ -50,8 +50,7 @@ def check_coco(
         json_file: path of the annotation file.
         images: folder of its images, each of which must be there then; None does not look. Of ""
             file names may lead anywhere.
-        max_size: longest side that images are resized to, in pixels.
-        training: whether annotations are needed; a test set may come without.
+        needs: what the model asks of the data.
 
     Returns:
         Names of the categories in the order of their ids, as Detectron2 numbers them.
@@ -60,14 +59,10 @@ def check_coco(
         UserError: names the file and the first record that is refused.
     """
     content = read_json(json_file)
-    if not training and isinstance(content, dict):
-        content.setdefault("annotations", [])
     within = images != ""
     with _bar(content, json_file) as bar, _no_garbage_collection():
-        found = coco_problems(content, bar.update, max_size=max_size, file_names=within)
+        found = coco_problems(content, bar.update, needs=needs, file_names=within)
         for problem in found:
-            if problem.kind == "nothing" and not training and "annotations" in problem.told:
-                continue
             if problem.refused:
                 told = f": {problem}" if problem.record else f" {problem}"
                 all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
@@ -86,7 +81,7 @@ def check_dataset(
     *,
     look: str = "decode",
     keep: int | None = 3,
-    max_size: int = 1333,
+    needs: Needs = BOXES,
     threads: int = 4,
 ) -> Report:
     """Finds whatever is wrong with COCO-format data.
@@ -97,7 +92,7 @@ def check_dataset(
         look: "decode" to read all images, "headers" to look at their headers, which tell sizes and
             kinds but not that a file is cut off, or "none".
         keep: problems of a kind to keep; None for all.
-        max_size: longest side that images are resized to, in pixels.
+        needs: what the model asks of the data.
         threads: images read at a time.
 
     Raises:
@@ -109,7 +104,7 @@ def check_dataset(
     report = Report(keep)
     refused_names: set[str] = set()
     with _bar(content, json_file) as bar, _no_garbage_collection():
-        for problem in coco_problems(content, bar.update, max_size=max_size):
+        for problem in coco_problems(content, bar.update, needs=needs):
             report.add(problem)
             if problem.kind == "file_name":
                 refused_names.add(problem.record)

@@ -14,6 +14,7 @@ from fpn_plugin.errors import UserError, near_names
 
 from .checking import check_coco
 from .mini import MINI_NAMES
+from .needs import Needs
 
 __all__ = [
     "check_config_datasets",
@@ -51,7 +52,7 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
         if checked:
             register_coco_instances(name, {}, json_file, images)
             continue
-        class_names = check_coco(json_file, training=False)
+        class_names = check_coco(json_file, needs=Needs(training=False))
         register_coco_instances(name, {}, json_file, images)
         MetadataCatalog.get(name).thing_classes = class_names
 
@@ -113,8 +114,8 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
                 "'git+https://github.com/cocodataset/panopticapi.git'"
             )
     if training:
-        check_records(cfg.DATASETS.TRAIN, max_size=_longest(cfg.INPUT.MAX_SIZE_TRAIN))
-    check_records(cfg.DATASETS.TEST, max_size=_longest(cfg.INPUT.MAX_SIZE_TEST), training=False)
+        check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
+    check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
     key, classes = {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
@@ -129,7 +130,7 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
             )
 
 
-def check_records(names: Iterable[str], *, max_size: int = 1333, training: bool = True) -> None:
+def check_records(names: Iterable[str], needs: Needs) -> None:
     """Refuses datasets with a record that could not be trained on or evaluated.
 
     Looks at every record of those in COCO format, and whether its image is there; images are not
@@ -137,8 +138,7 @@ def check_records(names: Iterable[str], *, max_size: int = 1333, training: bool 
 
     Args:
         names: of registered datasets.
-        max_size: longest side that images are resized to, in pixels.
-        training: whether annotations are needed.
+        needs: what the model asks of them.
 
     Raises:
         UserError: names the file and the record.
@@ -148,13 +148,9 @@ def check_records(names: Iterable[str], *, max_size: int = 1333, training: bool 
         json_file, images = metadata.get("json_file"), metadata.get("image_root")
         in_coco = metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg")
         if json_file and images is not None and in_coco and name not in MINI_NAMES:
-            classes = check_coco(json_file, images, max_size=max_size, training=training)
+            classes = check_coco(json_file, images, needs=needs)
             if metadata.get("thing_classes") is None:
                 metadata.thing_classes = classes
-
-
-def _longest(max_size: int) -> int:
-    return max_size or 2**31  # 0: not limited
 
 
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from detectron2.data.detection_utils import read_image
@@ -31,6 +32,8 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
         it; two empty strings where there is none.
     """
+    if not os.path.isfile(path):
+        return "image_missing", "is not there"
     try:
         with Image.open(path) as image:
             mode = image.mode
@@ -44,8 +47,6 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
             return "image_depth", f"{told}: write it with 8"
         if decode:
             height, width = read_image(str(path), format="BGR").shape[:2]
-    except FileNotFoundError:
-        return "image_missing", "is not there"
     except UNREADABLE as error:
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):

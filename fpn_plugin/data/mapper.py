@@ -19,10 +19,10 @@ _CHECK = "tools/check_dataset.py finds such images beforehand"
 
 
 class ReadableImageMapper(DatasetMapper):
-    """DatasetMapper that names a record it cannot map.
+    """DatasetMapper that names a record it cannot map, and scales whole-numbered boxes exactly.
 
-    These are images that cannot be read, that Detectron2 would read wrongly (more than 8 bits a
-    pixel) or that have another size than declared, and annotations that do not fit together.
+    Those have an image that cannot be read, that Detectron2 would read wrongly (more than 8 bits a
+    pixel) or that has another size than declared, or annotations that do not fit together.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -35,22 +35,41 @@ class ReadableImageMapper(DatasetMapper):
         path = dataset_dict["file_name"]
         _refuse_deep(path)
         try:
-            return super().__call__(dataset_dict)
+            return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
         except UserError:
             raise
         except SizeMismatchError as error:
             raise UserError(
-                f"image {path} has another size than its dataset says: "
+                f"image {path!r} has another size than its dataset says: "
                 f"{' '.join(str(error).split())} ({_CHECK})"
             ) from error
         except OSError as error:
             raise _unreadable(path, error) from error
-        except (*UNREADABLE, TypeError, IndexError, AssertionError) as error:
+        except (*UNREADABLE, TypeError, KeyError, IndexError, AssertionError) as error:
             image_id = dataset_dict.get("image_id")
             raise UserError(
                 f"cannot use image {path!r} (image_id {image_id!r}) with its annotations: "
                 f"{why_unreadable(error)} ({_CHECK})"
             ) from error
+
+
+def _in_floats(dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    """A record whose boxes and polygons are floats.
+
+    Detectron2 resizes those of integers in integer arithmetic: all that lies behind the point of
+    the resized coordinates, up to a pixel, would be cut off.
+    """
+    annotations = []
+    for given in dataset_dict.get("annotations", ()):
+        annotation = dict(given)
+        if isinstance(annotation.get("bbox"), list):
+            annotation["bbox"] = [float(value) for value in annotation["bbox"]]
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = [
+                np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
+            ]
+        annotations.append(annotation)
+    return {**dataset_dict, **({"annotations": annotations} if annotations else {})}
 
 
 def read_image_or_say(path: str | Path) -> np.ndarray:

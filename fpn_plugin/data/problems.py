@@ -38,6 +38,8 @@ KINDS = {
     "box_far_out": Kind(True, "bbox reaches more than the image's own size out of it"),
     "segmentation": Kind(True, "segmentation is neither polygons nor RLE of the image's size"),
     "keypoints": Kind(True, "keypoints are not triples of numbers"),
+    "mask_missing": Kind(True, "no mask that a model with masks could use"),
+    "keypoints_missing": Kind(True, "not the keypoints that a model with keypoints asks for"),
     "image_missing": Kind(True, "no such image file"),
     "image_unreadable": Kind(True, "the image file cannot be read"),
     "image_thin": Kind(True, "so long and thin that resizing it for the network leaves nothing"),

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import ntpath
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from .annotations import (
-    Known,
-    annotation_problems,
-    first_with,
-    has_id,
-    id_problems,
-    may_break_a_rule,
-)
+from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .needs import BOXES, Needs
 from .problems import Problem, shortened
+from .screening import may_break_a_rule
 from .shapes import Size
 
 __all__ = ["coco_problems", "declared_size", "image_record"]
@@ -30,7 +26,7 @@ def coco_problems(
     content: Any,
     advance: Callable[[int], object] = lambda records: None,
     *,
-    max_size: int = 1333,
+    needs: Needs = BOXES,
     file_names: bool = True,
 ) -> Iterator[Problem]:
     """Whatever is wrong with a COCO JSON; every record is looked at.
@@ -38,7 +34,7 @@ def coco_problems(
     Args:
         content: of the file, as json gives it.
         advance: called with the number of annotations that were looked at since the last call.
-        max_size: longest side, in pixels, that images are resized to (INPUT.MAX_SIZE_TRAIN).
+        needs: what the model asks of it.
         file_names: whether file names must stay within a folder.
 
     Yields:
@@ -48,21 +44,24 @@ def coco_problems(
         told = f"it holds a {type(content).__name__}, not an object with {', '.join(_PARTS)}"
         yield Problem("not_coco", "", f"is not COCO: {told}")
         return
+    if not needs.training and "annotations" not in content:
+        content = {**content, "annotations": []}  # as of COCO's test sets
     for part in _PARTS:
         if not isinstance(content.get(part), list):
             there = shortened(list(content))
             yield Problem("not_coco", "", f"is not COCO: it has no list {part!r}; it has {there}")
             return
     for part in _PARTS:
-        if not content[part]:
+        if not content[part] and (needs.training or part != "annotations"):
             yield Problem("nothing", "", f"has no {part}")
     yield from _category_problems(content["categories"])
-    yield from _image_problems(content["images"], max_size, file_names)
+    yield from _image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
     known = Known(
         sizes={record["id"]: declared_size(record) for record in filter(has_id, content["images"])},
         categories={record["id"] for record in filter(has_id, content["categories"])},
         first=first_with(annotations, "id"),
+        needs=needs,
     )
     for start in range(0, len(annotations), _SCREENED_AT_ONCE):
         rows = annotations[start : start + _SCREENED_AT_ONCE]
@@ -147,7 +146,7 @@ def _file_name_problems(where: str, name: str) -> Iterator[Problem]:
         yield Problem("file_name", where, f"{told}, which names no file")
         return
     path = name.replace("\\", "/")  # a name made on Windows must not lead out either
-    leads_out = path.startswith("/") or os.path.isabs(name) or os.path.splitdrive(name)[0] != ""
+    leads_out = ntpath.isabs(path) or os.path.isabs(name) or os.path.splitdrive(name)[0] != ""
     if ".." in path:
         leads_out = leads_out or os.path.normpath(path).replace("\\", "/").split("/")[0] == ".."
     if leads_out:

@@ -24,6 +24,7 @@ from torch import nn
 
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
+    Needs,
     check_datasets,
     check_proposal_files,
     ensure_mini_datasets,
@@ -33,6 +34,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.unpickling import proposals_read_as_arrays
 
 from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
@@ -58,7 +60,8 @@ Examples:
 def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A lazy config from a path or, failing that, the packaged one of that name.
 
-    A lazy config is Python and is run: load those alone whose author you trust.
+    A lazy config is Python and is run, as are those that it imports: load those alone whose
+    author you trust.
 
     Args:
         name: for example ``"lazy/COCO-Detection/faster_rcnn_R_50_FPN_1x.py"``.
@@ -83,6 +86,11 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(
                 f"option {override!r}: lazy configs take key=value, as train.max_iter=9"
             )
+    if not path.endswith(".py"):
+        # Detectron2 reads others with tags that run code, and calls what they name as _target_.
+        raise UserError(
+            f"{path} is not a .py file; lazy configs are Python, and YAML is for train_net.py"
+        )
     cfg = LazyConfig.load(path)
     missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
     if missing:
@@ -112,7 +120,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     names = {split: _names(cfg, split) for split in ("train", "test")}
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
-        check_records(names[split], training=split == "train")
+        check_records(names[split], Needs(training=split == "train"))
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
@@ -138,9 +146,11 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
         FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
             cfg.train.init_checkpoint, resume=args.resume
         )
-        results = _evaluate(cfg, model)
+        with proposals_read_as_arrays():
+            results = _evaluate(cfg, model)
     else:
-        results = _train(cfg, model, args.resume)
+        with proposals_read_as_arrays():
+            results = _train(cfg, model, args.resume)
     if results and comm.is_main_process():
         save_results(results, cfg.train.output_dir)
 

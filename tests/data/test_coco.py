@@ -213,5 +213,5 @@ def test_images_that_cannot_be_read_are_named(own_data, tmp_path):
             mapped({**record, "file_name": str(images / name)})
         with pytest.raises(UserError, match=message):
             read_image_or_say(images / name)
-    with pytest.raises(UserError, match=r"a.png has another size than its dataset says"):
+    with pytest.raises(UserError, match=r"a.png' has another size than its dataset says"):
         mapped({**record, "width": 41})
