@@ -55,7 +55,8 @@ def _screen(records: Sequence[dict[str, Any]], start: int, known: Known) -> np.n
     sizes = list(map(known.sizes.get, images))
     pixels = np.array([_UNKNOWN_SIZE if size is None else size for size in sizes], np.float64)
     across, down = pixels.T
-    right, bottom = x + width, y + height
+    with np.errstate(over="ignore"):  # an infinity clears nothing
+        right, bottom = x + width, y + height
     firsts = np.fromiter(map(known.first.__getitem__, ids), np.int64, count)
     with np.errstate(invalid="ignore"):
         # Comparisons with NaN are false: they clear nothing.

@@ -107,6 +107,16 @@ def _one(records: Any, rng: np.random.Generator) -> dict[str, Any]:
     return whole[int(rng.integers(len(whole)))] if whole else {}
 
 
+def _opened(path: Path) -> Image.Image | None:
+    """An image, or None where what was broken before left none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
 def _part(made: Broken, rng: np.random.Generator) -> list[Any]:
     records = made.content.get(str(rng.choice(["images", "annotations", "categories"])))
     return records if isinstance(records, list) else []
@@ -218,17 +228,19 @@ def _traversal(made: Broken, rng: np.random.Generator) -> None:
 @_breaks
 def _no_file(made: Broken, rng: np.random.Generator) -> None:
     path = made.path(_image(made, rng))
-    path.unlink(missing_ok=True)
-    if rng.random() < 0.5:
-        path.mkdir()
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        if rng.random() < 0.5:
+            path.mkdir()
 
 
 @_breaks
 def _cut_off(made: Broken, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
-    if path.is_file():
-        noise = rng.integers(0, 256, (*Image.open(path).size[::-1], 3), dtype=np.uint8)
+    image = _opened(path)
+    if image is not None:
+        noise = rng.integers(0, 256, (*image.size[::-1], 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, format=str(rng.choice(["JPEG", "PNG", "BMP", "TIFF"])))
         content = path.read_bytes()
         path.write_bytes(content[: int(rng.integers(len(content)))])
@@ -260,10 +272,9 @@ def _bomb(made: Broken, rng: np.random.Generator) -> None:
 def _mode(made: Broken, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
-    if not path.is_file() or record.get("file_name") not in made.colours:
+    image = _opened(path)
+    if image is None or record.get("file_name") not in made.colours:
         return
-    with Image.open(path) as image:
-        image.load()
     mode = str(rng.choice(["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F"]))
     shade = int(rng.choice([0, 255])) if mode == "1" else int(rng.integers(256))
     kind, colour = "PNG", (shade, shade, shade)
@@ -301,12 +312,8 @@ def _mode(made: Broken, rng: np.random.Generator) -> None:
 def _turned_by_exif(made: Broken, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
-    colour = made.colours.get(record.get("file_name")) if path.is_file() else None
-    if colour is None:
-        return
-    with Image.open(path) as image:
-        image.load()
-    if image.mode != "RGB":
+    image = _opened(path)
+    if image is None or image.mode != "RGB":
         return
     exif, orientation = image.getexif(), int(rng.integers(0, 10))
     exif[_ORIENTATION] = orientation
