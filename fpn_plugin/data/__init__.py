@@ -10,8 +10,8 @@ from .coco import (
 )
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
-from .stream import TrainStream, train_stream
 from .needs import Needs
+from .stream import TrainStream, train_stream
 
 __all__ = [
     "Needs",

@@ -27,8 +27,8 @@ from fpn_plugin.data import (
     Needs,
     check_datasets,
     check_proposal_files,
-    ensure_mini_datasets,
     check_records,
+    ensure_mini_datasets,
     register_datasets,
     train_stream,
 )

@@ -83,9 +83,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a training or an evaluation."""
-    register_datasets(
-        args.dataset, checked=True
-    )  # started processes begin with what an import registers
+    # Started processes begin with what an import registers.
+    register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     if args.eval_only:
         model = FPNTrainer.build_model(cfg)
