@@ -26,7 +26,13 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from fpn_plugin.data import ReadableImageMapper, check_datasets, register_datasets
+from fpn_plugin.data import (
+    Needs,
+    ReadableImageMapper,
+    check_datasets,
+    check_records,
+    register_datasets,
+)
 from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, load_config
 from fpn_plugin.engine.launch import launch
 from fpn_plugin.engine.settings import settle_device
@@ -84,8 +90,9 @@ def dump_main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)  # below
     check_datasets(args.splits, "--splits")
+    check_records(args.splits, Needs.of(cfg, training=False))
     if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which does not give "
@@ -97,7 +104,7 @@ def dump_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)
     setup_logger(name="fvcore")
     model = FPNTrainer.build_model(cfg).eval()
     FittingCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -14,23 +12,26 @@ from detectron2.data.datasets import register_coco_instances
 
 from fpn_plugin.errors import UserError, near_names
 
+from .checking import check_coco
 from .mini import MINI_NAMES
+from .needs import Needs
 
 __all__ = [
-    "check_coco",
     "check_config_datasets",
     "check_datasets",
     "check_proposal_files",
+    "check_records",
     "register_datasets",
 ]
 
 
-def register_datasets(specs: Iterable[str]) -> None:
+def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
     """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
 
     Args:
         specs: for example ``"cells=data/cells.json:data/images"``. A name that is registered
             already with the same files is left as it is.
+        checked: whether the records are checked elsewhere, by :func:`check_records`.
 
     Raises:
         UserError: a spec of another form, a name that is taken, a JSON or folder that is not
@@ -48,7 +49,10 @@ def register_datasets(specs: Iterable[str]) -> None:
             raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
         if not Path(images).is_dir():
             raise UserError(f"--dataset {spec!r}: no folder {images!r}")
-        class_names = check_coco(json_file)
+        if checked:
+            register_coco_instances(name, {}, json_file, images)
+            continue
+        class_names = check_coco(json_file, needs=Needs(training=False))
         register_coco_instances(name, {}, json_file, images)
         MetadataCatalog.get(name).thing_classes = class_names
 
@@ -109,6 +113,9 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
                 f"DATASETS.TEST names {name!r}, whose evaluation needs panopticapi: pip install "
                 "'git+https://github.com/cocodataset/panopticapi.git'"
             )
+    if training:
+        check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
+    check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
     key, classes = {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
@@ -121,6 +128,29 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
                 f"{key} is {classes}, but dataset {name!r} has {len(names)} categories: set it to "
                 f"{len(names)}"
             )
+
+
+def check_records(names: Iterable[str], needs: Needs) -> None:
+    """Refuses datasets with a record that could not be trained on or evaluated.
+
+    Looks at every record of those in COCO format, and whether its image is there; images are not
+    opened (tools/check_dataset.py does that).
+
+    Args:
+        names: of registered datasets.
+        needs: what the model asks of them.
+
+    Raises:
+        UserError: names the file and the record.
+    """
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        json_file, images = metadata.get("json_file"), metadata.get("image_root")
+        in_coco = metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg")
+        if json_file and images is not None and in_coco and name not in MINI_NAMES:
+            classes = check_coco(json_file, images, needs=needs)
+            if metadata.get("thing_classes") is None:
+                metadata.thing_classes = classes
 
 
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:
@@ -147,88 +177,3 @@ def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -
                 f"--output {Path(file).parent} MODEL.WEIGHTS RPN_RUN/model_final.pth  ; "
                 "tools/reproduce.py does it by itself"
             )
-
-
-def check_coco(json_file: str) -> list[str]:
-    """Refuses a JSON that Detectron2 could not load as COCO instances.
-
-    Args:
-        json_file: path of the annotation file.
-
-    Returns:
-        Names of the categories in the order of their ids, as Detectron2 numbers them.
-
-    Raises:
-        UserError: names the file and the record.
-    """
-    try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {json_file}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{json_file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{json_file} is not COCO: it holds a {type(content).__name__}, not an object with "
-            "images, annotations and categories"
-        )
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(content.get(part), list):
-            raise UserError(
-                f"{json_file} is not COCO: it has no list {part!r}; it has {', '.join(content)}"
-            )
-        if not content[part]:
-            raise UserError(f"{json_file} has no {part}")
-    category_keys = {"id": int, "name": str}
-    categories = _ids(json_file, "categories", content["categories"], category_keys)
-    image_keys = {"file_name": str, "width": int, "height": int}
-    images = _ids(json_file, "images", content["images"], image_keys)
-    annotation_keys = {"id": int, "area": (int, float), "iscrowd": int}
-    _ids(json_file, "annotations", content["annotations"], annotation_keys)
-    for annotation in content["annotations"]:
-        _check_annotation(json_file, annotation, images, categories)
-    return [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
-
-
-def _ids(json_file: str, part: str, records: list[Any], keys: dict[str, Any]) -> set[Any]:
-    """The ids of records, known to be there once each, beside keys of the types given."""
-    ids = set()
-    for number, record in enumerate(records):
-        where = f"{json_file}: {part}[{number}]"
-        if not isinstance(record, dict) or not isinstance(record.get("id"), int | str):
-            raise UserError(f"{where} has no id")
-        if record["id"] in ids:
-            raise UserError(f"{where}: id {record['id']!r} is there twice")
-        ids.add(record["id"])
-        for key, kind in keys.items():
-            if not isinstance(record.get(key), kind):
-                expected = "a number" if isinstance(kind, tuple) else kind.__name__
-                raise UserError(
-                    f"{where} (id {record['id']!r}): {key!r} is {record.get(key)!r}, expected "
-                    f"{expected}"
-                )
-    return ids
-
-
-def _check_annotation(
-    json_file: str, annotation: dict[str, Any], images: set[Any], categories: set[Any]
-) -> None:
-    where = f"{json_file}: annotation {annotation['id']!r}"
-    if annotation["id"] < 1:
-        raise UserError(f"{where}: COCO's evaluation takes ids from 1 on; 0 would never match")
-    if annotation.get("ignore", 0) != 0:
-        raise UserError(f"{where}: 'ignore' is not supported; use iscrowd")
-    for key, known in (("image_id", images), ("category_id", categories)):
-        given = annotation.get(key)
-        if not isinstance(given, int | str) or given not in known:
-            raise UserError(f"{where}: no {key.removesuffix('_id')} has id {given!r}")
-    box = annotation.get("bbox")
-    numbers = isinstance(box, list) and all(isinstance(v, int | float) for v in box)
-    # NaN and infinity are no JSON, but Python reads them.
-    if not numbers or len(box) != 4 or not all(abs(v) < float("inf") for v in box):
-        raise UserError(f"{where}: bbox is {box!r}, expected [x, y, width, height] in pixels")
-    if box[2] < 0 or box[3] < 0:
-        raise UserError(
-            f"{where}: bbox is {box!r}, whose width or height is negative; expected [x, y, width, "
-            "height], not two corners"
-        )

@@ -8,34 +8,68 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, read_image
-from PIL import Image
 
 from fpn_plugin.errors import UserError
 
+from .image_files import UNREADABLE, image_problem, why_unreadable
+
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
-# What Pillow raises on files that are missing, cut off, damaged or no images.
-_UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+_CHECK = "tools/check_dataset.py finds such images beforehand"
 
 
 class ReadableImageMapper(DatasetMapper):
-    """DatasetMapper that names an image which cannot be read or has another size than declared."""
+    """DatasetMapper that names a record it cannot map, and scales whole-numbered boxes exactly.
+
+    Those have an image that cannot be read, that Detectron2 would read wrongly (more than 8 bits a
+    pixel) or that has another size than declared, or annotations that do not fit together.
+    """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps a record; see :class:`detectron2.data.DatasetMapper`.
 
         Raises:
-            UserError: its image cannot be read, or the dataset states another size for it.
+            UserError: its image cannot be read, or the dataset states another size for it, or its
+                annotations cannot be used.
         """
+        path = dataset_dict["file_name"]
+        _refuse_deep(path)
         try:
-            return super().__call__(dataset_dict)
-        except _UNREADABLE as error:
-            raise _unreadable(dataset_dict["file_name"], error) from error
+            return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
+        except UserError:
+            raise
         except SizeMismatchError as error:
             raise UserError(
-                f"image {dataset_dict['file_name']} has another size than its dataset says: "
-                f"{' '.join(str(error).split())}"
+                f"image {path!r} has another size than its dataset says: "
+                f"{' '.join(str(error).split())} ({_CHECK})"
             ) from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except (*UNREADABLE, TypeError, KeyError, IndexError, AssertionError) as error:
+            image_id = dataset_dict.get("image_id")
+            raise UserError(
+                f"cannot use image {path!r} (image_id {image_id!r}) with its annotations: "
+                f"{why_unreadable(error)} ({_CHECK})"
+            ) from error
+
+
+def _in_floats(dataset_dict: dict[str, Any]) -> dict[str, Any]:
+    """A record whose boxes and polygons are floats.
+
+    Detectron2 resizes those of integers in integer arithmetic: all that lies behind the point of
+    the resized coordinates, up to a pixel, would be cut off.
+    """
+    annotations = []
+    for given in dataset_dict.get("annotations", ()):
+        annotation = dict(given)
+        if isinstance(annotation.get("bbox"), list):
+            annotation["bbox"] = [float(value) for value in annotation["bbox"]]
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = [
+                np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
+            ]
+        annotations.append(annotation)
+    return {**dataset_dict, **({"annotations": annotations} if annotations else {})}
 
 
 def read_image_or_say(path: str | Path) -> np.ndarray:
@@ -44,13 +78,23 @@ def read_image_or_say(path: str | Path) -> np.ndarray:
     Raises:
         UserError: it cannot be read.
     """
+    _refuse_deep(path)
     try:
         return read_image(str(path), format="BGR")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
+def _refuse_deep(path: str | Path) -> None:
+    """Refuses what Detectron2 would read wrongly in silence, by the image's header."""
+    kind, told = image_problem(path, None, decode=False)
+    if kind == "image_depth":
+        raise UserError(f"image {str(path)!r} {told}")
+    if kind == "image_missing":
+        raise UserError(f"no image {str(path)!r}")
+    if kind == "image_unreadable":
+        raise UserError(f"cannot read image {str(path)!r}, which {told} ({_CHECK})")
+
+
 def _unreadable(path: str | Path, error: Exception) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"no image {str(path)!r}")
-    return UserError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}")
+    return UserError(f"cannot read image {str(path)!r}: {why_unreadable(error)} ({_CHECK})")

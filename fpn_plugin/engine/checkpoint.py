@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import types
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError
+from fpn_plugin.unpickling import load_arrays
 
 from .atomic import AtomicWrites, explained_full_disk
 
@@ -47,34 +49,10 @@ _NO_CHECKPOINT = (
 )
 
 
-# What the model zoo's pickles of arrays are made of.
-_ARRAYS = {
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, numbers, text and what holds them; refuses everything that could run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ARRAYS:
-            return super().find_class(module, name)
-        raise UserError(
-            f"it is a pickle that would call {module}.{name}; only arrays are read from pickles, "
-            "because loading anything else runs code. If you trust it, load it yourself and save "
-            "its state dict with torch.save"
-        )
-
-
-def _load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
-    return _ArraysOnly(file, encoding=encoding).load()
+_TRUSTED = (
+    "Where its author is trusted: load it once with torch.load(..., weights_only=False) or pickle, "
+    "and save its state dict with safetensors.torch.save_file"
+)
 
 
 class _WeightsOnly:
@@ -82,7 +60,16 @@ class _WeightsOnly:
 
     @staticmethod
     def load(file: str | IO[bytes]) -> dict[str, Any]:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "Weights only load failed" not in str(error):
+                raise
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise UserError(
+                f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
+                "would run code that is in it"
+            ) from error
 
 
 def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
@@ -103,12 +90,12 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str
             return {"model": safetensors.torch.load_file(path)}
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
-                return _load_arrays(file)
+                return load_arrays(file)
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False)
         return _WeightsOnly.load(path)
     except UserError as error:
-        raise UserError(f"{path!r} is not loaded: {error}") from error
+        raise UserError(f"{path!r} is not loaded: {error}. {_TRUSTED}") from error
     except OSError as error:
         raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
     except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
@@ -236,7 +223,7 @@ class FittingCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         # Detectron2 sorts out whose layout a pickle has; it is given one that runs nothing.
-        harmless = types.SimpleNamespace(load=_load_arrays)
+        harmless = types.SimpleNamespace(load=load_arrays)
         try:
             if filename.endswith(".safetensors"):
                 return read_checkpoint(filename)
@@ -246,7 +233,7 @@ class FittingCheckpointer(DetectionCheckpointer):
             ):
                 return super()._load_file(filename)
         except UserError as error:
-            raise UserError(f"{self._path!r} is not loaded: {error}") from error
+            raise UserError(f"{self._path!r} is not loaded: {error}. {_TRUSTED}") from error
         except _NO_CHECKPOINT as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._path!r} is not a checkpoint: {first_line}") from error

@@ -24,14 +24,17 @@ from torch import nn
 
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
+    Needs,
     check_datasets,
     check_proposal_files,
+    check_records,
     ensure_mini_datasets,
     register_datasets,
     train_stream,
 )
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.unpickling import proposals_read_as_arrays
 
 from .atomic import explained_full_disk
 from .checkpoint import FittingCheckpointer
@@ -57,7 +60,8 @@ Examples:
 def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A lazy config from a path or, failing that, the packaged one of that name.
 
-    A lazy config is Python and is run: load those alone whose author you trust.
+    A lazy config is Python and is run, as are those that it imports: load those alone whose
+    author you trust.
 
     Args:
         name: for example ``"lazy/COCO-Detection/faster_rcnn_R_50_FPN_1x.py"``.
@@ -82,6 +86,11 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(
                 f"option {override!r}: lazy configs take key=value, as train.max_iter=9"
             )
+    if not path.endswith(".py"):
+        # Detectron2 reads others with tags that run code, and calls what they name as _target_.
+        raise UserError(
+            f"{path} is not a .py file; lazy configs are Python, and YAML is for train_net.py"
+        )
     cfg = LazyConfig.load(path)
     missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
     if missing:
@@ -107,10 +116,11 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     cfg = load_lazy_config(args.config_file, args.opts)
     named = any(opt.startswith("train.device=") for opt in args.opts)
     cfg.train.device = settled_device(cfg.train.device, named, args.num_gpus, "train.device")
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)  # below
     names = {split: _names(cfg, split) for split in ("train", "test")}
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
+        check_records(names[split], Needs(training=split == "train"))
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
@@ -126,7 +136,7 @@ def _names(cfg: DictConfig, split: str) -> list[str]:
 
 
 def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     device = cfg.train.device
     model = instantiate(cfg.model).to(device)
@@ -136,9 +146,11 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
         FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
             cfg.train.init_checkpoint, resume=args.resume
         )
-        results = _evaluate(cfg, model)
+        with proposals_read_as_arrays():
+            results = _evaluate(cfg, model)
     else:
-        results = _train(cfg, model, args.resume)
+        with proposals_read_as_arrays():
+            results = _train(cfg, model, args.resume)
     if results and comm.is_main_process():
         save_results(results, cfg.train.output_dir)
 

@@ -60,6 +60,11 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     add_fpn_config(cfg)
     if config_file:
         path = find_config_file(config_file)
+        if path.endswith(".py"):
+            raise UserError(
+                f"{path} is Python, which is not run here: YAML is expected; lazy configs are for "
+                "tools/lazyconfig_train_net.py"
+            )
         try:
             # Tags that would run code while a file is read are refused.
             cfg.merge_from_file(path, allow_unsafe=False)

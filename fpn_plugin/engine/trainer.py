@@ -37,6 +37,7 @@ from torch import nn
 from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.unpickling import proposals_read_as_arrays
 from fpn_plugin.visualization import plot_losses
 
 from .atomic import explained_full_disk
@@ -185,9 +186,12 @@ class LossCurve(HookBase):
 
 @contextmanager
 def _explained_loading(names: object) -> Iterator[None]:
-    """Within it, a dataset that Detectron2 cannot load is named, with what it said."""
+    """Within it, a dataset that Detectron2 cannot load is named, with what it said, and files of
+    proposals run no code.
+    """
     try:
-        yield
+        with proposals_read_as_arrays():
+            yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:

@@ -72,7 +72,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
-    register_datasets(args.dataset)
+    register_datasets(args.dataset, checked=True)  # by the next line
     check_config_datasets(cfg, training=not args.eval_only)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
@@ -83,7 +83,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process of a training or an evaluation."""
-    register_datasets(args.dataset)  # started processes begin with what an import registers
+    # Started processes begin with what an import registers.
+    register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     if args.eval_only:
         model = FPNTrainer.build_model(cfg)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import json
-import pickle
 import statistics
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import fpn_plugin
 from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.metrics import loss_rows
+from fpn_plugin.unpickling import load_arrays
 
 from .tables import Run
 
@@ -254,7 +254,7 @@ def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str
             for group, categories in groups.items()
         }
     with (folder.path / "inference" / "box_proposals.pkl").open("rb") as file:
-        saved = pickle.load(file)  # of this run's own evaluation
+        saved = load_arrays(file)
     predictions = []
     for image_id, boxes, logits in zip(
         saved["ids"], saved["boxes"], saved["objectness_logits"], strict=True

@@ -102,7 +102,7 @@ BROKEN = {
     "no list 'annotations'": lambda c: c.pop("annotations"),
     "no list 'images'": lambda c: c.update(images={}),
     "has no categories": lambda c: c.update(categories=[]),
-    r"images\[0\] has no id": lambda c: c["images"][0].pop("id"),
+    r"images\[0\]: has no id": lambda c: c["images"][0].pop("id"),
     r"images\[1\]: id 7 is there twice": lambda c: c["images"].append(c["images"][0]),
     r"annotations\[1\]: id 1 is there": lambda c: c["annotations"].append(c["annotations"][0]),
     r"images\[0\] \(id 7\): 'file_name' is None": lambda c: c["images"][0].pop("file_name"),
@@ -115,7 +115,7 @@ BROKEN = {
     "bbox is None": lambda c: c["annotations"][0].pop("bbox"),
     "bbox is .*nan": lambda c: c["annotations"][0].update(bbox=[1, 2, math.nan, 4]),
     "bbox is .*inf": lambda c: c["annotations"][0].update(bbox=[1, 2, math.inf, 4]),
-    "annotations.0. has no id": lambda c: c.update(annotations=["x"]),
+    "annotations.0.: has no id": lambda c: c.update(annotations=["x"]),
     "has no annotations": lambda c: c.update(annotations=[]),
     "'area' is None, expected a number": lambda c: c["annotations"][0].pop("area"),
     "'iscrowd' is None, expected int": lambda c: c["annotations"][0].pop("iscrowd"),
@@ -213,5 +213,5 @@ def test_images_that_cannot_be_read_are_named(own_data, tmp_path):
             mapped({**record, "file_name": str(images / name)})
         with pytest.raises(UserError, match=message):
             read_image_or_say(images / name)
-    with pytest.raises(UserError, match=r"a.png has another size than its dataset says"):
+    with pytest.raises(UserError, match=r"a.png' has another size than its dataset says"):
         mapped({**record, "width": 41})

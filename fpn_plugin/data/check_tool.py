@@ -1,0 +1,119 @@
+"""What tools/check_dataset.py does: a dataset in, whatever is wrong with it out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+
+from fpn_plugin.errors import UserError
+
+from .checking import check_dataset
+from .coco import check_datasets
+from .mini import MINI_NAMES, ensure_mini
+from .needs import Needs
+
+__all__ = ["check_main"]
+
+_EXAMPLES = """
+Examples:
+  check_dataset.py cells/train.json cells/images
+  check_dataset.py coco_2017_val --images headers
+  check_dataset.py cells/train.json cells/images --json problems.json --examples 10
+
+Exit status: 0 where nothing is refused, 1 where something is, 2 where the files cannot be found.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The tool's arguments."""
+    parser = argparse.ArgumentParser(
+        description="Find whatever is wrong with COCO-format data before a model is trained on it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", help="a COCO JSON, or the name of a registered dataset")
+    parser.add_argument("folder", nargs="?", help="image folder; a registered dataset has its own")
+    parser.add_argument(
+        "--images",
+        choices=("decode", "headers", "none"),
+        default="decode",
+        help="decode: read every image, the only way to find those cut off (the default); headers: "
+        "sizes and kinds alone; none: the JSON alone",
+    )
+    parser.add_argument("--examples", type=int, default=3, help="records shown of a kind")
+    parser.add_argument("--json", metavar="FILE", help="write all problems there as JSON")
+    parser.add_argument(
+        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN of the model to be trained"
+    )
+    parser.add_argument(
+        "--masks",
+        choices=("polygon", "bitmask"),
+        default="",
+        help="INPUT.MASK_FORMAT of a model with masks",
+    )
+    parser.add_argument("--keypoints", type=int, default=0, help="of an object, for such a model")
+    parser.add_argument(
+        "--test", action="store_true", help="data to evaluate on: it may have no annotations"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=min(os.cpu_count() or 1, 16), help="images read at a time"
+    )
+    return parser
+
+
+def check_main(argv: Sequence[str] | None = None) -> None:
+    """Prints what is wrong with a dataset; exits with status 1 where training would refuse it.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: the dataset's files are not there.
+    """
+    args = argument_parser().parse_args(argv)
+    if args.examples < 0 or args.threads < 1 or args.max_size < 1:
+        raise UserError("--threads and --max-size are 1 or more, --examples 0 or more")
+    json_file, folder = _files(args.dataset, args.folder)
+    print(f"checking {json_file}", flush=True)
+    report = check_dataset(
+        json_file,
+        folder,
+        look=args.images,
+        keep=None if args.json else args.examples,
+        needs=Needs(args.max_size, args.masks, args.keypoints, not args.test),
+        threads=args.threads,
+    )
+    if report.counts:
+        print(report.text(args.examples))
+    content = report.as_json()
+    print(f"{content['refused']} refused, {content['warnings']} warnings")
+    if args.images != "decode":
+        print("images were not read to their ends: those cut off are not found")
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
+    if content["refused"]:
+        sys.exit(1)
+
+
+def _files(dataset: str, folder: str | None) -> tuple[str, str]:
+    """JSON and image folder."""
+    if folder is not None:
+        return dataset, folder
+    if Path(dataset).is_file():
+        raise UserError(f"{dataset} is a JSON: give its image folder too")
+    if dataset in MINI_NAMES:
+        ensure_mini()
+    check_datasets([dataset], "the command line")
+    metadata = MetadataCatalog.get(dataset)
+    if metadata.get("json_file") is None or metadata.get("image_root") is None:
+        raise UserError(f"dataset {dataset!r} is not in COCO format: it has no JSON and folder")
+    return metadata.json_file, metadata.image_root

@@ -1,0 +1,68 @@
+"""The rules for image files, and what Pillow says of files that break them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from .shapes import Size
+
+__all__ = ["UNREADABLE", "image_problem", "why_unreadable"]
+
+# What Pillow raises on files that are missing, cut off, damaged or no images.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
+_DEEP = ("I", "F")
+_PLAIN = ("1", "L", "P", "RGB")
+
+
+def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple[str, str]:
+    """What is wrong with an image file.
+
+    Args:
+        path: of the file.
+        size: width and height that its record states, if any; those of the image turned as its
+            EXIF says, as Detectron2 turns it.
+        decode: whether to read all of it; otherwise its header is.
+
+    Returns:
+        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
+        it; two empty strings where there is none.
+    """
+    if not os.path.isfile(path):
+        return "image_missing", "is not there"
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
+                width, height = height, width
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            frames = getattr(image, "n_frames", 1)
+        if mode.startswith(_DEEP):
+            told = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
+            return "image_depth", f"{told}: write it with 8"
+        if decode:
+            height, width = read_image(str(path), format="BGR").shape[:2]
+    except UNREADABLE as error:
+        return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
+    if size is not None and size != (width, height):
+        told = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
+        return "image_other_size", told
+    if transparent:
+        return "image_converted", f"is read without its alpha ({mode})"
+    if frames > 1:
+        return "image_converted", f"is read for the first of its {frames} frames alone"
+    if mode not in _PLAIN:
+        return "image_converted", f"is {mode}, read as RGB without a colour profile"
+    return "", ""
+
+
+def why_unreadable(error: Exception) -> str:
+    """What Pillow said, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

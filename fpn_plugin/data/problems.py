@@ -1,0 +1,145 @@
+"""What can be wrong with COCO-format data: its kinds, single problems, and counts of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["KINDS", "Kind", "Problem", "Report", "shortened"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem.
+
+    Args:
+        refused: whether training refuses data that has it. Otherwise it trains, as ``meaning``
+            says.
+        meaning: what is wrong and, where it is not refused, what becomes of it.
+    """
+
+    refused: bool
+    meaning: str
+
+
+KINDS = {
+    "not_coco": Kind(True, "the file is not JSON, or not COCO's"),
+    "nothing": Kind(True, "there are no images, annotations or categories"),
+    "id_missing": Kind(True, "no id, or none that is a number or text"),
+    "id_twice": Kind(True, "several records have one id"),
+    "id_unusable": Kind(True, "an id that COCO's evaluation cannot take"),
+    "value": Kind(True, "a key is missing or has a value of another type or range"),
+    "file_name": Kind(True, "a file name that leads out of the image folder, or is none"),
+    "image_unknown": Kind(True, "an annotation of an image that is not there"),
+    "category_unknown": Kind(True, "an annotation of a category that is not there"),
+    "box_malformed": Kind(True, "bbox is not four numbers"),
+    "box_not_finite": Kind(True, "bbox has NaN or infinity"),
+    "box_negative": Kind(True, "bbox has a negative width or height"),
+    "box_far_out": Kind(True, "bbox reaches more than the image's own size out of it"),
+    "segmentation": Kind(True, "segmentation is neither polygons nor RLE of the image's size"),
+    "keypoints": Kind(True, "keypoints are not triples of numbers"),
+    "mask_missing": Kind(True, "no mask that a model with masks could use"),
+    "keypoints_missing": Kind(True, "not the keypoints that a model with keypoints asks for"),
+    "image_missing": Kind(True, "no such image file"),
+    "image_unreadable": Kind(True, "the image file cannot be read"),
+    "image_thin": Kind(True, "so long and thin that resizing it for the network leaves nothing"),
+    "image_depth": Kind(True, "more than 8 bits a pixel, which would be clipped at 255"),
+    "image_other_size": Kind(True, "the image has another size than the JSON says"),
+    "box_empty": Kind(False, "bbox has no area; training leaves it out, evaluation cannot find it"),
+    "box_outside": Kind(
+        False, "bbox is outside the image; training leaves it out, evaluation cannot find it"
+    ),
+    "box_reaches_out": Kind(False, "bbox reaches out of the image; training cuts it at the border"),
+    "segmentation_unusable": Kind(
+        False, "no polygon of three points; Detectron2 leaves the annotation out"
+    ),
+    "file_name_twice": Kind(False, "several images have one file"),
+    "category_name_twice": Kind(
+        False, "several categories have one name; results hide all but one"
+    ),
+    "image_converted": Kind(False, "read as RGB, which loses something"),
+}
+
+
+def shortened(value: Any) -> str:
+    """A value as it is shown in messages: one line, its middle left out where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-30:]}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a record.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        record: the record's name, for example ``"annotation 12"``; "" for the whole file.
+        told: what is wrong with it, in one line.
+    """
+
+    kind: str
+    record: str
+    told: str
+
+    @property
+    def refused(self) -> bool:
+        """Whether training refuses it."""
+        return KINDS[self.kind].refused
+
+    def __str__(self) -> str:
+        """The record and what is wrong with it."""
+        return f"{self.record}: {self.told}" if self.record else self.told
+
+
+@dataclass
+class Report:
+    """Problems by kind: how many, and the first of them.
+
+    Args:
+        keep: problems of a kind to keep; None for all.
+    """
+
+    keep: int | None = 3
+    counts: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, list[Problem]] = field(default_factory=dict)
+
+    def add(self, problem: Problem) -> None:
+        """Counts a problem, and keeps it where there is room."""
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
+        kept = self.kept.setdefault(problem.kind, [])
+        if self.keep is None or len(kept) < self.keep:
+            kept.append(problem)
+
+    def kinds(self, *, refused: bool) -> list[str]:
+        """The kinds found that are refused, or that are not, in the order of :data:`KINDS`."""
+        return [kind for kind in KINDS if kind in self.counts and KINDS[kind].refused == refused]
+
+    def text(self, examples: int) -> str:
+        """The problems as lines to read: by kind with counts and the first examples."""
+        lines = []
+        for refused, title in ((True, "refused"), (False, "warnings")):
+            for kind in self.kinds(refused=refused):
+                lines.append(f"{title}: {kind} ({self.counts[kind]}): {KINDS[kind].meaning}")
+                shown = self.kept[kind][:examples]
+                lines += [f"    {problem}" for problem in shown]
+                if len(shown) < self.counts[kind]:
+                    lines.append(f"    and {self.counts[kind] - len(shown)} more")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """The problems as JSON values."""
+        return {
+            "refused": sum(self.counts[kind] for kind in self.kinds(refused=True)),
+            "warnings": sum(self.counts[kind] for kind in self.kinds(refused=False)),
+            "counts": dict(self.counts),
+            "problems": [
+                {
+                    "kind": problem.kind,
+                    "refused": problem.refused,
+                    "record": problem.record,
+                    "told": problem.told,
+                }
+                for kind in KINDS
+                for problem in self.kept.get(kind, [])
+            ],
+        }

@@ -1,0 +1,156 @@
+"""The rules that a COCO JSON must keep to be trained on and evaluated."""
+
+from __future__ import annotations
+
+import ntpath
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .needs import BOXES, Needs
+from .problems import Problem, shortened
+from .screening import may_break_a_rule
+from .shapes import Size
+
+__all__ = ["coco_problems", "declared_size", "image_record"]
+
+_PARTS = ("images", "annotations", "categories")
+_SCREENED_AT_ONCE = 8192
+_MOST_PIXELS = 2**31  # along a side
+
+
+def coco_problems(
+    content: Any,
+    advance: Callable[[int], object] = lambda records: None,
+    *,
+    needs: Needs = BOXES,
+    file_names: bool = True,
+) -> Iterator[Problem]:
+    """Whatever is wrong with a COCO JSON; every record is looked at.
+
+    Args:
+        content: of the file, as json gives it.
+        advance: called with the number of annotations that were looked at since the last call.
+        needs: what the model asks of it.
+        file_names: whether file names must stay within a folder.
+
+    Yields:
+        Problems of the file, then of its categories, images and annotations.
+    """
+    if not isinstance(content, dict):
+        told = f"it holds a {type(content).__name__}, not an object with {', '.join(_PARTS)}"
+        yield Problem("not_coco", "", f"is not COCO: {told}")
+        return
+    if not needs.training and "annotations" not in content:
+        content = {**content, "annotations": []}  # as of COCO's test sets
+    for part in _PARTS:
+        if not isinstance(content.get(part), list):
+            there = shortened(list(content))
+            yield Problem("not_coco", "", f"is not COCO: it has no list {part!r}; it has {there}")
+            return
+    for part in _PARTS:
+        if not content[part] and (needs.training or part != "annotations"):
+            yield Problem("nothing", "", f"has no {part}")
+    yield from _category_problems(content["categories"])
+    yield from _image_problems(content["images"], needs.max_size, file_names)
+    annotations = content["annotations"]
+    known = Known(
+        sizes={record["id"]: declared_size(record) for record in filter(has_id, content["images"])},
+        categories={record["id"] for record in filter(has_id, content["categories"])},
+        first=first_with(annotations, "id"),
+        needs=needs,
+    )
+    for start in range(0, len(annotations), _SCREENED_AT_ONCE):
+        rows = annotations[start : start + _SCREENED_AT_ONCE]
+        for i in np.flatnonzero(may_break_a_rule(rows, start, known)).tolist():
+            yield from annotation_problems(start + i, rows[i], known)
+        advance(len(rows))
+
+
+def declared_size(record: dict[str, Any]) -> Size | None:
+    """Width and height of an image's record; None where it has none that an image could have."""
+    width, height = record.get("width"), record.get("height")
+    return (width, height) if _is_side(width) and _is_side(height) else None
+
+
+def image_record(index: int, record: dict[str, Any]) -> str:
+    """How an image's record is named in messages."""
+    return f"images[{index}] (id {shortened(record.get('id'))})"
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < _MOST_PIXELS
+
+
+def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
+    first, first_names = first_with(records, "id"), first_with(records, "name")
+    for index, record in enumerate(records):
+        yield from id_problems("categories", index, record, first, {"id": int, "name": str})
+        if not has_id(record) or type(record.get("name")) is not str:
+            continue
+        where, name = f"category {shortened(record['id'])}", record["name"]
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # JSON may have halves of characters
+            yield Problem("value", where, f"name {shortened(name)} is no text")
+        if first_names[name] != index:
+            told = f"another one is named {shortened(name)} too"
+            yield Problem("category_name_twice", where, told)
+
+
+def _image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> Iterator[Problem]:
+    first, first_files = first_with(records, "id"), first_with(records, "file_name")
+    types = {"file_name": str, "width": int, "height": int}
+    kind = next((type(record["id"]) for record in records if has_id(record)), None)
+    for index, record in enumerate(records):
+        yield from id_problems("images", index, record, first, types)
+        if not has_id(record):
+            continue
+        where = image_record(index, record)
+        if type(record["id"]) is not kind:
+            told = "some ids are numbers and some text, which Detectron2 cannot sort"
+            yield Problem("id_unusable", where, told)
+        for key in ("width", "height"):
+            side = record.get(key)
+            if type(side) is int and not _is_side(side):
+                told = f"{key!r} is {shortened(side)}, expected pixels, 1 or more"
+                yield Problem("value", where, told)
+        size = declared_size(record)
+        if size is not None and max(size) > 2 * max_size * min(size):
+            told = (
+                f"{size[0]} x {size[1]} pixels, resized to a longest side of {max_size}, is 0 wide"
+            )
+            yield Problem("image_thin", where, told)
+        name = record.get("file_name")
+        if type(name) is str:
+            if file_names:
+                yield from _file_name_problems(where, name)
+            if first_files[name] != index:
+                yield Problem("file_name_twice", where, f"another image is {shortened(name)} too")
+
+
+def _file_name_problems(where: str, name: str) -> Iterator[Problem]:
+    """What is wrong with the path of an image.
+
+    It must stay in the image folder: a JSON from elsewhere does not choose which files are read.
+    """
+    told = f"file_name is {shortened(name)}"
+    try:
+        named = bool(name.strip("./\\")) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        yield Problem("file_name", where, f"{told}, which names no file")
+        return
+    path = name.replace("\\", "/")  # a name made on Windows must not lead out either
+    leads_out = ntpath.isabs(path) or os.path.isabs(name) or os.path.splitdrive(name)[0] != ""
+    if ".." in path:
+        leads_out = leads_out or os.path.normpath(path).replace("\\", "/").split("/")[0] == ".."
+    if leads_out:
+        expected = "expected a path relative to that folder"
+        yield Problem(
+            "file_name", where, f"{told}, which leads out of the image folder; {expected}"
+        )

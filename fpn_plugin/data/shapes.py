@@ -1,0 +1,172 @@
+"""The rules for what an annotation marks in its image: box, segmentation, keypoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .problems import shortened
+
+__all__ = [
+    "NO_EXTENT",
+    "NUMBER",
+    "ROUNDING",
+    "Size",
+    "box_problem",
+    "keypoint_problem",
+    "mask_problem",
+]
+
+NUMBER = (int, float)
+# Thinner boxes than this have no extent left in float32 pixels, and Detectron2 drops them.
+NO_EXTENT = 1e-3
+# Annotation tools round; what reaches out by no more pixels is not worth telling.
+ROUNDING = 1.0
+_FARTHEST = 2**31
+_NOTHING = ("", "")
+
+# A kind of problem and what to tell of it; empty where there is none.
+Found = tuple[str, str]
+Size = tuple[int, int]
+
+
+def box_problem(box: Any, size: Size | None) -> Found:
+    """What is wrong with a box.
+
+    Args:
+        box: XYWH in pixels of the image.
+        size: width and height of the image, where they are known.
+
+    Returns:
+        The kind of the problem and what to tell of it; two empty strings where there is none.
+    """
+    told = f"bbox is {shortened(box)}"
+    if type(box) is not list or len(box) != 4 or any(type(v) not in NUMBER for v in box):
+        return "box_malformed", f"{told}, expected [x, y, width, height] in pixels"
+    try:
+        x, y, width, height = map(float, box)
+    except OverflowError:  # an integer of hundreds of digits
+        return "box_not_finite", f"{told}, expected [x, y, width, height] in pixels"
+    # NaN and infinity are no JSON, but Python reads them.
+    if not all(map(math.isfinite, (x, y, width, height))):
+        return "box_not_finite", f"{told}, expected [x, y, width, height] in pixels"
+    if width < 0 or height < 0:
+        negative = "whose width or height is negative"
+        return "box_negative", f"{told}, {negative}; expected [x, y, width, height], not corners"
+    if size is None:
+        return ("box_empty", told) if min(width, height) < NO_EXTENT else _NOTHING
+    (across, down), right, bottom = size, x + width, y + height
+    told += f" in an image of {across} x {down} pixels"
+    if x < -across or y < -down or right > 2 * across or bottom > 2 * down:
+        return "box_far_out", told
+    if min(width, height) < NO_EXTENT:
+        return "box_empty", told
+    if min(right, bottom, across - x, down - y) < NO_EXTENT:
+        return "box_outside", told
+    if min(x, y) < -ROUNDING or right > across + ROUNDING or bottom > down + ROUNDING:
+        return "box_reaches_out", told
+    return _NOTHING
+
+
+def mask_problem(given: Any, size: Size | None) -> Found:
+    """What is wrong with a segmentation.
+
+    Args:
+        given: polygons ``[[x, y, ...], ...]`` in pixels, or a run-length encoding
+            ``{"size": [height, width], "counts": ...}``; None or [] where there is no mask.
+        size: width and height of the image, where they are known.
+
+    Returns:
+        As :func:`box_problem`.
+    """
+    if given is None or given == []:
+        return _NOTHING
+    if type(given) is dict:
+        return _rle_problem(given, size)
+    told = f"segmentation is {shortened(given)}"
+    if type(given) is not list or any(type(polygon) is not list for polygon in given):
+        return "segmentation", f"{told}, expected [[x, y, ...], ...] or an RLE"
+    usable = False
+    for polygon in given:
+        # Coordinates far outside would be drawn edge by edge, pixel by pixel.
+        if polygon and not _are_pixels(polygon, size):
+            where = f"in an image of {size[0]} x {size[1]}" if size else ""
+            return "segmentation", f"{told}, which is not all near or inside {where or 'an image'}"
+        usable = usable or (len(polygon) >= 6 and len(polygon) % 2 == 0)
+    return _NOTHING if usable else ("segmentation_unusable", told)
+
+
+def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
+    shape, counts = given.get("size"), given.get("counts")
+    fits = type(shape) is list and [type(side) for side in shape] == [int, int]
+    fits = fits and (size is None or tuple(shape) == size[::-1])
+    if fits and type(counts) is list:
+        fits = all(type(count) is int and count >= 0 for count in counts)
+        fits = fits and sum(counts) == shape[0] * shape[1]
+    elif fits:
+        # pycocotools hands out uninitialised memory where runs end early.
+        fits = type(counts) is str and _pixels_of(counts) == shape[0] * shape[1]
+    if fits:
+        return _NOTHING
+    expected = f"{list(size[::-1])}" if size else "[height, width]"
+    told = f"segmentation is {shortened(given)}, expected an RLE of size {expected}"
+    return "segmentation", told
+
+
+def _pixels_of(counts: str) -> int:
+    """How many pixels the runs of a compressed RLE cover; -1 where it is none.
+
+    The format is pycocotools': groups of 5 bits, the lowest first, in characters from "0" on,
+    whose sixth bit says that the number goes on; from the third run on, the difference from the
+    run before the last.
+    """
+    try:
+        groups = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        return -1
+    ends = np.flatnonzero(groups & 32 == 0)
+    if not len(ends) or ends[-1] != len(groups) - 1 or groups.min() < 0 or groups.max() > 63:
+        return -1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits: more than any image
+        return -1
+    place = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((groups & 31) << place, starts)
+    numbers -= np.where(groups[ends] & 16, 1 << (5 * lengths), 0)
+    runs = numbers.copy()
+    # The first run stands alone; of the others, every second is a sum of differences.
+    runs[1::2] = np.cumsum(numbers[1::2])
+    runs[2::2] = np.cumsum(numbers[2::2])
+    return int(runs.sum()) if runs.min() >= 0 else -1
+
+
+def keypoint_problem(given: Any, size: Size | None) -> Found:
+    """What is wrong with keypoints.
+
+    Args:
+        given: ``[x, y, visible, ...]``, in pixels; None or [] where there are none.
+        size: width and height of the image, where they are known.
+
+    Returns:
+        As :func:`box_problem`.
+    """
+    if given is None or given == []:
+        return _NOTHING
+    if type(given) is list and len(given) % 3 == 0 and _are_pixels(given, size):
+        return _NOTHING
+    told = f"keypoints are {shortened(given)}, expected [x, y, visible, ...] in pixels"
+    return "keypoints", told
+
+
+def _are_pixels(values: Sequence[Any], size: Size | None) -> bool:
+    """Whether all are finite numbers, no farther from the image than its longer side."""
+    farthest = 2 * max(size) if size else _FARTHEST
+    try:
+        # A sum is the fastest way to find a NaN, which compares with nothing.
+        return math.isfinite(sum(values)) and -farthest <= min(values) and max(values) <= farthest
+    except (TypeError, OverflowError):
+        return False

@@ -1,0 +1,201 @@
+"""Files from elsewhere: none runs code, or leads out of its folder, because a tool was given it."""
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog, build
+from PIL import Image
+
+from fpn_plugin import UserError
+from fpn_plugin.data import check_coco, check_dataset
+from fpn_plugin.engine import load_config
+from fpn_plugin.engine.checkpoint import read_checkpoint
+from fpn_plugin.engine.lazy_training import load_lazy_config
+from fpn_plugin.engine.training import train_main
+from fpn_plugin.unpickling import load_arrays
+
+MINI = "mini/faster_rcnn_R_18_FPN.yaml"
+
+
+class Malicious:
+    """A pickle that writes a file when it is loaded as pickles are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (exec, (f"open({self.path!r}, 'w').write('ran')",))
+
+
+@pytest.fixture
+def ran(tmp_path) -> Path:
+    """Written where code of a file was run; never, when the test is over."""
+    path = tmp_path / "ran"
+    yield path
+    assert not path.exists()
+
+
+def test_the_malicious_pickle_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "ran")))
+    assert (tmp_path / "ran").read_text() == "ran"
+
+
+def test_arrays_of_any_dtype_and_order_are_read():
+    given = {
+        "a": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "b": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "c": [np.float32(2.5), np.bool_(True), 7, "text"],
+        "d": np.array([], np.int64),
+    }
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        read = load_arrays(io.BytesIO(pickle.dumps(given, protocol)))
+        assert read.keys() == given.keys() and read["c"] == given["c"]
+        for key in "abd":
+            assert read[key].dtype == given[key].dtype
+            np.testing.assert_array_equal(read[key], given[key])
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "numpy.load", "torch.load"])
+def test_a_pickle_may_name_nothing_but_arrays(name):
+    module, _, function = name.rpartition(".")
+    text = f"c{module}\n{function}\n(Vtrue\ntR.".encode()
+    with pytest.raises(UserError, match=f"would call {name}; only arrays"):
+        load_arrays(io.BytesIO(text))
+
+
+def test_object_arrays_hide_nothing(ran):
+    hidden = np.array([Malicious(ran)], dtype=object)
+    with pytest.raises(UserError, match="would call builtins.exec"):
+        load_arrays(io.BytesIO(pickle.dumps(hidden)))
+
+
+@pytest.mark.parametrize("name", ["weights.pkl", "weights.pth"])
+def test_a_malicious_weights_file_says_how_to_go_on(ran, tmp_path, name):
+    path = tmp_path / name
+    content = {"model": {"a": torch.zeros(1)}, "more": Malicious(ran)}
+    if name.endswith("pkl"):
+        path.write_bytes(pickle.dumps(content["more"]))
+    else:
+        torch.save(content, path)
+    told = rf"{name}' is not loaded: .*exec.*Where its author is trusted.*safetensors"
+    with pytest.raises(UserError, match=told) as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+HOSTILE = "OUTPUT_DIR: !!python/object/apply:builtins.open ['{ran}', 'w']\n"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_hostile_yaml_runs_nothing_even_as_a_base(ran, tmp_path, depth):
+    (tmp_path / "0.yaml").write_text(HOSTILE.format(ran=ran))
+    for i in range(1, depth + 1):
+        (tmp_path / f"{i}.yaml").write_text(f"_BASE_: {i - 1}.yaml\nSEED: 1\n")
+    with pytest.raises(UserError, match=rf"{depth}.yaml cannot be read as plain YAML.*python"):
+        load_config(str(tmp_path / f"{depth}.yaml"))
+
+
+def test_options_are_values_and_no_expressions(ran):
+    expression = f"open({str(ran)!r}, 'w')"
+    output = load_config(MINI, ["OUTPUT_DIR", expression]).OUTPUT_DIR
+    assert output == expression
+
+
+def test_lazy_configs_are_python_that_was_asked_for_by_name(ran, tmp_path):
+    (tmp_path / "lazy.yaml").write_text(HOSTILE.format(ran=ran))
+    with pytest.raises(UserError, match=r"lazy.yaml is not a .py file"):
+        load_lazy_config(str(tmp_path / "lazy.yaml"))
+    (tmp_path / "lazy.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    with pytest.raises(UserError, match="lazy.py is Python, which is not run here"):
+        load_config(str(tmp_path / "lazy.py"))  # by the tools that take YAML
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A dataset of one image, as --dataset takes it; its JSON; its image folder."""
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    for path in (images / "a.png", tmp_path / "data" / "secret.png"):
+        Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(path)
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 50, "height": 40}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 12], "area": 120,
+             "iscrowd": 0},
+        ],
+        "categories": [{"id": 3, "name": "cell"}],
+    }  # fmt: skip
+    json_file = tmp_path / "data" / "own.json"
+    json_file.write_text(json.dumps(content))
+    yield f"untrusted={json_file}:{images}", json_file, images
+    if "untrusted" in DatasetCatalog.list():
+        DatasetCatalog.remove("untrusted")
+        MetadataCatalog.remove("untrusted")
+
+
+@pytest.mark.parametrize("hostile", [True, False])
+def test_a_malicious_file_of_proposals_is_not_run(ran, own, tmp_path, hostile, capfd):
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(pickle.dumps(Malicious(ran)) if hostile else b"no pickle")
+    told = r"proposals.pkl' is not loaded: .*builtins.exec.*dump_proposals" if hostile else (
+        r"proposals.pkl' is no file of proposals"
+    )  # fmt: skip
+    stock = build.pickle
+    with pytest.raises(SystemExit):
+        train_main(
+            ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own[0],
+             "DATASETS.TRAIN", "('untrusted',)", "DATASETS.TEST", "('untrusted',)",
+             "DATASETS.PROPOSAL_FILES_TRAIN", f"('{path}',)",
+             "DATASETS.PROPOSAL_FILES_TEST", f"('{path}',)",
+             "MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.WEIGHTS", "",
+             "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "out")]
+        )  # fmt: skip
+    assert re.search(told, capfd.readouterr().err.splitlines()[-1])
+    assert build.pickle is stock
+
+
+TRAVERSALS = [
+    "../secret.png",
+    "a/../../secret.png",
+    "..\\secret.png",
+    "/etc/passwd",
+    "C:\\secret.png",
+    "\\\\host\\share.png",
+    "..",
+    "a.png/../../secret.png",
+    "",
+    ".",
+    "a\0.png",
+    "\ud800.png",
+]
+
+
+@pytest.mark.parametrize("name", TRAVERSALS)
+def test_file_names_that_lead_out_of_the_folder_are_refused_and_not_opened(own, name, monkeypatch):
+    _, json_file, images = own
+    content = json.loads(json_file.read_text())
+    content["images"][0]["file_name"] = name
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[0\] \(id 7\): file_name is") as raised:
+        check_coco(str(json_file), str(images))
+    assert "\n" not in str(raised.value)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, *_: opened.append(path))
+    report = check_dataset(str(json_file), str(images))
+    assert report.counts == {"file_name": 1}
+    assert not opened
+
+
+@pytest.mark.parametrize("name", ["sub/../a.png", "./a.png", "..a.png", "a..png", "b c/ü.png"])
+def test_file_names_that_stay_in_the_folder_are_not_refused(own, name):
+    _, json_file, _ = own
+    content = json.loads(json_file.read_text())
+    content["images"][0]["file_name"] = name
+    json_file.write_text(json.dumps(content))
+    assert check_coco(str(json_file)) == ["cell"]
