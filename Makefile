@@ -1,6 +1,7 @@
 # make demo   train, evaluate and draw on the mini dataset      make test   run the tests
 # make env    only build .venv                                 make lint   ruff
 # make clean  remove what the demo trained, output/demo
+# make test-oldest   the tests with the oldest torch, in .venv-oldest; wants Python 3.10
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -8,22 +9,29 @@ BUILT := $(VENV)/.built
 DEMO := output/demo
 DEMO_CONFIG := configs/mini/faster_rcnn_R_18_FPN.yaml
 
-.PHONY: help env demo test lint format clean
+# The oldest Python, torch and torchvision, with Detectron2's compiled extension.
+OLDEST_PYTHON ?= python3.10
+OLDEST := .venv-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
+# A process a core, each of one thread: most tests are too small for two.
+TESTS := -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: help env demo test test-oldest lint format clean
 help:
 	@sed -n 's/^# //p' Makefile
 
 env: $(BUILT)
 
-$(BUILT): requirements.txt requirements-detectron2.txt pyproject.toml setup.py
+$(BUILT): requirements.txt requirements-common.txt requirements-detectron2.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d; give one \
 	of 3.10 to 3.12, for example: make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	$(RUN) $(PIP) -r requirements.txt
+	$(RUN) $(PIP) --no-deps --upgrade \
 	  --target "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  --python-version 3.10 --only-binary=:all: --require-hashes -r requirements-detectron2.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(RUN) $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(BUILT)
@@ -35,7 +43,17 @@ demo: $(BUILT)
 	@echo "losses of the training:                     $(DEMO)/loss_curve.png"
 
 test: $(BUILT)
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) $(TESTS)
+
+test-oldest: $(OLDEST)/.built
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTS)
+
+$(OLDEST)/.built: requirements-oldest.txt requirements-common.txt requirements-detectron2.txt pyproject.toml setup.py
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -r requirements-oldest.txt
+	$(OLDEST)/bin/python $(PIP) --no-deps --require-hashes -r requirements-detectron2.txt
+	$(OLDEST)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
 
 lint: $(BUILT)
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def call(capfd, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def own_data(tmp_path_factory) -> Path:
+def own_data(tmp_path_factory) -> Iterator[Path]:
     """A folder with six images and their COCO JSON: bright squares on dark ground."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "images").mkdir()
@@ -79,7 +80,10 @@ def own_data(tmp_path_factory) -> Path:
              "area": side * side, "iscrowd": 0}
         )  # fmt: skip
     (folder / "own.json").write_text(json.dumps(content))
-    return folder
+    yield folder
+    if "own" in DatasetCatalog:  # with this folder, which another worker's fixture does not have
+        DatasetCatalog.remove("own")
+        MetadataCatalog.remove("own")
 
 
 def own_args(own_data: Path, output: Path, *more: str) -> list[str]:
