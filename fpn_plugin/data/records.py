@@ -146,7 +146,7 @@ def _file_name_problems(where: str, name: str) -> Iterator[Problem]:
         yield Problem("file_name", where, f"{told}, which names no file")
         return
     path = name.replace("\\", "/")  # a name made on Windows must not lead out either
-    leads_out = ntpath.isabs(path) or os.path.isabs(name) or os.path.splitdrive(name)[0] != ""
+    leads_out = path.startswith("/") or ntpath.isabs(path) or os.path.splitdrive(name)[0] != ""
     if ".." in path:
         leads_out = leads_out or os.path.normpath(path).replace("\\", "/").split("/")[0] == ".."
     if leads_out:

@@ -77,9 +77,14 @@ def export_graph(graph: DetectionGraph, kind: str, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        UserError: the format cannot carry the model, or a package is missing; says what.
+        UserError: the format cannot carry the model, or a package is missing or too old; says what.
     """
     needs("onnx", kind)
+    if kind != "torchscript" and not hasattr(torch.export.Dim, "DYNAMIC"):
+        raise UserError(
+            f"{kind} needs a torch whose torch.export has dynamic sizes (Dim.DYNAMIC), "
+            f"and this is {torch.__version__}: install a newer one, or export torchscript"
+        )
     # Two images of unlike sides: an exporter takes equal sizes, and sizes of 1, for laws.
     side = 4 * max(graph.model.backbone.size_divisibility, 64)
     generator = torch.Generator().manual_seed(0)

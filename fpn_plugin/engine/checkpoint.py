@@ -65,7 +65,7 @@ class _WeightsOnly:
         except pickle.UnpicklingError as error:
             if "Weights only load failed" not in str(error):
                 raise
-            found = re.search(r"GLOBAL (\S+)", str(error))
+            found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
             raise UserError(
                 f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
                 "would run code that is in it"

@@ -65,8 +65,12 @@ def test_masks_are_the_models(trained, cases):
     torch.testing.assert_close(masks, expected.pred_masks[:, 0], atol=1e-4, rtol=0)
 
 
+DYNAMIC = hasattr(torch.export.Dim, "DYNAMIC")
+needs_dynamic = pytest.mark.skipif(not DYNAMIC, reason="this torch.export has no dynamic sizes")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs_dynamic)])
 def test_a_file_gives_the_models_detections(kind, format, trained, cases, tmp_path):
     model, one = with_one_detection(trained(kind), cases)
     path = tmp_path / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
@@ -79,6 +83,15 @@ def test_a_file_gives_the_models_detections(kind, format, trained, cases, tmp_pa
     assert len(shapes) == 4 + (kind == "mask")
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_a_torch_without_dynamic_sizes_is_told(format, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, "Dim", object())
+    with pytest.raises(UserError, match=f"{format} needs a torch whose .* or export torchscript"):
+        export_graph(exportable(trained("faster")), format, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@needs_dynamic
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_program_gives_the_models_detections(kind, trained, cases, tmp_path):
     model = trained(kind)
