@@ -22,55 +22,56 @@ _MOST_ASPECT = 20.0
 _LEAST_SHARE = 0.005  # of boxes, for a level to count as one that boxes decide on
 
 
-def fit_anchors(inputs: InputBoxes, pyramid: Pyramid, num_sizes: int, num_ratios: int) -> Pyramid:
+def fit_anchors(
+    inputs: InputBoxes, pyramid: Pyramid, num_sizes: int, *, ratios_too: bool = False
+) -> Pyramid:
     """Fits anchors to boxes: what is raised is the mean over boxes of the best IoU on the grid.
 
-    Sizes are free at each level, from 1 to 16 strides; ratios are shared by all levels. Sizes and
-    ratios are moved one at a time, by steps that shrink, wherever that raises the mean; the best
-    of several starts is kept: the config's own anchors where their number is the one asked for,
-    and k-means by IoU of the boxes' shapes. Boxes beyond 3,000 are sampled. A level whose anchors
-    fit hardly any box best gets the sizes of its neighbour an octave on.
+    Sizes are free at each level, from 1 to 16 strides; ratios, where they are fitted, are shared
+    by all levels. Sizes and ratios are moved one at a time, by steps that shrink, wherever that
+    raises the mean; the best of several starts is kept: the config's own anchors where their
+    number is the one asked for, and k-means by IoU of the boxes' shapes. Boxes beyond 3,000 are
+    sampled. A level whose anchors fit hardly any box best gets the sizes of its neighbour an
+    octave on.
 
     Args:
         inputs: the boxes as the network sees them.
-        pyramid: whose levels, offset and padding hold.
+        pyramid: whose levels, offset, padding and number of ratios hold.
         num_sizes: sizes at each level.
-        num_ratios: ratios.
+        ratios_too: fit ratios as well, rather than keep the pyramid's.
 
     Returns:
-        The pyramid with fitted sizes, ascending at each level, and ratios, ascending.
+        The pyramid with fitted sizes, ascending at each level, and fitted ratios, ascending.
     """
-    problem = _Problem(inputs.sample(_SAMPLE), pyramid)
-    found = [problem.climb(start) for start in _starts(problem, num_sizes, num_ratios)]
+    problem = _Problem(inputs.sample(_SAMPLE), pyramid, ratios_too)
+    found = [problem.climb(start) for start in _starts(problem, num_sizes)]
     best = max(found, key=lambda pair: pair[0])[1]
-    return problem.settled(best).pyramid(pyramid)
+    settled = problem.settled(best)
+    ratios = _rounded(settled.ratios) if ratios_too else pyramid.ratios
+    return replace(pyramid, sizes=_rounded(settled.sizes), ratios=ratios)
 
 
 @dataclass
 class _Anchors:
-    """Logarithms to base 2 of sizes, ``(levels, S)``, and ratios, ``(R,)``."""
+    """Logarithms to base 2 of sizes, ``(levels, S)``, and ratios, ``(levels, R)``."""
 
     sizes: np.ndarray
     ratios: np.ndarray
 
-    def pyramid(self, like: Pyramid) -> Pyramid:
-        sizes = tuple(tuple(_rounded(2.0 ** np.sort(each))) for each in self.sizes)
-        ratios = tuple(_rounded(2.0 ** np.sort(self.ratios)))
-        return replace(like, sizes=sizes, ratios=(ratios,) * len(sizes))
 
-
-def _rounded(values: np.ndarray) -> list[float]:
-    """To three significant digits: more would only look exact."""
-    return [float(f"{value:.3g}") for value in values]
+def _rounded(logarithms: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Ascending, to three significant digits: more would only look exact."""
+    values = 2.0 ** np.sort(logarithms, axis=1)
+    return tuple(tuple(float(f"{value:.3g}") for value in each) for each in values)
 
 
 class _Problem:
     """Boxes, and the IoU that anchors have with them."""
 
-    def __init__(self, inputs: InputBoxes, pyramid: Pyramid) -> None:
+    def __init__(self, inputs: InputBoxes, pyramid: Pyramid, ratios_too: bool) -> None:
         self.grid = GridOffsets(inputs, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
         self.levels = pyramid.anchor_levels
-        self.given = pyramid
+        self.given, self.ratios_too = pyramid, ratios_too
         strides = 2.0 ** np.array(self.levels)
         self.low, self.high = np.log2(strides * _LEAST_STRIDES), np.log2(strides * _MOST_STRIDES)
 
@@ -84,7 +85,7 @@ class _Problem:
         """Moves one value at a time until none is left whose move raises the mean IoU."""
         table = np.stack(
             [
-                np.stack([self.iou(level, size, at.ratios) for size in of_level])
+                np.stack([self.iou(level, size, at.ratios[level]) for size in of_level])
                 for level, of_level in enumerate(at.sizes)
             ]
         )  # (levels, S, N, R)
@@ -93,7 +94,8 @@ class _Problem:
             while True:
                 before = score
                 score = self._sweep_sizes(at, table, score, step)
-                score = self._sweep_ratios(at, table, score, step)
+                if self.ratios_too:
+                    score = self._sweep_ratios(at, table, score, step)
                 if score < before + _LEAST_GAIN:
                     break
         return float(score), at
@@ -102,7 +104,10 @@ class _Problem:
         """The same anchors, with an octave between levels where boxes did not decide."""
         best = np.stack(
             [
-                np.max([self.iou(level, size, at.ratios).max(axis=1) for size in of_level], axis=0)
+                np.max(
+                    [self.iou(level, size, at.ratios[level]).max(axis=1) for size in of_level],
+                    axis=0,
+                )
                 for level, of_level in enumerate(at.sizes)
             ]
         )
@@ -125,7 +130,7 @@ class _Problem:
                 size = at.sizes[level, number] + move
                 if not self.low[level] <= size <= self.high[level]:
                     continue
-                trial = self.iou(level, size, at.ratios)
+                trial = self.iou(level, size, at.ratios[level])
                 reached = np.maximum(others, trial.max(axis=1)).mean()
                 if reached > score:
                     score, at.sizes[level, number] = reached, size
@@ -134,10 +139,10 @@ class _Problem:
         return score
 
     def _sweep_ratios(self, at: _Anchors, table: np.ndarray, score: float, step: float) -> float:
-        for number in range(len(at.ratios)):
+        for number in range(at.ratios.shape[1]):
             others = np.delete(table, number, axis=3).max(axis=(0, 1, 3), initial=0)
             for move in (-step, step):
-                ratio = at.ratios[number] + move
+                ratio = at.ratios[0, number] + move
                 if abs(ratio) > np.log2(_MOST_ASPECT):
                     continue
                 trial = np.stack(
@@ -148,25 +153,27 @@ class _Problem:
                 )
                 reached = np.maximum(others, trial.max(axis=(0, 1))).mean()
                 if reached > score:
-                    score, at.ratios[number] = reached, ratio
+                    score, at.ratios[:, number] = reached, ratio
                     table[:, :, :, number] = trial
                     break
         return score
 
 
-def _starts(problem: _Problem, num_sizes: int, num_ratios: int) -> Iterator[_Anchors]:
+def _starts(problem: _Problem, num_sizes: int) -> Iterator[_Anchors]:
     given = problem.given
     bounds = problem.low[:, None], problem.high[:, None]
-    shared = len(set(given.ratios)) == 1
-    if shared and (len(given.sizes[0]), len(given.ratios[0])) == (num_sizes, num_ratios):
-        sizes = np.log2(np.array(given.sizes)).clip(*bounds)
-        yield _Anchors(sizes, np.log2(np.array(given.ratios[0])))
-    sides = problem.grid.sides
-    aspects = np.log2(sides[:, 1] / sides[:, 0])
-    ratios = _kmeans(np.column_stack([-aspects / 2, aspects / 2]), num_ratios)
-    ratios = ratios[:, 1] - ratios[:, 0]
-    log_sizes = np.log2(sides).mean(axis=1)
     levels = len(problem.levels)
+    ratios = np.log2(np.array(given.ratios))
+    if len(given.sizes[0]) == num_sizes and not (
+        problem.ratios_too and np.ptp(ratios, axis=0).any()
+    ):
+        yield _Anchors(np.log2(np.array(given.sizes)).clip(*bounds), ratios.copy())
+    sides = problem.grid.sides
+    if problem.ratios_too:
+        aspects = np.log2(sides[:, 1] / sides[:, 0])
+        centers = _kmeans(np.column_stack([-aspects / 2, aspects / 2]), ratios.shape[1])
+        ratios = np.tile(centers[:, 1] - centers[:, 0], (levels, 1))
+    log_sizes = np.log2(sides).mean(axis=1)
     for fitted in range(2, levels + 1):  # finest levels share the boxes, coarser ones go on
         centers = _kmeans(np.column_stack([log_sizes, log_sizes]), fitted * num_sizes)[:, 0]
         centers = np.sort(centers).reshape(fitted, num_sizes)

@@ -190,17 +190,29 @@ def _spread(measures: Measures) -> dict[int, float]:
 def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     pyramid = Pyramid.from_config(cfg)
     before = measure(inputs, pyramid)
-    num_sizes, num_ratios = len(pyramid.sizes[0]), len(pyramid.ratios[0])
-    same = fit_anchors(inputs, pyramid, num_sizes, num_ratios)
-    more = fit_anchors(inputs, pyramid, num_sizes + 1, num_ratios)
-    measured = {"same": measure(inputs, same), "more": measure(inputs, more)}
+    num_sizes = len(pyramid.sizes[0])
+    same = fit_anchors(inputs, pyramid, num_sizes)
+    more = fit_anchors(inputs, pyramid, num_sizes + 1)
+    shaped = fit_anchors(inputs, pyramid, num_sizes, ratios_too=True)
+    fits = {"same": same, "more": more, "ratios_too": shaped}
+    measured = {name: measure(inputs, each) for name, each in fits.items()}
     gained = measured["same"].mean_iou - before.mean_iou
     added = measured["more"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
     figures = {
         "before": _fit(before),
         **{name: _fit(each) for name, each in measured.items()},
         "anchors_per_cell": {"before": pyramid.anchors_per_cell, "more": more.anchors_per_cell},
+        "fitted_ratios": list(shaped.ratios[0]),
     }
+    # Fitted and told, not changed: on long thin objects they raised recall, and AP by nothing.
+    by_ratios = measured["ratios_too"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
+    ratios = ""
+    if by_ratios >= _WORTH_MOVING:
+        named = ", ".join(f"{ratio:g}" for ratio in shaped.ratios[0])
+        ratios = (
+            f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
+            "brought no AP where it was tried (docs/fitting.md)."
+        )
     if added >= _WORTH_ADDING:
         chosen, after = more, measured["more"]
         reason = (
@@ -211,8 +223,8 @@ def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     elif gained >= _WORTH_MOVING:
         chosen, after = same, measured["same"]
         reason = (
-            f"As many anchors, of other sizes and ratios, overlap objects better; a size more "
-            f"would add {added:.2f} of IoU."
+            f"As many anchors, of other sizes, overlap objects better; a size more would add "
+            f"{added:.2f} of IoU."
         )
     else:
         return Recommendation(
@@ -220,16 +232,14 @@ def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
             {},
             f"Fitted anchors would overlap objects by {gained:+.3f} of IoU, and with a size more "
             f"a level by {gained + added:+.3f}.",
-            f"Nothing changes: {_told(before)}.",
+            f"Nothing changes: {_told(before)}.{ratios}",
             figures,
         )
-    changes = {
-        "MODEL.ANCHOR_GENERATOR.SIZES": [list(each) for each in chosen.sizes],
-        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [list(chosen.ratios[0])],
-    }
+    changes = {"MODEL.ANCHOR_GENERATOR.SIZES": [list(each) for each in chosen.sizes]}
     effect = f"Before: {_told(before)}. After: {_told(after)}."
     if chosen is more:
         effect += f" {more.anchors_per_cell} anchors a cell, {pyramid.anchors_per_cell} before."
+    effect += ratios
     return Recommendation("anchors", changes, reason, effect, figures)
 
 

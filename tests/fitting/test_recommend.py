@@ -47,14 +47,17 @@ def recommended(cfg, truth_of, sides) -> dict[str, object]:
     spread=st.floats(1, 4),
     aspect=st.floats(0.2, 5),
     num_sizes=st.integers(1, 2),
+    ratios_too=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_fitted_anchors_are_never_worse_than_the_configs(low, spread, aspect, num_sizes, seed):
+def test_fitted_anchors_are_never_worse_than_the_configs(
+    low, spread, aspect, num_sizes, ratios_too, seed
+):
     pyramid = Pyramid.from_config(load_config("mini/faster_rcnn_R_18_FPN.yaml"))
     rng = np.random.default_rng(seed)
     size = low * spread ** rng.uniform(0, 1, 120)
     inputs = inputs_of(boxes_of(np.column_stack([size / aspect**0.5, size * aspect**0.5]), seed))
-    fitted = fit_anchors(inputs, pyramid, num_sizes, 3)
+    fitted = fit_anchors(inputs, pyramid, num_sizes, ratios_too=ratios_too)
     assert measure(inputs, fitted).mean_iou >= measure(inputs, pyramid).mean_iou - 2e-3
     assert [len(each) for each in fitted.sizes] == [num_sizes] * 5
     for level, sizes in zip(fitted.anchor_levels, fitted.sizes, strict=True):
@@ -62,15 +65,17 @@ def test_fitted_anchors_are_never_worse_than_the_configs(low, spread, aspect, nu
         assert 0.99 * 2**level <= sizes[0] and sizes[-1] <= 16.1 * 2**level
     assert list(fitted.ratios[0]) == sorted(fitted.ratios[0])
     assert len(set(fitted.ratios)) == 1
+    assert ratios_too or fitted.ratios == pyramid.ratios
 
 
 def test_two_shapes_on_the_grid_are_fitted_exactly(mini_config):
-    pyramid = Pyramid.from_config(mini_config())
+    opts = "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.5, 2.0]]"
+    pyramid = Pyramid.from_config(mini_config(*opts))
     # Centres on multiples of 32 px, where every level but the last has an anchor.
     centers = np.random.default_rng(0).integers(2, 6, (200, 2)) * 32.0
     half = np.where(np.arange(200)[:, None] % 2, [[20.0, 5.0]], [[5.0, 20.0]])
     inputs = inputs_of(np.concatenate([centers - half, centers + half], axis=1))
-    before, fitted = measure(inputs, pyramid), fit_anchors(inputs, pyramid, 1, 2)
+    before, fitted = measure(inputs, pyramid), fit_anchors(inputs, pyramid, 1, ratios_too=True)
     after = measure(inputs, fitted)
     assert before.mean_iou < 0.7
     assert after.mean_iou > 0.98
@@ -80,7 +85,7 @@ def test_two_shapes_on_the_grid_are_fitted_exactly(mini_config):
 
 def test_levels_that_no_box_decides_on_go_on_in_octaves(mini_config):
     pyramid = Pyramid.from_config(mini_config())
-    sizes = fit_anchors(inputs_of(boxes_of(np.full((50, 2), 12.0))), pyramid, 1, 3).sizes
+    sizes = fit_anchors(inputs_of(boxes_of(np.full((50, 2), 12.0))), pyramid, 1).sizes
     assert sizes[3][0] == pytest.approx(2 * sizes[2][0], rel=0.01) or sizes[3][0] == 32
     assert sizes[4][0] == pytest.approx(2 * sizes[3][0], rel=0.01) or sizes[4][0] == 64
 
@@ -158,6 +163,29 @@ def test_heads_that_do_not_read_the_canonical_size_are_told_of(mini_config, trut
     found = recommended(cfg, truth_of, np.full((20, 2), 50.0))["canonical size"]
     assert found.keep
     assert "FPNROIHeads" in found.effect
+
+
+def test_ratios_are_told_and_kept(mini_config, truth_of):
+    """Thin objects, sizes as the config has them: nothing but ratios could fit better."""
+    cfg = mini_config("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [128], [256]]")
+    lengths = np.random.default_rng(0).choice([16.0, 32.0, 64.0], 120)
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.column_stack([2.8 * lengths, lengths / 2.8]))))
+    anchors = by_subject(fit)["anchors"]
+    assert all("ASPECT_RATIOS" not in key for each in fit.recommendations for key in each.changes)
+    assert anchors.figures["fitted_ratios"][0] == pytest.approx(1 / 2.8**2, rel=0.2)
+    gained = anchors.figures["ratios_too"]["mean_iou"] - anchors.figures["same"]["mean_iou"]
+    assert gained > 0.1
+    assert f"would add {gained:.2f} of IoU" in anchors.effect
+
+
+def test_ratios_of_each_level_are_kept_as_they_are(mini_config):
+    ratios = "[[0.5, 1], [1, 2], [0.25, 1], [1, 4], [1, 1]]"
+    pyramid = Pyramid.from_config(mini_config("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", ratios))
+    inputs = inputs_of(boxes_of(np.full((60, 2), 30.0)))
+    fitted = fit_anchors(inputs, pyramid, 2)
+    assert fitted.ratios == pyramid.ratios
+    assert measure(inputs, fitted).mean_iou > measure(inputs, pyramid).mean_iou
+    assert len(set(fit_anchors(inputs, pyramid, 1, ratios_too=True).ratios)) == 1
 
 
 def test_anchors_that_fit_are_kept(mini_config, truth_of):
