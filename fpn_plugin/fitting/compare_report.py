@@ -126,7 +126,7 @@ def _in_words(each: Compared) -> str:
 
 def _chart(compared: Sequence[Compared]) -> Figure:
     with matplotlib.rc_context({"font.size": 13}):
-        figure = Figure(figsize=(10, 1.8 + 0.8 * len(compared)), dpi=120, layout="constrained")
+        figure = Figure(figsize=(10, 1.8 + len(compared)), dpi=120, layout="constrained")
         all_axes = figure.subplots(1, 2, sharey=True)
         for axes, metric in zip(all_axes, ("AP", "AR"), strict=True):
             for which, shift in (("default", -0.14), ("fitted", 0.14)):
@@ -142,12 +142,13 @@ def _chart(compared: Sequence[Compared]) -> Figure:
                         label="as it is" if which == "default" else "fitted",
                     )  # fmt: skip
                     axes.annotate(
-                        f"{mean:.1f}", (mean, at), (12, 0), textcoords="offset points",
-                        va="center",
+                        f"{mean:.1f}", (mean, at), (0, -15 if shift > 0 else 15),
+                        textcoords="offset points", ha="center", va="center",
                     )  # fmt: skip
             axes.set_title(metric)
             axes.grid(axis="x", alpha=0.3)
-            axes.margins(x=0.2, y=0.15)
+            axes.margins(x=0.2, y=0.2)
+            axes.set_xlabel("points; small marks: seeds")
         all_axes[0].set_yticks(range(len(compared)), [each.name for each in compared])
         all_axes[0].invert_yaxis()
         handles = dict(zip(*all_axes[0].get_legend_handles_labels()[::-1], strict=True))
