@@ -21,6 +21,7 @@ with _warnings.catch_warnings():
     from . import model_zoo
     from .config import add_fpn_config
     from .data import register_mini as _register_mini
+    from .data import register_mini_weights as _register_mini_weights
     from .deploy import optimize_for_inference
     from .errors import UserError
     from .modeling import (
@@ -55,3 +56,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _register_mini()
+_register_mini_weights()

@@ -10,10 +10,12 @@ from .coco import (
 )
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
+from .mini_weights import MINI_WEIGHTS, ensure_mini_weights, register_mini_weights
 from .needs import Needs
 from .stream import TrainStream, train_stream
 
 __all__ = [
+    "MINI_WEIGHTS",
     "Needs",
     "ReadableImageMapper",
     "TrainStream",
@@ -25,8 +27,10 @@ __all__ = [
     "check_records",
     "ensure_mini",
     "ensure_mini_datasets",
+    "ensure_mini_weights",
     "read_image_or_say",
     "register_datasets",
     "register_mini",
+    "register_mini_weights",
     "train_stream",
 ]

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fpn_plugin.data import check_datasets, ensure_mini
+from fpn_plugin.data import MINI_WEIGHTS, check_datasets, ensure_mini, ensure_mini_weights
 from fpn_plugin.errors import UserError
 
 from .report import read_runs, write_report
@@ -103,6 +103,8 @@ def _check_data(folders: Sequence[RunFolder]) -> None:
         cfg = folder.config()
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+        if cfg.MODEL.WEIGHTS.startswith(MINI_WEIGHTS):
+            ensure_mini_weights(cfg.MODEL.WEIGHTS.removeprefix(MINI_WEIGHTS))
 
 
 def _outcomes(args: argparse.Namespace, tables: dict[int, list[Row]]) -> dict[RunFolder, Outcome]:
