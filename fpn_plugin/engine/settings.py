@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import model_zoo
 from fpn_plugin.config import add_fpn_config
 from fpn_plugin.errors import UserError, near_names
+
+from .config_files import check_config_file
 
 __all__ = [
     "check_mixed_precision",
@@ -65,16 +66,10 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
                 f"{path} is Python, which is not run here: YAML is expected; lazy configs are for "
                 "tools/lazyconfig_train_net.py"
             )
+        check_config_file(path)
         try:
             # Tags that would run code while a file is read are refused.
             cfg.merge_from_file(path, allow_unsafe=False)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: its _BASE_ is not there: {error.filename}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a text file") from error
-        except yaml.YAMLError as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read as plain YAML: {told}") from error
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{path}: {_explain(error, cfg)}") from error
     _check_opts(cfg, opts)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.file_io import PathManager
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine.settings import (
@@ -57,20 +58,59 @@ def test_options_that_do_not_fit_are_named(opts, message):
     [
         ("MODEL:\n  FPN:\n    CANONICAL_LEVL: 3\n", "did you mean MODEL.FPN.CANONICAL_LEVEL"),
         ("SOLVER:\n  MAX_ITER: many\n", "SOLVER.MAX_ITER"),
-        ("_BASE_: nowhere.yaml\n", "_BASE_ is not there: .*nowhere.yaml"),
+        ("_BASE_: nowhere.yaml\n", "_BASE_ 'nowhere.yaml' is not there"),
+        ('_BASE_: "no\\nwhere.yaml"\n', r"_BASE_ 'no\\nwhere.yaml' is not there"),
+        ('_BASE_: "no\\0where.yaml"\n', r"_BASE_ 'no\\x00where.yaml' is not there"),
+        ("_BASE_: .\n", "_BASE_ '.' is a folder"),
+        ("_BASE_: 3\n", "_BASE_ is 3: expected a path or a list of them"),
+        ("_BASE_: [[own.yaml]]\n", r"_BASE_ is \[\['own.yaml'\]\]: expected a path"),
+        ("_BASE_: own.yaml\n", "_BASE_ 'own.yaml' stands on this file in turn"),
+        ("_BASE_: [other.yaml]\n", "other.yaml: its _BASE_ './own.yaml' stands on this file"),
+        ("_BASE_: twice.yaml\n", "twice.yaml cannot be .* key 'SEED' is there twice: .* line 2"),
+        ("SEED: 1\nSOLVER: {}\n'SEED': 2\n", "key 'SEED' is there twice: .* line 3"),
+        ("SEED: " + "[" * 5000 + "]" * 5000, "within one another too deeply"),
+        ("SEED: &a [*a]\n", "cannot be read as plain YAML: .*recursive"),
+        ("MODEL: &a {X: *a}\n", "cannot be read as plain YAML: .*recursive"),
         ("MODEL: [1\n", "cannot be read as plain YAML"),
-        ("- a list\n", "not a config|list"),
-        ("", "not a config|NoneType"),
+        ("- a list\n", "holds a list: a config has keys and values"),
+        ("text\n", "holds a str: a config has keys and values"),
+        ("", "is empty: a config has keys and values"),
+        ("1: 2\n", "1 is no config key"),
         ("SEED: !!python/object/apply:os.getpid []\n", "cannot be read as plain YAML"),
     ],
 )
 def test_config_files_that_do_not_fit_are_named(text, message, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(text)
+    (tmp_path / "other.yaml").write_text("_BASE_: ./own.yaml\n")
+    (tmp_path / "twice.yaml").write_text("SEED: 1\nSEED: 2\n")
     with pytest.raises(UserError, match=message) as raised:
         load_config(str(path))
-    assert str(path) in str(raised.value)
+    named = "twice.yaml" if "twice.yaml" in text else "other.yaml" if "other" in text else "own"
+    assert str(tmp_path / named) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "detectron2", "file"])
+@pytest.mark.parametrize("form", ["_BASE_: {}\n", "_BASE_: [{}]\n"])
+def test_a_config_fetches_nothing(scheme, form, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(PathManager, "open", lambda name, *_, **__: opened.append(name))
+    monkeypatch.setattr(PathManager, "get_local_path", lambda name, *_, **__: opened.append(name))
+    base = f"{scheme}://127.0.0.1:9/x.yaml"
+    (tmp_path / "own.yaml").write_text(form.format(base))
+    with pytest.raises(UserError, match=f"own.yaml: its _BASE_ '{base}' would be fetched"):
+        load_config(str(tmp_path / "own.yaml"))
+    assert opened == []
+
+
+def test_bases_are_merged_in_order_and_may_share_one(tmp_path):
+    (tmp_path / "root.yaml").write_text("SEED: 1\nVIS_PERIOD: 5\n")
+    (tmp_path / "a.yaml").write_text("_BASE_: root.yaml\nSEED: 2\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: [root.yaml]\nOUTPUT_DIR: b\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: [b.yaml, a.yaml]\nSOLVER: {MAX_ITER: 7}\n")
+    cfg = load_config(str(tmp_path / "own.yaml"))
+    assert (cfg.SEED, cfg.VIS_PERIOD, cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER) == (2, 5, "b", 7)
 
 
 def test_a_config_does_not_run_code(tmp_path):
