@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from fpn_plugin.errors import UserError
 
-__all__ = ["PARTIAL", "AtomicWrites", "explained_full_disk", "written_whole"]
+__all__ = ["PARTIAL", "AtomicWrites", "explained_full_disk", "make_output_dir", "written_whole"]
 
 PARTIAL = ".partial"
 """What the name of a file ends with until it is complete."""
@@ -88,3 +88,26 @@ def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
         if cause is None:
             raise
         raise UserError(f"cannot write {what}: {os.strerror(cause.errno)}; {remedy}") from error
+
+
+def make_output_dir(folder: str, key: str) -> None:
+    """Makes a folder that files can be written to, unless it is there.
+
+    Args:
+        folder: its path; "" is the one that the process runs in.
+        key: the config key that names it, for the message.
+
+    Raises:
+        UserError: it cannot be made, or not be written to.
+    """
+    if "://" in folder:  # Detectron2's path manager makes it
+        return
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        if not os.access(folder or ".", os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        told = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{key} is {folder!r}, where no files can be written: {told}; name another folder"
+        ) from error

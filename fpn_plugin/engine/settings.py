@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -18,11 +20,16 @@ from .config_files import check_config_file
 
 __all__ = [
     "check_mixed_precision",
+    "check_number",
+    "check_seed",
+    "check_solver",
     "find_config_file",
     "load_config",
     "settle_device",
     "settled_device",
 ]
+
+_LARGEST_SEED = 2**32 - 2**10  # numpy takes 32 bits, and each process adds its rank
 
 
 def find_config_file(name: str) -> str:
@@ -55,7 +62,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: a key that does not exist, with near ones; a value of another type than the
-            key's; a file that is not there or not a config.
+            key's, or NaN; a file that is not there or not a config.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
@@ -72,12 +79,52 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(path, allow_unsafe=False)
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{path}: {_explain(error, cfg)}") from error
+        _refuse_nan(cfg, f"{path}: ")
     _check_opts(cfg, opts)
     try:
         cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(_explain(error, cfg)) from error
+    _refuse_nan(cfg, "")
     return cfg
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Refuses numbers that no training could begin with.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        UserError: names the key, and what it is expected to be.
+    """
+    for key, least in (("MAX_ITER", 1), ("CHECKPOINT_PERIOD", 1), ("IMS_PER_BATCH", 1)):
+        check_number(f"SOLVER.{key}", cfg.SOLVER[key], least)
+    check_number("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR, 0)
+
+
+def check_seed(key: str, seed: Any) -> None:
+    """Refuses a seed that no generator takes; see :func:`check_number`."""
+    check_number(key, seed, -sys.maxsize, _LARGEST_SEED)
+
+
+def check_number(key: str, value: Any, least: int, most: int = sys.maxsize) -> None:
+    """Refuses a number that is out of its range.
+
+    Args:
+        key: the config key, for the message.
+        value: the config's.
+        least: smallest that is allowed.
+        most: largest that is allowed.
+
+    Raises:
+        UserError: it is, or it is NaN or no number at all.
+    """
+    # NaN is in no range.
+    if type(value) not in (int, float) or not least <= value <= most:
+        least_told = "" if least == -sys.maxsize else f", {least} or more"
+        most_told = "" if most == sys.maxsize else f", {most} at most"
+        raise UserError(f"{key} is {value}, expected a number{least_told}{most_told}")
 
 
 def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
@@ -143,6 +190,14 @@ def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, CfgNode):
             yield from _flat_keys(value, f"{prefix}{key}.")
+
+
+def _refuse_nan(cfg: CfgNode, where: str) -> None:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            _refuse_nan(value, f"{where}{key}.")
+        elif any(v != v for v in (value if isinstance(value, list | tuple) else (value,))):
+            raise UserError(f"{where}{key} is {value}: NaN is no number to compute with")
 
 
 def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:

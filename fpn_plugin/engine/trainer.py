@@ -40,7 +40,7 @@ from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.unpickling import proposals_read_as_arrays
 from fpn_plugin.visualization import plot_losses
 
-from .atomic import explained_full_disk
+from .atomic import explained_full_disk, written_whole
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
 from .evaluating import JointEvalHook
@@ -157,7 +157,8 @@ class FPNTrainer(DefaultTrainer):
             folder = Path(cfg.OUTPUT_DIR) / "inference"
             folder.mkdir(parents=True, exist_ok=True)
             speed = {"calls": len(seconds), "median_seconds_per_call": statistics.median(seconds)}
-            (folder / "speed.json").write_text(json.dumps(speed))
+            with written_whole(str(folder / "speed.json"), "w") as file:
+                file.write(json.dumps(speed))
         return results
 
     @property
@@ -266,7 +267,8 @@ def save_results(results: dict[str, Any], output_dir: str) -> None:
     """Writes results.json and results.md to a folder and prints the latter."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
     table = results_table(results)
-    (folder / "results.md").write_text(table)
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table)):
+        with written_whole(str(folder / name), "w") as file:
+            file.write(text)
     print(f"\n{table}", flush=True)

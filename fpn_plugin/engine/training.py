@@ -14,9 +14,10 @@ from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
 from fpn_plugin.errors import UserError
 
+from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer
 from .launch import launch
-from .settings import find_config_file, load_config, settle_device
+from .settings import check_seed, check_solver, find_config_file, load_config, settle_device
 from .trainer import FPNTrainer, save_results
 
 __all__ = ["argument_parser", "train_main"]
@@ -69,6 +70,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if args.optimize and not args.eval_only:
         raise UserError("--optimize is for --eval-only: an optimised model cannot be trained")
     cfg = load_config(args.config_file, args.opts)
+    check_seed("SEED", cfg.SEED)
+    if not args.eval_only:
+        check_solver(cfg)
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
@@ -76,13 +80,24 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     check_config_datasets(cfg, training=not args.eval_only)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     cfg.freeze()
     launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
 
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """One process of a training or an evaluation."""
+    """One process of a training or an evaluation.
+
+    Raises:
+        UserError: something given cannot be used, or the disk is full.
+    """
+    full = explained_full_disk(f"to {cfg.OUTPUT_DIR}", "make room, then give the command again")
+    with full:
+        _run(cfg, args)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Started processes begin with what an import registers.
     register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)

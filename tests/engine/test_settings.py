@@ -1,14 +1,18 @@
 """Config files and options: found, merged, or refused in one line with near names."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine.settings import (
+    check_seed,
+    check_solver,
     find_config_file,
     load_config,
     settle_device,
@@ -76,6 +80,8 @@ def test_options_that_do_not_fit_are_named(opts, message):
         ("text\n", "holds a str: a config has keys and values"),
         ("", "is empty: a config has keys and values"),
         ("1: 2\n", "1 is no config key"),
+        ("SOLVER:\n  BASE_LR: .nan\n", "SOLVER.BASE_LR is nan"),
+        ("MODEL:\n  PIXEL_MEAN: [1.0, .nan, 1.0]\n", "MODEL.PIXEL_MEAN is .*nan"),
         ("SEED: !!python/object/apply:os.getpid []\n", "cannot be read as plain YAML"),
     ],
 )
@@ -119,6 +125,36 @@ def test_a_config_does_not_run_code(tmp_path):
     with pytest.raises(UserError):
         load_config(str(path))
     assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("SOLVER.MAX_ITER", 0, "is 0, expected a number, 1 or more"),
+        ("SOLVER.MAX_ITER", -5, "is -5, expected a number, 1 or more"),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, "is 0, expected a number, 1 or more"),
+        ("SOLVER.IMS_PER_BATCH", -3, "is -3, expected a number, 1 or more"),
+        ("SOLVER.BASE_LR", math.nan, "is nan, expected a number, 0 or more"),
+        ("SOLVER.BASE_LR", math.inf, "is inf, expected a number, 0 or more"),
+        ("SOLVER.BASE_LR", -0.1, "is -0.1, expected a number, 0 or more"),
+    ],
+)
+def test_numbers_that_no_training_could_begin_with_are_named(key, value, told):
+    cfg = load_config(MINI)
+    check_solver(cfg)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"{key} {told}"):
+        check_solver(cfg)
+
+
+def test_a_seed_is_one_that_every_generator_takes():
+    for seed in (-1, 0, 7, 2**32 - 2**10):
+        check_seed("SEED", seed)
+        seed_all_rng(max(seed, 0) + 1023)
+    with pytest.raises(UserError, match="SEED is 1000.*, expected a number, 4294966272 at most"):
+        check_seed("SEED", 10**23)
+    with pytest.raises(UserError, match="train.seed is seven, expected a number"):
+        check_seed("train.seed", "seven")
 
 
 def test_the_cpu_is_taken_where_no_gpu_is_and_none_was_named(capsys):

@@ -1,5 +1,6 @@
 """The tools as a user runs them: training, resuming, evaluating, drawing, and bad input."""
 
+import errno
 import json
 import logging
 import os
@@ -133,6 +134,22 @@ def test_eval_only_gives_the_results_of_the_training(own_data, trained, tmp_path
     assert status == 0, err[-2000:]
     ours = (tmp_path / "eval" / "results.json").read_text()
     assert ours == (trained / "results.json").read_text()
+
+
+def test_an_evaluation_on_a_full_disk_is_one_line(own_data, trained, tmp_path, call, monkeypatch):
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "eval"
+    output.mkdir()
+    (output / "results.json").write_text("the earlier ones")
+    monkeypatch.setattr(os, "fsync", full)
+    args = [*own_args(own_data, output, "--eval-only"), "MODEL.WEIGHTS"]
+    status, _, err = call(train_main, *args, trained / "model_final.pth")
+    assert status == 2
+    assert f"cannot write to {output}: No space left on device; make room" in one_line(err)
+    assert (output / "results.json").read_text() == "the earlier ones"
+    assert not list(output.glob("*.partial"))
 
 
 def test_a_proposal_network_is_evaluated_by_recall(own_data, tmp_path, call):
@@ -275,6 +292,11 @@ def one_line(err: str) -> str:
         (["--config-file", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"], "is not there"),
         (["--config-file", MINI, "MODEL.DEVICE", "cuda"], "asks for more GPUs"),
         (["--config-file", MINI, "--dataset", "a=b"], "NAME=JSON:IMAGES"),
+        (["--config-file", MINI, "SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
+        (["--config-file", MINI, "SEED", "9" * 23], "SEED is 99"),
+        (["--config-file", MINI, "OUTPUT_DIR", f"{__file__}/out"], "Not a directory; name another"),
+        (["--config-file", MINI, "OUTPUT_DIR", __file__], "File exists; name another"),
+        (["--config-file", MINI, "OUTPUT_DIR", "/proc/none"], "OUTPUT_DIR is '/proc/none', where"),
     ],
 )
 def test_bad_input_is_one_line_and_a_status(args, message, call):
