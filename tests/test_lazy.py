@@ -1,5 +1,6 @@
 """Lazy configs against the yacs configs they are made from: the same modules, numbers, training."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.model_zoo import get_config as zoo_config
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -17,7 +18,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fpn_plugin import FeaturePyramidNetwork, UserError, model_zoo
-from fpn_plugin.data import ReadableImageMapper, ensure_mini
+from fpn_plugin.data import Needs, ReadableImageMapper, ensure_mini
+from fpn_plugin.engine import lazy_training
 from fpn_plugin.engine.lazy_training import lazy_main, load_lazy_config
 from fpn_plugin.engine.training import train_main
 from fpn_plugin.lazy import model_node, twin, with_pyramid
@@ -201,6 +203,62 @@ def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, m
 def test_what_does_not_fit_is_named(args, message):
     with pytest.raises(UserError, match=message):
         lazy_main(args)
+
+
+def lazy_args(name, dataset, tmp_path):
+    names = [f"dataloader.{split}.dataset.names=squares" for split in ("train", "test")]
+    output = [f"train.output_dir={tmp_path}", "dataloader.evaluator.dataset_name=squares"]
+    return [
+        "--config-file", f"lazy/mini/{name}.py", "--dataset", dataset, *names, *output,
+        "model.roi_heads.num_classes=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "message"),
+    [
+        ("mask_rcnn_R_18_FPN", [], "has no segmentation, and the model has masks"),
+        ("faster_rcnn_R_18_FPN", ["model.roi_heads.num_classes=10"],
+         "model.roi_heads.num_classes is 10, but dataset 'squares' has 1 categories: set it to 1"),
+        ("faster_rcnn_R_18_FPN", ["dataloader.train.mapper.augmentations.0.max_size=1"],
+         "resized to a longest side of 1, is 0 wide"),
+        ("faster_rcnn_R_18_FPN", ["train.max_iter=0"],
+         "train.max_iter is 0, expected a number, 1 or more"),
+        ("faster_rcnn_R_18_FPN", ["train.checkpointer.period=0"], "train.checkpointer.period is 0"),
+        ("faster_rcnn_R_18_FPN", ["optimizer.lr=nan"], "optimizer.lr is nan"),
+        ("faster_rcnn_R_18_FPN", ["train.seed=100000000000000000000000"], "train.seed is 1000"),
+    ],
+)  # fmt: skip
+def test_what_a_lazy_training_could_not_use_is_refused_before(
+    squares, tmp_path, name, opts, message
+):
+    content = json.loads(Path(squares.partition("=")[2].rpartition(":")[0]).read_text())
+    if "max_size" in str(opts):  # 3 times as wide as high
+        content["images"][0]["width"] = 3 * content["images"][0]["height"]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(content))
+    dataset = f"squares={data}:{squares.rpartition(':')[2]}"
+    try:
+        with pytest.raises(UserError, match=message):
+            lazy_main([*lazy_args(name, dataset, tmp_path), *opts])
+    finally:
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop("squares", None)
+
+
+def test_a_lazy_models_keypoints_are_asked_of_the_data(squares, tmp_path, monkeypatch):
+    args = lazy_args("faster_rcnn_R_18_FPN", squares, tmp_path)
+    asked = {}
+    monkeypatch.setattr(lazy_training, "check_records", lambda _, needs: asked.update(n=needs))
+    monkeypatch.setattr(lazy_training, "launch", lambda *_: None)
+    mapper = "dataloader.test.mapper"
+    more = ["model.roi_heads.keypoint_head={num_keypoints:4}", f"{mapper}.augmentations=[]"]
+    try:
+        lazy_main(["--eval-only", *args, *more])
+    finally:
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop("squares", None)
+    assert asked["n"] == Needs(max_size=2**31, keypoints=4, training=False)
 
 
 def test_fcos_has_the_plugins_pyramid():

@@ -2,6 +2,7 @@
 
 from .checking import check_coco, check_dataset
 from .coco import (
+    check_classes,
     check_config_datasets,
     check_datasets,
     check_proposal_files,
@@ -19,6 +20,7 @@ __all__ = [
     "Needs",
     "ReadableImageMapper",
     "TrainStream",
+    "check_classes",
     "check_coco",
     "check_config_datasets",
     "check_dataset",

@@ -17,6 +17,7 @@ from .mini import MINI_NAMES
 from .needs import Needs
 
 __all__ = [
+    "check_classes",
     "check_config_datasets",
     "check_datasets",
     "check_proposal_files",
@@ -121,12 +122,26 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
         "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
     }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
-    for name in (*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST):
-        names = MetadataCatalog.get(name).get("thing_classes")
-        if key and names is not None and len(names) != classes:
+    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
+
+
+def check_classes(names: Iterable[str], key: str, classes: int | None) -> None:
+    """Refuses datasets with another number of categories than the model has classes.
+
+    Args:
+        names: of datasets that :func:`check_records` has seen.
+        key: the config key of the number of classes, for the message.
+        classes: of the model; None for one without.
+
+    Raises:
+        UserError: says which, and what to set the key to.
+    """
+    for name in names:
+        known = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and known is not None and len(known) != classes:
             raise UserError(
-                f"{key} is {classes}, but dataset {name!r} has {len(names)} categories: set it to "
-                f"{len(names)}"
+                f"{key} is {classes}, but dataset {name!r} has {len(known)} categories: set it to "
+                f"{len(known)}"
             )
 
 

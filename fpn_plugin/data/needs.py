@@ -60,10 +60,11 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
         return "", ""  # not trained on
     mask, keypoints = record.get("segmentation"), record.get("keypoints")
     if needs.masks and not mask:
-        return "mask_missing", "has no segmentation, and the model has masks (MODEL.MASK_ON)"
+        told = "has no segmentation, and the model has masks (MODEL.MASK_ON; lazy: its mask_head)"
+        return "mask_missing", told
     if needs.masks == "polygon" and needs.training and type(mask) is dict:
         told = "segmentation is an RLE, and the model trains on polygons: set INPUT.MASK_FORMAT"
-        return "mask_missing", f"{told} bitmask"
+        return "mask_missing", f"{told} (lazy: the mapper's instance_mask_format) to bitmask"
     if needs.masks and not needs.training and type(mask) is list:
         drawable = all(type(p) is list and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
         if not drawable:
@@ -73,7 +74,8 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
         given = len(keypoints) / 3 if type(keypoints) is list else 0
         if given != needs.keypoints:
             told = f"has {given:g} keypoints, and the model has {needs.keypoints}"
-            return "keypoints_missing", f"{told} (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)"
+            told += " (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; lazy: num_keypoints)"
+            return "keypoints_missing", told
         if not needs.training and type(record.get("num_keypoints")) is not int:
             return "keypoints_missing", "has no 'num_keypoints', which COCO's evaluation reads"
     return "", ""

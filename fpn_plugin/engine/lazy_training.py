@@ -18,13 +18,14 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
     Needs,
+    check_classes,
     check_datasets,
     check_proposal_files,
     check_records,
@@ -36,13 +37,13 @@ from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.unpickling import proposals_read_as_arrays
 
-from .atomic import explained_full_disk
+from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer
 from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .launch import launch
 from .level_hook import LevelStatistics
-from .settings import check_mixed_precision, settled_device
+from .settings import check_mixed_precision, check_number, check_seed, settled_device
 from .trainer import LossCurve, save_results
 from .training import argument_parser
 from .watch import LossWatch, SkippedSteps
@@ -118,13 +119,18 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     cfg.train.device = settled_device(cfg.train.device, named, args.num_gpus, "train.device")
     register_datasets(args.dataset, checked=True)  # below
     names = {split: _names(cfg, split) for split in ("train", "test")}
+    check_seed("train.seed", cfg.train.get("seed", -1))
+    if not args.eval_only:
+        _check_solver(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
-        check_records(names[split], Needs(training=split == "train"))
+        check_records(names[split], _needs(cfg, split))
+        check_classes(names[split], *_classes(cfg.model))
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
             check_proposal_files(names[split], files, key)
+    make_output_dir(cfg.train.output_dir, "train.output_dir")
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
     launch(_worker, args, cfg.train.device, (cfg, args))
@@ -135,7 +141,61 @@ def _names(cfg: DictConfig, split: str) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def _check_solver(cfg: DictConfig) -> None:
+    keys = {
+        "train.max_iter": 1,
+        "train.checkpointer.period": 1,
+        "dataloader.train.total_batch_size": 1,
+        "optimizer.lr": 0,
+    }
+    for key, least in keys.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None:  # a config may go without
+            check_number(key, value, least)
+
+
+def _needs(cfg: DictConfig, split: str) -> Needs:
+    """What a lazy config's model and mapper ask of the data; see :meth:`Needs.of`."""
+
+    def of(key: str, otherwise: Any = None) -> Any:
+        return OmegaConf.select(cfg, key, default=otherwise)
+
+    mapper = f"dataloader.{split}.mapper"
+    resized = [
+        node["max_size"]
+        for node in of(f"{mapper}.augmentations") or ()
+        if isinstance(node, DictConfig) and node.get("max_size")
+    ]
+    has_masks = of("model.roi_heads.mask_head") is not None
+    return Needs(
+        max_size=min(resized, default=2**31),
+        masks=of(f"{mapper}.instance_mask_format", "polygon") if has_masks else "",
+        keypoints=of("model.roi_heads.keypoint_head.num_keypoints", 0),
+        training=split == "train",
+    )
+
+
+def _classes(model: DictConfig) -> tuple[str, int | None]:
+    """The key of a lazy model's number of classes and that number; None for one without."""
+    for key in ("roi_heads.num_classes", "num_classes"):
+        classes = OmegaConf.select(model, key)
+        if classes is not None:
+            return f"model.{key}", classes
+    return "", None
+
+
 def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """One process of a training or an evaluation.
+
+    Raises:
+        UserError: something given cannot be used, or the disk is full.
+    """
+    folder = cfg.train.output_dir
+    with explained_full_disk(f"to {folder}", "make room, then give the command again"):
+        _run(cfg, args)
+
+
+def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     device = cfg.train.device
