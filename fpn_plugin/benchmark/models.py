@@ -7,18 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import detectron2.model_zoo
-import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin import model_zoo
+from fpn_plugin.data import read_image_or_say
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 
@@ -52,7 +51,7 @@ def photograph(path: str | None, height: int, width: int) -> Tensor:
             ) from None
         pixels = load_sample_image("china.jpg")
     else:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
+        pixels = read_image_or_say(path)[:, :, ::-1]
     image = torch.as_tensor(pixels[:, :, ::-1].copy()).permute(2, 0, 1)[None].float()
     return F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)[0]
 

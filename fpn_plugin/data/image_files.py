@@ -14,6 +14,11 @@ __all__ = ["UNREADABLE", "image_problem", "why_unreadable"]
 
 # What Pillow raises on files that are missing, cut off, damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# For EPS Pillow starts Ghostscript, for WMF what Windows has; others may hold an image of these.
+_FORMATS = (
+    "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _DEEP = ("I", "F")
 _PLAIN = ("1", "L", "P", "RGB")
@@ -36,6 +41,9 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         return "image_missing", "is not there"
     try:
         with Image.open(path) as image:
+            if image.format not in _FORMATS:
+                told = f"is of format {image.format}, which is not read: write it as PNG or JPEG"
+                return "image_unreadable", told
             mode = image.mode
             width, height = image.size
             if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):

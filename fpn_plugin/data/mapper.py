@@ -21,8 +21,9 @@ _CHECK = "tools/check_dataset.py finds such images beforehand"
 class ReadableImageMapper(DatasetMapper):
     """DatasetMapper that names a record it cannot map, and scales whole-numbered boxes exactly.
 
-    Those have an image that cannot be read, that Detectron2 would read wrongly (more than 8 bits a
-    pixel) or that has another size than declared, or annotations that do not fit together.
+    Those have an image that cannot be read, for which Pillow would start another program (EPS),
+    that Detectron2 would read wrongly (more than 8 bits a pixel) or that has another size than
+    declared, or annotations that do not fit together.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +34,9 @@ class ReadableImageMapper(DatasetMapper):
                 annotations cannot be used.
         """
         path = dataset_dict["file_name"]
-        _refuse_deep(path)
+        _refuse_by_header(path)
+        if "sem_seg_file_name" in dataset_dict:
+            _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
             return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
         except UserError:
@@ -78,15 +81,15 @@ def read_image_or_say(path: str | Path) -> np.ndarray:
     Raises:
         UserError: it cannot be read.
     """
-    _refuse_deep(path)
+    _refuse_by_header(path)
     try:
         return read_image(str(path), format="BGR")
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
-def _refuse_deep(path: str | Path) -> None:
-    """Refuses what Detectron2 would read wrongly in silence, by the image's header."""
+def _refuse_by_header(path: str | Path) -> None:
+    """Refuses what Detectron2 would read wrongly in silence, or with another program."""
     kind, told = image_problem(path, None, decode=False)
     if kind == "image_depth":
         raise UserError(f"image {str(path)!r} {told}")

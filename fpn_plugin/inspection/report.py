@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from PIL import Image
 
-from fpn_plugin.data import check_datasets, ensure_mini, register_datasets
+from fpn_plugin.data import check_datasets, ensure_mini, read_image_or_say, register_datasets
 from fpn_plugin.data.mini import MINI_NAMES
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
@@ -204,8 +203,7 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     files = {image["id"]: image["file_name"] for image in dataset["images"]}
 
     def image_of(image_id: int) -> np.ndarray:
-        with Image.open(Path(metadata.image_root) / files[image_id]) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_image_or_say(Path(metadata.image_root) / files[image_id])[:, :, ::-1]
 
     for mistakes, told in (
         (errors.misses, "The largest objects that were missed."),

@@ -1,21 +1,24 @@
 """COCO-format data that is bad in every way: it loads right or is refused by name."""
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pycocotools import mask as coco_mask
 
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset
+from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset, read_image_or_say
 from fpn_plugin.data.annotations import Known, annotation_problems, first_with
 from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.data.problems import KINDS
@@ -176,6 +179,45 @@ def test_each_image_is_found_and_named(whole, mapper, case):
     outcome = {True: "refused at an image", False: "loads"}[bool(kind) and KINDS[kind].refused]
     expected = "refused before training" if kind == "image_thin" else outcome
     assert judge(whole, mapper) == expected
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc_around(image: bytes) -> bytes:
+    """A file of IPTC fields, the last of which is an image."""
+    fields = {(3, 60): b"\1\0", (3, 20): b"\0\50", (3, 30): b"\0\36", (3, 120): b"\5"}
+    head = b"".join(
+        bytes([0x1C, *tag]) + len(value).to_bytes(2, "big") + value for tag, value in fields.items()
+    )
+    return head + bytes([0x1C, 8, 10]) + len(image).to_bytes(2, "big") + image
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(EPS, "EPS"), (iptc_around(EPS), "IPTC")], ids=["EPS", "IPTC"]
+)
+def test_an_image_starts_no_program(whole, mapper, monkeypatch, content, kind):
+    path, mark = Path(whole.images, "5.png"), whole.folder / "started"
+    script = whole.folder / "gs"
+    script.write_text(f"#!/bin/sh\necho >> '{mark}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(whole.folder), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path.write_bytes(content)
+    told = f"is of format {kind}, which is not read"
+    assert found(whole) == {"image_unreadable": 1}
+    assert found(whole, look="headers") == {"image_unreadable": 1}
+    with pytest.raises(UserError, match=f"5.png', which {told}"):
+        read_image_or_say(path)
+    record = next(r for r in load_records(whole) if r["file_name"] == str(path))
+    with pytest.raises(UserError, match=f"5.png', which {told}"):
+        mapper(record)
+    with pytest.raises(UserError, match=f"5.png', which {told}"):  # as of panoptic data
+        mapper({**record, "file_name": f"{whole.images}/2.png", "sem_seg_file_name": str(path)})
+    assert not mark.exists()
+    with contextlib.suppress(OSError):
+        read_image(str(path))  # Detectron2's own
+    assert mark.exists()
 
 
 def test_a_1_x_5000_image_is_refused_where_it_would_become_nothing(whole):
