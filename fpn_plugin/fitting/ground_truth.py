@@ -165,7 +165,8 @@ def _read_json(path: Path, raw: _Raw) -> None:
     try:
         raw.image.extend([index[image_id] for image_id in image_ids])
     except KeyError as error:
-        raise UserError(f"{path}: no image has id {error.args[0]!r}, which a box names") from None
+        told = _shown(error.args[0])
+        raise UserError(f"{path}: no image has id {told}, which a box names") from None
 
 
 def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw: _Raw) -> None:
@@ -180,8 +181,11 @@ def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw:
             ) from None
         if seen:
             raise UserError(f"{path}: images[{number}]: id {image_id!r} is there twice")
-        if not sides:
-            raise UserError(f"{path}: images[{number}] is {width} x {height} px")
+        if not sides or type(width) is not int or type(height) is not int:
+            raise UserError(
+                f"{path}: images[{number}] is {_shown(width)} x {_shown(height)} px, expected "
+                f"whole numbers from 1 to {_MOST_PIXELS - 1}"
+            )
         index[image_id] = raw.num_images
         raw.shapes.extend((height, width))
 
@@ -191,9 +195,10 @@ def _read_annotations(path: Path, records: Iterable[Any], image_ids: list[Any], 
         try:
             x, y, width, height = record["bbox"]
             raw.boxes.extend((x, y, width, height))
+            hash(record["image_id"])  # a list would be found too late to name the record
             image_ids.append(record["image_id"])
             crowd, ignored = record.get("iscrowd"), record.get("ignore")
-        except (TypeError, KeyError, ValueError, AttributeError):
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise UserError(
                 f"{path}: annotations[{number}] lacks an image_id, or a bbox that is [x, y, width, "
                 f"height] in pixels: {_shown(record)}"

@@ -83,13 +83,15 @@ class JsonStream:
         """The value that comes next.
 
         Raises:
-            ValueError: the text is not JSON.
+            ValueError: the text is not JSON, or nested too deeply.
         """
         self._unread = False
         while True:
             text, at = self._text, self._at
             try:
                 value, end = _DECODER.raw_decode(text, at)
+            except RecursionError as error:
+                raise ValueError("lists or objects lie within one another too deeply") from error
             except ValueError:
                 self._peek()  # there may be white space before it
                 if self._at > at or self._text is not text:

@@ -132,6 +132,9 @@ def test_a_dataset_registered_by_a_function_is_read(request):
     assert truth.left_out["crowd"] == 1
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -141,6 +144,20 @@ def test_a_dataset_registered_by_a_function_is_read(request):
         ('{"images": []}', "has no list 'annotations'; it has images"),
         ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\] lacks one of id, height"),
         ('{"images": [{"id": 1, "height": 0, "width": 2}], "annotations": []}', "is 2 x 0 px"),
+        (
+            '{"images": [{"id": 1, "height": 48, "width": 64.0}], "annotations": []}',
+            r"images\[0\] is 64.0 x 48 px, expected whole numbers from 1",
+        ),
+        (f'{{"images": [], "annotations": [{DEEP}]}}', "lie within one another too deeply"),
+        (f'{{"info": {DEEP}, "images": []}}', "lie within one another too deeply"),
+        (
+            f'{{"images": [], "annotations": [{{"bbox": [1{"0" * 400}, 2, 3, 4]}}]}}',
+            r"annotations\[0\] lacks",
+        ),
+        (
+            '{"images": [], "annotations": [{"image_id": [5], "bbox": [1, 2, 3, 4]}]}',
+            r"annotations\[0\] lacks an image_id",
+        ),
         (
             '{"images": [{"id": 1, "height": 3, "width": 2}, {"id": 1, "height": 3, "width": 2}]}',
             r"images\[1\]: id 1 is there twice",
@@ -158,8 +175,10 @@ def test_a_dataset_registered_by_a_function_is_read(request):
 def test_a_broken_file_is_told_by_record(tmp_path, content, told):
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as raised:
         read_ground_truth([str(path)])
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_file_without_a_box_to_fit_to_says_why(coco_json):
