@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 
+from fpn_plugin.arguments import at_least
 from fpn_plugin.errors import UserError
 
 from .checking import check_dataset
@@ -46,10 +47,13 @@ def argument_parser() -> argparse.ArgumentParser:
         help="decode: read every image, the only way to find those cut off (the default); headers: "
         "sizes and kinds alone; none: the JSON alone",
     )
-    parser.add_argument("--examples", type=int, default=3, help="records shown of a kind")
+    parser.add_argument("--examples", type=at_least(0), default=3, help="records shown of a kind")
     parser.add_argument("--json", metavar="FILE", help="write all problems there as JSON")
     parser.add_argument(
-        "--max-size", type=int, default=1333, help="INPUT.MAX_SIZE_TRAIN of the model to be trained"
+        "--max-size",
+        type=at_least(1),
+        default=1333,
+        help="INPUT.MAX_SIZE_TRAIN of the model to be trained",
     )
     parser.add_argument(
         "--masks",
@@ -57,12 +61,17 @@ def argument_parser() -> argparse.ArgumentParser:
         default="",
         help="INPUT.MASK_FORMAT of a model with masks",
     )
-    parser.add_argument("--keypoints", type=int, default=0, help="of an object, for such a model")
+    parser.add_argument(
+        "--keypoints", type=at_least(0), default=0, help="of an object, for such a model"
+    )
     parser.add_argument(
         "--test", action="store_true", help="data to evaluate on: it may have no annotations"
     )
     parser.add_argument(
-        "--threads", type=int, default=min(os.cpu_count() or 1, 16), help="images read at a time"
+        "--threads",
+        type=at_least(1),
+        default=min(os.cpu_count() or 1, 16),
+        help="images read at a time",
     )
     return parser
 
@@ -77,8 +86,6 @@ def check_main(argv: Sequence[str] | None = None) -> None:
         UserError: the dataset's files are not there.
     """
     args = argument_parser().parse_args(argv)
-    if args.examples < 0 or args.threads < 1 or args.max_size < 1:
-        raise UserError("--threads and --max-size are 1 or more, --examples 0 or more")
     json_file, folder = _files(args.dataset, args.folder)
     print(f"checking {json_file}", flush=True)
     report = check_dataset(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fpn_plugin.arguments import at_least
 from fpn_plugin.data import Needs, check_dataset
 
 __all__ = ["big_dataset", "time_check_main"]
@@ -57,9 +58,9 @@ def time_check_main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; those of the command line by default.
     """
     parser = argparse.ArgumentParser(description="Time the check of a large COCO JSON.")
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--per-image", type=int, default=7, help="annotations of an image")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--images", type=at_least(1), default=100_000)
+    parser.add_argument("--per-image", type=at_least(1), default=7, help="annotations of an image")
+    parser.add_argument("--runs", type=at_least(1), default=3)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "big.json")

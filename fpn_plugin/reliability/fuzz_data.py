@@ -25,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from fpn_plugin import model_zoo
+from fpn_plugin.arguments import at_least
 from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset
 from fpn_plugin.data.problems import Report
 from fpn_plugin.errors import UserError
@@ -171,8 +172,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Break datasets at random: each must load right or be refused by name."
     )
-    parser.add_argument("--cases", type=int, default=2000, help="datasets to break")
-    parser.add_argument("--seed", type=int, default=0, help="of the first; the next has the next")
+    parser.add_argument("--cases", type=at_least(1), default=2000, help="datasets to break")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the first; the next has the next"
+    )
     return parser
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fpn_plugin.arguments import at_least
 from fpn_plugin.engine.atomic import PARTIAL
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.errors import UserError
 
 from .dying import MOMENTS
-from .tiny import make_squares, tiny_options
+from .tiny import make_new_folder, make_squares, tiny_options
 
 __all__ = ["differing_tensors", "kill_and_resume", "kill_main"]
 
@@ -41,20 +42,18 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; those of the command line by default.
 
     Raises:
-        UserError: the folder is there, a training failed, or the two differ.
+        UserError: the folder is there or cannot be made, a training failed, or the two differ.
     """
     parser = argparse.ArgumentParser(
         description="Kill (SIGKILL) a tiny training at random moments, resume it each time, and "
         "compare its weights with those of a training that was not killed."
     )
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=at_least(1), default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--workers", type=int, default=1, help="DATALOADER.NUM_WORKERS")
+    parser.add_argument("--workers", type=at_least(0), default=1, help="DATALOADER.NUM_WORKERS")
     parser.add_argument("--output", default="output/kill_and_resume", help="folder to make")
     args = parser.parse_args(argv)
     folder = Path(args.output)
-    if folder.exists():
-        raise UserError(f"{folder} is there already: name a new folder with --output")
     report = kill_and_resume(folder, args.kills, args.seed, args.workers)
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
@@ -81,9 +80,10 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
         write left so; ``differing_tensors``: of weights, optimizer and schedule.
 
     Raises:
-        UserError: the training failed, or reached its end before all kills.
+        UserError: the folder is there or cannot be made; the training failed, or reached its end
+            before all kills.
     """
-    folder.mkdir(parents=True)
+    make_new_folder(folder)
     dataset = make_squares(folder / "data")
     iterations = 8 * (kills + 1)
     solver = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", "2"]

@@ -15,11 +15,12 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 from tqdm import tqdm
 
+from fpn_plugin.arguments import at_least
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, load_config
 from fpn_plugin.errors import UserError
 
-from .tiny import make_squares, tiny_options
+from .tiny import make_new_folder, make_squares, tiny_options
 
 __all__ = ["slope", "soak_main"]
 
@@ -31,22 +32,21 @@ def soak_main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; those of the command line by default.
 
     Raises:
-        UserError: the folder is there.
+        UserError: the folder is there or cannot be made; too few readings are left.
     """
     parser = argparse.ArgumentParser(
         description="Train and evaluate a tiny detector for long, and report how much memory "
         "each iteration and each image adds."
     )
-    parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=2000, help="to evaluate")
-    parser.add_argument("--warm-up", type=int, default=400, help="left out of the slope")
+    parser.add_argument("--iterations", type=at_least(1), default=2000)
+    parser.add_argument("--images", type=at_least(1), default=2000, help="to evaluate")
+    parser.add_argument("--warm-up", type=at_least(0), default=400, help="left out of the slope")
     parser.add_argument("--output", default="output/soak", help="folder to make")
     args = parser.parse_args(argv)
     folder = Path(args.output)
-    if folder.exists():
-        raise UserError(f"{folder} is there already: name a new folder with --output")
     if args.warm_up > min(args.iterations, args.images) - 100:
         raise UserError("--warm-up leaves fewer than 100 readings: raise --iterations, --images")
+    make_new_folder(folder)
     dataset = make_squares(folder / "data", args.images)
     register_datasets([dataset])
     config, opts = _split(tiny_options(dataset, folder / "run", workers=0))

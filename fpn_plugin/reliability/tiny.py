@@ -8,7 +8,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["make_squares", "tiny_options"]
+from fpn_plugin.errors import UserError
+
+__all__ = ["make_new_folder", "make_squares", "tiny_options"]
+
+
+def make_new_folder(folder: Path) -> None:
+    """Makes what --output names.
+
+    Raises:
+        UserError: it is there already, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"{folder} is there already: name a new folder with --output") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot make {folder}: {told}; name another with --output") from error
 
 
 def make_squares(folder: Path, images: int = 12) -> str:

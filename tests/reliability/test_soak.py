@@ -33,3 +33,7 @@ def test_warming_up_must_leave_readings(tmp_path):
         soak_main(["--iterations", "400", "--output", str(tmp_path / "new")])
     with pytest.raises(UserError, match="is there already"):
         soak_main(["--output", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    for name in (tmp_path / "file" / "new", "n" * 300, "a\0b"):
+        with pytest.raises(UserError, match="^cannot make .*; name another with --output$"):
+            soak_main(["--output", str(name)])
