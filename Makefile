@@ -1,6 +1,7 @@
 # make demo   train, evaluate and draw on the mini dataset      make test   run the tests
 # make env    only build .venv                                 make lint   ruff
 # make clean  remove what the demo trained, output/demo
+# make test-processes  the tests of 2 and 4 processes     make test-long   those of many minutes
 # make test-oldest   the tests with the oldest torch, in .venv-oldest; wants Python 3.10
 PYTHON ?= python3
 VENV := .venv
@@ -16,9 +17,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # A process a core, each of one thread: most tests are too small for two.
 TESTS := -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help env demo test test-oldest lint format clean
+.PHONY: help env demo test test-processes test-long test-oldest lint format clean
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^[^#]/q; s/^# //p' Makefile
 
 env: $(BUILT)
 
@@ -44,6 +45,13 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	OMP_NUM_THREADS=1 $(RUN) $(TESTS)
+
+# One at a time: each starts as many processes as there are cores, or more.
+test-processes: $(BUILT)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m processes
+
+test-long: $(BUILT)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m long
 
 test-oldest: $(OLDEST)/.built
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(TESTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ class ExactResume(HookBase):
     So a checkpoint, whose iteration, weights, optimizer and schedule Detectron2 keeps, says all
     of a run, in every process and whatever else draws random numbers, as evaluation does. It
     keeps the seed too: ``SEED: -1`` is resumed with the seed that was drawn. Checkpoints without
-    it, such as plain Detectron2's, go on at their place of this config's stream.
+    it, such as plain Detectron2's, go on at their place of this config's stream. With another
+    number of processes or another batch it is another run, which the log says.
 
     Args:
         seed: the config's; below 0, one is drawn, the same in all processes.
@@ -47,15 +49,31 @@ class ExactResume(HookBase):
         seed_rngs(self._seed, comm.get_rank(), self.trainer.iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, and what the sampler drew."""
+        """The seed, what the sampler drew, and what else an iteration's images depend on."""
         stream = {} if self._stream is None else self._stream.state_dict()
-        return {"seed": self._seed, "stream": stream}
+        return {"seed": self._seed, "stream": stream, "sizes": self._sizes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes both over."""
+        """Takes seed and draws over; warns where the rest is not this run's."""
         self._seed = state["seed"]
         if self._stream is not None:
             self._stream.load_state_dict(state["stream"])
+        theirs, ours = state.get("sizes", {}), self._sizes()
+        changed = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        if changed and comm.is_main_process():
+            told = ", ".join(f"{name}: {ours[name]}, was {theirs[name]}" for name in changed)
+            logging.getLogger(__name__).warning(
+                "resumed as another run than the one that was cut (%s): it goes on with other "
+                "images and other random numbers",
+                told,
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        """Processes, and images a batch of all of them where that is known."""
+        processes = comm.get_world_size()
+        if self._stream is None:
+            return {"processes": processes}
+        return {"processes": processes, "images a batch": self._stream.batch_size * processes}
 
 
 def _drop_rows_from(metrics: Path, iteration: int) -> None:

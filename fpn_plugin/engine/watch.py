@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -26,8 +28,10 @@ class LossWatch(HookBase):
     """Stops a training at the first loss that is NaN or infinite, before weights are changed.
 
     Every process looks at its own losses, so the files named are those of the batch that gave
-    them. To be registered with the trainer that runs the step: a DefaultTrainer's ``_trainer``.
-    Losses are read where Detectron2 reads them too, after the backward pass: no wait is added.
+    them. Gradients are averaged over processes by then, and bad ones are in all of them: where
+    one process stops, all do. To be registered with the trainer that runs the step: a
+    DefaultTrainer's ``_trainer``. Losses are read where Detectron2 reads them too, after the
+    backward pass: no wait is added but, in several processes, that for one number of each.
 
     Args:
         model: the one trained; returns a dict of losses.
@@ -43,16 +47,21 @@ class LossWatch(HookBase):
         """Looks at the losses.
 
         Raises:
-            NonFiniteError: one is NaN or infinite; names it, the iteration and the batch's files.
+            NonFiniteError: one is NaN or infinite in some process; names it, the iteration and
+                the files of that process's batch, in every process.
         """
         if not self._losses:
             return
-        values = torch.stack([loss.float() for loss in self._losses.values()]).tolist()
-        losses = dict(zip(self._losses, values, strict=True))
+        each = torch.stack([loss.float() for loss in self._losses.values()])
+        losses = dict(zip(self._losses, each.tolist(), strict=True))
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            told = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            raise NonFiniteError(self._told(f"{' and '.join(bad)} not finite ({told})"))
+        if not _in_any_process(bool(bad), each.device):
+            return
+        values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        where = f" in process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+        told = self._told(f"{' and '.join(bad)} not finite{where} ({values})") if bad else ""
+        # Every process tells it: launchers end the others when the first of them ends.
+        raise NonFiniteError(next(filter(None, comm.all_gather(told))))
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -83,6 +92,15 @@ class LossWatch(HookBase):
     def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training and isinstance(output, dict):
             self._losses = {name: loss.detach() for name, loss in output.items()}
+
+
+def _in_any_process(bad: bool, device: torch.device) -> bool:
+    """Whether it is so in any; all processes must ask, with a device that they talk through."""
+    if comm.get_world_size() == 1:
+        return bad
+    flag = torch.tensor(float(bad), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 class SkippedSteps(HookBase):

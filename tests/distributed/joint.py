@@ -32,20 +32,18 @@ SIDE, IMAGES = 64, 4
 SUMS = 4096  # that are kept of a gradient
 MASK, FASTER = "mini/mask_rcnn_R_18_FPN.yaml", "mini/faster_rcnn_R_18_FPN.yaml"
 FEW = [MASK, "mini/table1_a_C4.yaml", "mini/table2_c_FPN.yaml", "mini/table5_R_50_shared.yaml"]
-# Every mini row of the paper. Those of Table 4 differ from others in depth alone.
-ROWS = [
-    name
-    for name in model_zoo.names()
-    if name.startswith("mini/") and "Base" not in name and "R_101" not in name
-]
+# Every mini row of the paper, those of ResNet-101 at the depth of the others.
+ROWS = [name for name in model_zoo.names() if name.startswith("mini/") and "Base" not in name]
 # Rows that are trained with frozen statistics as well, as the paper's are.
 FROZEN = [MASK, FASTER, "mini/table1_c_FPN.yaml", "mini/table2_a_C4.yaml", "mini/table2_c_FPN.yaml"]
 SMALL = [
     "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
     "MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "256",
-    "MODEL.FPN.CANONICAL_BOX_SIZE", "32", "SEED", "0", "DATALOADER.NUM_WORKERS", "0",
+    "MODEL.RESNETS.DEPTH", "18", "SEED", "0", "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
+# Anchors and canonical size of small images: 8 pixels are of P3, 32 of P5.
+SCALE, CELL_CENTRES = 16, ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5")
 
 
 def build(row: str, *opts: str) -> nn.Module:
