@@ -1,5 +1,6 @@
 """Files from elsewhere: none runs code, or leads out of its folder, because a tool was given it."""
 
+import argparse
 import io
 import json
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from fpn_plugin import UserError, unpickling
@@ -18,6 +20,7 @@ from fpn_plugin.engine import load_config
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.engine.lazy_training import load_lazy_config
 from fpn_plugin.engine.training import train_main
+from fpn_plugin.inputs import given_images
 from fpn_plugin.unpickling import load_arrays
 
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -322,3 +325,16 @@ def test_file_names_that_stay_in_the_folder_are_not_refused(own, name):
     content["images"][0]["file_name"] = name
     json_file.write_text(json.dumps(content))
     assert check_coco(str(json_file)) == ["cell"]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd"])
+def test_images_to_look_at_stay_in_the_folder_of_a_registered_dataset(own, name):
+    _, json_file, images = own
+    register_coco_instances("untrusted", {}, str(json_file), str(images))
+    args = argparse.Namespace(ground_truth="untrusted", input=None, max_images=None)
+    assert [image.path for image in given_images(args)] == [images / "a.png"]
+    content = json.loads(json_file.read_text())
+    content["images"][0]["file_name"] = name
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[0\] \(id 7\): file_name is .*leads out"):
+        given_images(args)
