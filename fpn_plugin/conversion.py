@@ -11,7 +11,6 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
+from fpn_plugin.engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 
@@ -358,10 +357,10 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
         UserError: a file cannot be read, or does not fit the config.
     """
     args = argument_parser().parse_args(argv)
-    state = _tensors(read_checkpoint(args.weights, trust_pickle=args.trust_pickle))
+    state = _tensors(args.weights, trust_pickle=args.trust_pickle)
     output = Path(args.output)
     if args.target:
-        into = _tensors(read_checkpoint(args.into)) if args.into else None
+        into = _tensors(args.into) if args.into else None
         write_checkpoint(to_library(state, args.target, into), output, bare=True)
         print(f"{output}: in the names of {args.target}")
         return
@@ -385,9 +384,9 @@ def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
     return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if on_level else "p6p7_c5"]
 
 
-def _tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    for part in ("model", "state_dict"):
-        if isinstance(checkpoint.get(part), dict):
-            checkpoint = checkpoint[part]
-            break
-    return {key: torch.as_tensor(value) for key, value in checkpoint.items()}
+def _tensors(path: str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
+    checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
+    try:
+        return weights_of(checkpoint, "model", "state_dict")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path!r} has no weights: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from fpn_plugin.data import check_datasets
+from fpn_plugin.data import Needs, check_datasets, check_records
 from fpn_plugin.errors import UserError
 
 __all__ = ["GivenImage", "add_input_arguments", "given_images"]
@@ -39,7 +39,8 @@ def given_images(args: argparse.Namespace) -> list[GivenImage]:
     """The images that the arguments of :func:`add_input_arguments` name.
 
     Raises:
-        UserError: a path or a dataset is not there, or a folder has no images.
+        UserError: a path or a dataset is not there, a folder has no images, or a dataset has
+            records that could not be evaluated.
     """
     return list(_images(args))[: args.max_images]
 
@@ -47,6 +48,8 @@ def given_images(args: argparse.Namespace) -> list[GivenImage]:
 def _images(args: argparse.Namespace) -> Iterator[GivenImage]:
     if args.ground_truth:
         check_datasets([args.ground_truth], "--ground-truth")
+        # It may have been registered without, and its JSON name files out of its folder.
+        check_records([args.ground_truth], Needs(training=False))
         for record in DatasetCatalog.get(args.ground_truth):
             yield GivenImage(Path(record["file_name"]), record.get("annotations", []))
         return

@@ -1,63 +1,244 @@
-"""Reading pickles of arrays without running what else may be in them."""
+"""Reading pickles of arrays without running what else may be in them.
+
+Nor is numpy itself handed to a pickle: what numpy's own ``__setstate__`` takes from one goes
+unchecked, pointers to Python objects among it.
+"""
 
 from __future__ import annotations
 
+import math
 import pickle
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import IO, Any
-from unittest import mock
 
-from detectron2.data import build
+import numpy as np
 
 from fpn_plugin.errors import UserError
 
-__all__ = ["load_arrays", "proposals_read_as_arrays"]
+__all__ = ["NO_PICKLE", "load_arrays"]
 
-# What the model zoo's pickles and proposal files are made of.
-_ARRAYS = {
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
-    ("__builtin__", "bytes"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-}
-
-
-# What unpickling something else ends in.
-_NO_PICKLE = (
+# What unpickling something else ends in, with pickle or with torch.
+NO_PICKLE = (
     pickle.UnpicklingError,
     AttributeError,
     EOFError,
     ImportError,
     IndexError,
     KeyError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
     TypeError,
     ValueError,
+    struct.error,
 )
+
+_NUMBERS_AND_TEXT = re.compile(r"b1|[iufc]\d{1,2}|[SU]\d{1,9}", re.ASCII)
+_OBJECTS = re.compile(r"O[48]?", re.ASCII)
+_ORDERS = ("<", ">", "=", "|")
+
+
+class _Dtype:
+    """What a pickle says of a dtype; of its state, the byte order is taken alone."""
+
+    def __init__(self, code: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        self.order = "="
+        named = isinstance(self.code, str)
+        self.of_objects = named and _OBJECTS.fullmatch(self.code) is not None
+        if not self.of_objects and not (named and _NUMBERS_AND_TEXT.fullmatch(self.code)):
+            raise ValueError(
+                f"it holds an array of dtype {str(self.code)[:20]!r}; numbers, text and lists are "
+                "read"
+            )
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        order = order.decode("latin1") if isinstance(order, bytes) else order
+        if order not in _ORDERS:
+            raise ValueError(f"{str(order)[:20]!r} is no byte order of a dtype")
+        self.order = order
+
+    def real(self) -> np.dtype:
+        """It as numpy's."""
+        if self.of_objects:
+            return np.dtype(object)
+        dtype = np.dtype(self.code).newbyteorder(self.order)
+        if not dtype.itemsize:
+            raise ValueError(f"dtype {self.code!r} has no size")
+        return dtype
+
+
+class _Array:
+    """What a pickle says of an array or a number."""
+
+    def __init__(self, make: Callable[[Callable[[Any], Any]], Any] | None = None) -> None:
+        self._make = make
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state if len(state) == 5 else (1, *state)
+        order = "F" if fortran else "C"
+        self._make = lambda plain: _array(content, dtype, shape, order, plain)
+
+    def real(self, plain: Callable[[Any], Any]) -> Any:
+        """It as numpy's; ``plain`` makes what it holds so."""
+        make, self._make = self._make, None  # with what it holds, which is copied
+        if make is None:
+            raise ValueError("it names an array without saying what is in it")
+        return make(plain)
+
+
+class _Standin:
+    """What a pickle gets for a name: may be called, and cannot be changed."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets the state of a function")
+
+
+def _array(
+    content: Any, dtype: Any, shape: Any, order: str, plain: Callable[[Any], Any]
+) -> np.ndarray:
+    """An array of a pickle's raw bytes or, where it is of objects, of a list of them."""
+    if not isinstance(dtype, _Dtype):
+        raise ValueError("it holds an array without a dtype")
+    if not isinstance(shape, tuple) or any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{str(shape)[:40]!r} is no shape of an array")
+    count = math.prod(shape)
+    if dtype.of_objects:
+        if type(content) is not list or len(content) != count:
+            raise ValueError("it holds an array of objects that is not given by a list of them")
+        flat = np.empty(count, object)
+        for index, value in enumerate(content):
+            flat[index] = plain(value)
+        return flat.reshape(shape, order=order)
+    content, real = _raw(content), dtype.real()
+    if len(content) != count * real.itemsize:
+        raise ValueError(
+            f"it holds an array of shape {str(shape)[:40]} and dtype {dtype.code} in "
+            f"{len(content)} bytes"
+        )
+    # In the machine's byte order: torch takes no other.
+    array = np.frombuffer(content, real).reshape(shape, order=order)
+    array = array.astype(real.newbyteorder("="), copy=True)
+    if real.kind == "U" and (array.reshape(-1).view(np.uint32) > sys.maxunicode).any():
+        raise ValueError("it holds an array of text that is no text")
+    return array
+
+
+def _raw(content: Any) -> bytes | bytearray:
+    """Bytes of an array; those of Python 2 have become text."""
+    if isinstance(content, str):
+        return content.encode("latin1")
+    if not isinstance(content, bytes | bytearray):
+        raise ValueError(f"it holds an array given by a {type(content).__name__}, not by bytes")
+    return content
+
+
+def _scalar(dtype: Any, content: Any = b"") -> _Array:
+    return _Array(lambda plain: _array(content, dtype, (1,), "C", plain)[0])
+
+
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None) -> _Array:
+    def make(plain: Callable[[Any], Any]) -> np.ndarray:
+        if not isinstance(dtype, _Dtype) or dtype.of_objects:
+            raise ValueError("it holds an array of objects that is not given by a list of them")
+        array = _array(content, dtype, shape, "F" if order == "F" else "C", plain)
+        # numpy 2.3 gives shape and order of axes of an array that is neither C's nor Fortran's.
+        return array if axis_order is None else array.transpose(axis_order)
+
+    return _Array(make)
+
+
+def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
+    """Bytes, which protocols before 3 have as text; no other codec is run."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"it holds text in encoding {str(encoding)[:20]!r}; expected latin1")
+    return text.encode("latin1")
+
+
+_STANDINS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "dtype"): _Standin(lambda code, align=False, copy=True: _Dtype(code)),
+    ("numpy", "ndarray"): _Standin(lambda *_: _Array()),  # numpy names it and does not call it
+    ("_codecs", "encode"): _Standin(_encoded),
+    ("__builtin__", "bytes"): _Standin(lambda: b""),
+    **{
+        (f"numpy.{core}.{module}", name): _Standin(call)
+        for core in ("core", "_core")  # before numpy 2, and since
+        for module, name, call in (
+            ("multiarray", "_reconstruct", lambda kind, shape, code: _Array()),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _frombuffer),
+        )
+    },
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles arrays, numbers, text and what holds them; refuses everything that could run."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ARRAYS:
-            return super().find_class(module, name)
+        if (module, name) in _STANDINS:
+            return _STANDINS[module, name]
         raise UserError(
             f"it is a pickle that would call {module}.{name}; only arrays are read from pickles, "
             "because loading anything else runs code"
         )
 
 
+class _Real:
+    """Makes numpy's arrays of what stands for them, at any depth; what was shared stays so."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, Any] = {}
+        self._within: set[int] = set()
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, list | tuple | dict | set | frozenset | _Array | _Dtype):
+            if isinstance(value, _Standin):
+                raise ValueError("it holds a function")
+            return value
+        key = id(value)
+        if key in self._done:
+            return self._done[key]
+        if key in self._within:
+            raise ValueError("it holds an array or a tuple that is within itself")
+        self._within.add(key)
+        self._done[key] = made = self._made(value)
+        self._within.discard(key)
+        return made
+
+    def _made(self, value: Any) -> Any:
+        if isinstance(value, _Array):
+            return value.real(self)
+        if isinstance(value, _Dtype):
+            return value.real()
+        if isinstance(value, list):
+            made: Any = self._done.setdefault(id(value), [])  # it may hold itself
+            made.extend(map(self, value))
+        elif isinstance(value, dict):
+            made = self._done.setdefault(id(value), type(value)())
+            # Not value.items: a pickle can set attributes of an OrderedDict.
+            made.update((self(key), self(held)) for key, held in dict.items(value))
+        else:
+            made = type(value)(map(self, value))
+        return made
+
+
 def load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
-    """What a pickle of arrays, numbers and text holds.
+    """What a pickle of arrays, numbers and text holds; arrays are in the machine's byte order.
 
     Args:
         file: opened for reading bytes.
@@ -65,29 +246,12 @@ def load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
 
     Raises:
         UserError: it names anything else, which is not called.
+        pickle.UnpicklingError: it is no pickle, or its arrays are not what they say.
     """
-    return _ArraysOnly(file, encoding=encoding).load()
-
-
-@contextmanager
-def proposals_read_as_arrays() -> Iterator[None]:
-    """Within it, Detectron2 reads proposal files, which are pickles, by :func:`load_arrays`.
-
-    Raises:
-        UserError: one holds more than arrays, or is no pickle.
-    """
-
-    def load(file: IO[bytes], encoding: str = "latin1") -> Any:
-        name = getattr(file, "name", "of proposals")
-        try:
-            return load_arrays(file, encoding)
-        except UserError as error:
-            raise UserError(
-                f"{name!r} is not loaded: {error}; tools/dump_proposals.py makes such files"
-            ) from error
-        except _NO_PICKLE as error:
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name!r} is no file of proposals: {told}") from error
-
-    with mock.patch.object(build, "pickle", types.SimpleNamespace(load=load)):
-        yield
+    try:
+        return _Real()(_ArraysOnly(file, encoding=encoding).load())
+    except UserError:
+        raise
+    except NO_PICKLE as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise pickle.UnpicklingError(told) from error

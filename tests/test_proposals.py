@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build
 from detectron2.data.build import get_detection_dataset_dicts
 from PIL import Image
 
@@ -15,6 +15,7 @@ from fpn_plugin import UserError, proposals
 from fpn_plugin.data import read_image_or_say
 from fpn_plugin.engine import FPNTrainer, load_config
 from fpn_plugin.engine.training import train_main
+from fpn_plugin.proposal_files import proposals_read_as_arrays
 from fpn_plugin.proposals import dump_main
 
 TINY = [
@@ -166,4 +167,86 @@ def test_a_missing_proposal_file_names_the_command_that_makes_it(own, tmp_path, 
             ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
              "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
              "DATASETS.PROPOSAL_FILES_TRAIN", files, "OUTPUT_DIR", str(tmp_path)]
+        )  # fmt: skip
+
+
+def of_image(boxes, logits) -> dict[str, object]:
+    """A file's content, in which image 11's proposals are these."""
+    good = np.array([[1, 2, 9, 8]], np.float32), np.zeros(1, np.float32)
+    return {
+        "ids": [10, 11],
+        "boxes": [good[0], boxes],
+        "objectness_logits": [good[1], logits],
+        "bbox_mode": 0,
+    }
+
+
+BOX, LOGIT = np.array([[3, 4, 9, 8]], np.float32), np.full(1, 0.5, np.float32)
+GOOD = of_image(BOX, LOGIT)
+WRONG_PROPOSALS = {
+    "number": (3, "it holds a int, expected a dict"),
+    "list": ([1], "it holds a list, expected a dict"),
+    "empty": ({}, "it has no list 'ids'"),
+    "boxes_none": ({**GOOD, "boxes": None}, "it has no list 'boxes'"),
+    "boxes_fewer": ({**GOOD, "boxes": [BOX]}, "it has 2 ids, 1 boxes, 2 objectness_logits"),
+    "mode": ({**GOOD, "bbox_mode": 99}, "bbox_mode is '99'"),
+    "id_of_what": ({**GOOD, "ids": [10, None]}, "an image id that is a NoneType"),
+    "id_twice": ({**GOOD, "ids": [10, "10"]}, "image '10' is in it twice"),
+    "boxes_narrow": (of_image(BOX[:, :3], LOGIT), r"image '11' has boxes of shape \(1, 3\)"),
+    "boxes_flat": (of_image(BOX[0], LOGIT), r"image '11' has boxes of shape \(4,\)"),
+    "boxes_nan": (of_image(BOX * np.nan, LOGIT), "image '11' has boxes that are not finite"),
+    "boxes_large": (of_image(BOX.astype("f8") * 1e200, LOGIT), "'11' has boxes that are not fin"),
+    "boxes_text": (of_image(BOX.astype("U"), LOGIT), "image '11' has boxes of dtype <U"),
+    "boxes_list": (of_image(BOX.tolist(), LOGIT), "image '11' has boxes in a list, expected an"),
+    "logits_list": (of_image(BOX, [0.5]), "image '11' has logits in a list, expected an array"),
+    "logits_more": (of_image(BOX, np.zeros(5)), r"logits of shape \(5,\) for 1 boxes"),
+    "logits_nan": (of_image(BOX, LOGIT * np.nan), "image '11' has logits that are not finite"),
+    "logits_objects": (of_image(BOX, np.array([None])), "image '11' has logits of dtype object"),
+}  # fmt: skip
+
+
+def read_by_detectron2(content: object, path: Path) -> list[dict[str, object]]:
+    path.write_bytes(pickle.dumps(content))
+    records = [{"image_id": 10}, {"image_id": 11}]
+    with proposals_read_as_arrays():
+        return build.load_proposals_into_dataset(records, str(path))
+
+
+@pytest.mark.parametrize(("content", "told"), WRONG_PROPOSALS.values(), ids=WRONG_PROPOSALS)
+def test_files_that_are_no_proposals_are_refused_by_image(tmp_path, content, told):
+    with pytest.raises(UserError, match=rf"p.pkl' is no file of proposals: .*{told}") as raised:
+        read_by_detectron2(content, tmp_path / "p.pkl")
+    assert "tools/dump_proposals.py makes such files" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_another_datasets_proposals_names_the_image_it_lacks(tmp_path):
+    with pytest.raises(UserError, match=r"p.pkl' has no proposals of image '11'.*dump_proposals"):
+        read_by_detectron2({**GOOD, "ids": [10, 12]}, tmp_path / "p.pkl")
+
+
+def test_proposals_in_detectron_1s_names_and_in_arrays_are_read(tmp_path):
+    content = {
+        "indexes": np.array([10, 11]),
+        "boxes": np.stack([BOX * 2, BOX]),
+        "scores": np.array([LOGIT, np.zeros(1)], np.float64),
+    }
+    _, read = read_by_detectron2(content, tmp_path / "p.pkl")
+    np.testing.assert_array_equal(read["proposal_boxes"], BOX)
+    assert read["proposal_objectness_logits"].tolist() == [0]
+    _, read = read_by_detectron2(of_image(np.zeros((0, 4)), np.zeros(0)), tmp_path / "p.pkl")
+    assert read["proposal_boxes"].shape == (0, 4)
+
+
+def test_wrong_proposals_of_the_test_set_are_refused_before_training(own, tmp_path):
+    paths = []
+    for name, content in (("train", GOOD), ("test", of_image(BOX * np.nan, LOGIT))):
+        paths.append(tmp_path / f"{name}.pkl")
+        paths[-1].write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"test.pkl' is no file of proposals: image '11'"):
+        train_main(
+            ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
+             "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
+             "DATASETS.PROPOSAL_FILES_TRAIN", f"('{paths[0]}',)",
+             "DATASETS.PROPOSAL_FILES_TEST", f"('{paths[1]}',)", "OUTPUT_DIR", str(tmp_path)]
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Files from elsewhere: none runs code, or leads out of its folder, because a tool was given it."""
 
+import argparse
 import io
 import json
 import pickle
@@ -10,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from fpn_plugin import UserError
+from fpn_plugin import UserError, unpickling
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.engine.lazy_training import load_lazy_config
 from fpn_plugin.engine.training import train_main
+from fpn_plugin.inputs import given_images
 from fpn_plugin.unpickling import load_arrays
 
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -67,6 +70,129 @@ def test_a_pickle_may_name_nothing_but_arrays(name):
     text = f"c{module}\n{function}\n(Vtrue\ntR.".encode()
     with pytest.raises(UserError, match=f"would call {name}; only arrays"):
         load_arrays(io.BytesIO(text))
+
+
+class Reduced:
+    """Pickled as a call of something and the state that it is given then."""
+
+    def __init__(self, *reduced) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+RECONSTRUCT = np.zeros(1).__reduce__()[0]
+DTYPE_STATE = np.dtype("f8").__reduce__()[2]
+
+
+def array_pickle(dtype, content, shape=(4,), protocol=2) -> bytes:
+    state = (1, shape, dtype, False, content)
+    array = Reduced(RECONSTRUCT, (np.ndarray, (0,), b"b"), state)
+    return pickle.dumps({"a": array}, protocol)
+
+
+def dtype(code: str, *state) -> Reduced:
+    return Reduced(np.dtype, (code, False, True), state or DTYPE_STATE)
+
+
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+@pytest.mark.parametrize("version", [(3, "|"), (4, "|")])
+def test_bytes_are_not_taken_for_pointers_to_objects(version, protocol):
+    # Its flags, which are the last number, say that it holds no objects.
+    state = (*version, None, None, None, -1, -1, 0, *([None] if version[0] == 4 else []))
+    told = "array of objects that is not given by a list"
+    for code in ("O8", "O"):
+        content = array_pickle(dtype(code, *state), b"A" * 32, protocol=protocol)
+        with pytest.raises(pickle.UnpicklingError, match=told):
+            load_arrays(io.BytesIO(content))
+
+
+F4 = dtype("f4")
+HOSTILE_ARRAYS = {
+    "fewer bytes than the shape says": array_pickle(F4, b"A" * 12),
+    "more bytes": array_pickle(F4, b"A" * 20),
+    "a shape for all of memory": array_pickle(F4, b"A" * 16, (10**6, 10**6)),
+    "negative sides": array_pickle(F4, b"A" * 16, (-2, -2)),
+    "sides that are no numbers": array_pickle(F4, b"A" * 16, ("4",)),
+    "a list for numbers": array_pickle(F4, [1.0] * 4),
+    "objects, too few": array_pickle(dtype("O8"), [1]),
+    "objects that are text": array_pickle(dtype("O8"), "text"),
+    "fields": array_pickle(dtype("V8"), b"A" * 32),
+    "times": array_pickle(dtype("M8[s]"), b"A" * 32),
+    "text of no size": array_pickle(dtype("S0"), b"", (10**12,)),
+    "text that is no text": array_pickle(dtype("U1"), b"\xff" * 16),
+    "a byte order that is none": array_pickle(dtype("f4", 3, "x"), b"A" * 16),
+    "no state": pickle.dumps([Reduced(RECONSTRUCT, (np.ndarray, (9,), b"b"))]),
+    "an array that is called for": pickle.dumps([Reduced(np.ndarray, (10**6, 10**6))]),
+    "within itself": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+    b"U\x01b\x87Rq\x01(K\x01K\x01\x85cnumpy\ndtype\nU\x02O8\x85R\x89]h\x01atb.",
+    "a codec": b"c_codecs\nencode\n(Vabc\nVrot13\ntR.",
+    "a function": b"c_codecs\nencode\n.",
+    "a function that is changed": b"c_codecs\nencode\n}X\x05\x00\x00\x00_callNsb.",
+    "a class that is changed": b"ccollections\nOrderedDict\nN}X\x05\x00\x00\x00itemsNs\x86b.",
+    "bytes for all of memory": b"\x80\x04\x8e" + (2**60 - 1).to_bytes(8, "little") + b".",
+    "lists in lists": b"]" * 100_000 + b"a" * 99_999 + b".",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_ARRAYS.values(), ids=HOSTILE_ARRAYS)
+def test_arrays_that_are_not_what_they_say_are_refused(content):
+    with pytest.raises(pickle.UnpicklingError) as raised:
+        load_arrays(io.BytesIO(content))
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_of_numpy_is_handed_to_a_pickle():
+    assert all(
+        type(given).__module__ == "fpn_plugin.unpickling"
+        for (module, _), given in unpickling._STANDINS.items()
+        if module != "collections"
+    )
+
+
+def test_pickles_of_python_2_are_read():
+    values = np.array([[1.5, -2.0], [3.0, 1e-3]], "<f4")
+    content = (
+        b"\x80\x02}U\x09conv1_w_0cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02"
+        b"K\x00\x85U\x01bq\x03\x87R(K\x01K\x02K\x02\x86cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U"
+        b"\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x10" + values.tobytes() + b"tbs."
+    )
+    assert pickle.loads(content, encoding="latin1").keys() == {"conv1_w_0"}  # as it ought to be
+    read = load_arrays(io.BytesIO(content))
+    np.testing.assert_array_equal(read["conv1_w_0"], values)
+    assert read["conv1_w_0"].dtype == np.float32
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_either_numpy_and_of_objects_are_read(protocol):
+    given = {
+        "swapped": np.arange(3, dtype=">f4"),
+        "text": np.array(["a", "bcd"]),
+        "empty": np.zeros((0, 4), np.float32),
+        "single": np.array(2.5),
+        "view": np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
+    }
+    objects = np.array([np.zeros((2, 4)), [1, "b"], None], dtype=object)
+    shared = np.arange(2)
+    content = pickle.dumps({**given, "objects": objects, "two": [shared, shared]}, protocol)
+    numpy_2, numpy_1 = b"numpy._core.", b"numpy.core."
+    if protocol < 4:  # names have their length beside them since
+        versions = [
+            content.replace(numpy_2, numpy_1),
+            content.replace(numpy_2, numpy_1).replace(numpy_1, numpy_2),
+        ]
+    else:
+        versions = [content]
+    for version in versions:
+        read = load_arrays(io.BytesIO(version))
+        for key, value in given.items():
+            np.testing.assert_array_equal(read[key], value)
+            assert read[key].dtype == value.dtype.newbyteorder("=")
+        assert read["objects"].dtype == object
+        np.testing.assert_array_equal(read["objects"][0], np.zeros((2, 4)))
+        assert read["objects"][1:].tolist() == [[1, "b"], None]
+        assert read["two"][0] is read["two"][1]
 
 
 def test_object_arrays_hide_nothing(ran):
@@ -199,3 +325,16 @@ def test_file_names_that_stay_in_the_folder_are_not_refused(own, name):
     content["images"][0]["file_name"] = name
     json_file.write_text(json.dumps(content))
     assert check_coco(str(json_file)) == ["cell"]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd"])
+def test_images_to_look_at_stay_in_the_folder_of_a_registered_dataset(own, name):
+    _, json_file, images = own
+    register_coco_instances("untrusted", {}, str(json_file), str(images))
+    args = argparse.Namespace(ground_truth="untrusted", input=None, max_images=None)
+    assert [image.path for image in given_images(args)] == [images / "a.png"]
+    content = json.loads(json_file.read_text())
+    content["images"][0]["file_name"] = name
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[0\] \(id 7\): file_name is .*leads out"):
+        given_images(args)

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.proposal_files import read_proposals
 
 from .checking import check_coco
 from .mini import MINI_NAMES
@@ -171,13 +172,15 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:
     """Refuses training on proposals without a file of them for each dataset.
 
+    Files that are here are read, as those of DATASETS.TEST are needed only once training is over.
+
     Args:
         names: of the datasets.
         files: of their proposals.
         key: the config key that names the files, for the message.
 
     Raises:
-        UserError: says which is not there, and what makes it.
+        UserError: says which is not there or is no file of proposals, and what makes it.
     """
     if len(files) != len(names):
         raise UserError(
@@ -192,3 +195,6 @@ def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -
                 f"--output {Path(file).parent} MODEL.WEIGHTS RPN_RUN/model_final.pth  ; "
                 "tools/reproduce.py does it by itself"
             )
+        if "://" not in file:
+            with open(file, "rb") as opened:
+                read_proposals(opened)

@@ -7,22 +7,24 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import types
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
+import numpy as np
 import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError
-from fpn_plugin.unpickling import load_arrays
+from fpn_plugin.unpickling import NO_PICKLE, load_arrays
 
 from .atomic import AtomicWrites, explained_full_disk
 
-__all__ = ["FittingCheckpointer", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FittingCheckpointer", "read_checkpoint", "weights_of", "write_checkpoint"]
 
 # Where in a model a tensor lies, and the keys that decide whether it is there and its shape.
 _MENDED_BY = {
@@ -36,18 +38,11 @@ _MENDED_BY = {
     "keypoint_head": "MODEL.KEYPOINT_ON, MODEL.ROI_KEYPOINT_HEAD",
 }
 
-# What unpickling something else, or looking for weights in it, ends in.
-_NO_CHECKPOINT = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+# What reading something else, or looking for weights in it, ends in.
+_NO_CHECKPOINT = (*NO_PICKLE, AssertionError, RuntimeError)
 
+_OF_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # an archive; before torch 1.6, pickles
+_HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 _TRUSTED = (
     "Where its author is trusted: load it once with torch.load(..., weights_only=False) or pickle, "
@@ -59,9 +54,11 @@ class _WeightsOnly:
     """torch.load as every version of torch should have it by default."""
 
     @staticmethod
-    def load(file: str | IO[bytes]) -> dict[str, Any]:
+    def load(file: str | IO[bytes]) -> dict[Any, Any]:
+        path = file if isinstance(file, str) else file.name
+        _check_kind(path, _OF_TORCH_SAVE)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return _a_dict(torch.load(file, map_location="cpu", weights_only=True))
         except pickle.UnpicklingError as error:
             if "Weights only load failed" not in str(error):
                 raise
@@ -70,6 +67,100 @@ class _WeightsOnly:
                 f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
                 "would run code that is in it"
             ) from error
+
+
+class _ArraysOnly:
+    """pickle.load of what holds arrays alone."""
+
+    @staticmethod
+    def load(file: IO[bytes], encoding: str = "latin1") -> dict[Any, Any]:
+        return _a_dict(load_arrays(file, encoding))
+
+
+def _a_dict(content: Any) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a value of type {_type(content)}, expected a dict of tensors")
+    return content
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__
+
+
+def _check_kind(path: str, begins: tuple[bytes, ...] = (b"",)) -> None:
+    """Refuses what is no file of weights at all, and archives of which torch before 2.6 runs code
+    in spite of ``weights_only`` (CVE-2025-32434).
+
+    Args:
+        path: of a file.
+        begins: how files of its kind may begin.
+
+    Raises:
+        ValueError: says what it is.
+        UserError: it may hold code.
+    """
+    with open(path, "rb") as file:
+        head = file.read(512)
+        file.seek(0)
+        if not head:
+            raise ValueError("it is empty")
+        if head.startswith(b"version https://git-lfs"):
+            raise ValueError(
+                "it is a pointer of git-lfs, which stands for the weights: get them by git lfs pull"
+            )
+        if head.lstrip().lower().startswith(_HTML):
+            raise ValueError(
+                "it is an HTML page, as a server gives that asks for a log-in or has an error: "
+                "download the weights again"
+            )
+        if begins == _OF_TORCH_SAVE and _is_tar(file):
+            raise UserError("it is a tar file, as torch before 0.1.10 wrote; these may run code")
+    if not head.startswith(begins):
+        raise ValueError(f"it begins with {head[:20]!r}, as no file of its kind does")
+    if begins == _OF_TORCH_SAVE and head.startswith(_OF_TORCH_SAVE[0]):
+        # By torch's own reader, as another might see another content.
+        members = torch._C.PyTorchFileReader(path).get_all_records()
+        if any(member.rpartition("/")[2] == "constants.pkl" for member in members):
+            raise UserError(
+                "it is a TorchScript archive, a program with its weights (it has constants.pkl)"
+            )
+
+
+def _is_tar(file: IO[bytes]) -> bool:
+    try:
+        with tarfile.open(fileobj=file, mode="r:"):  # as torch.load does
+            return True
+    except tarfile.TarError:
+        return False
+
+
+def weights_of(checkpoint: Any, *parts: str) -> dict[str, Tensor]:
+    """The tensors that a checkpoint has by name.
+
+    Args:
+        checkpoint: what a file of weights holds.
+        parts: names that the weights may have in it; it is the weights where it has none of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    part = next((part for part in parts if isinstance(checkpoint, dict) and part in checkpoint), "")
+    weights = checkpoint[part] if part else checkpoint
+    where = f"its {part!r}" if part else "it"
+    if not isinstance(weights, dict):
+        told = f"{where} holds a value of type {_type(weights)}"
+        raise ValueError(f"{told}, expected a dict of tensors")
+    if not weights:
+        raise ValueError(f"{where} holds no tensors")
+    for key, value in weights.items():
+        named = f"{where} has {str(key)[:60]!r}"
+        if not isinstance(key, str):
+            raise ValueError(f"{named} of type {_type(key)} for the name of a tensor")
+        if not isinstance(value, Tensor | np.ndarray):
+            raise ValueError(f"{named} of type {_type(value)}, expected a tensor")
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+            raise ValueError(f"{named} of dtype {value.dtype}, expected numbers")
+    return {key: torch.as_tensor(value) for key, value in weights.items()}
 
 
 def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
@@ -82,25 +173,29 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str
             for a file whose author is trusted.
 
     Raises:
-        UserError: it cannot be read, or would run code.
+        UserError: it cannot be read, would run code, or holds something else.
     """
     path = str(path)
     try:
+        _check_kind(path)
         if path.endswith(".safetensors"):
             return {"model": safetensors.torch.load_file(path)}
         if path.endswith(".pkl"):
             with open(path, "rb") as file:
-                return load_arrays(file)
+                return _ArraysOnly.load(file)
         if trust_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False)
+            return _a_dict(torch.load(path, map_location="cpu", weights_only=False))
         return _WeightsOnly.load(path)
     except UserError as error:
         raise UserError(f"{path!r} is not loaded: {error}. {_TRUSTED}") from error
     except OSError as error:
         raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
     except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path!r} is not a checkpoint: {first_line}") from error
+        raise UserError(f"{path!r} is not a checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool = False) -> None:
@@ -182,8 +277,15 @@ class FittingCheckpointer(DetectionCheckpointer):
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
-        last = self.get_checkpoint_file()
         try:
+            last = self.get_checkpoint_file()
+        except UnicodeDecodeError as error:
+            told = os.path.join(self.save_dir, "last_checkpoint")
+            raise UserError(f"cannot resume: {told!r} is no text: {error}") from error
+        try:
+            # As it is written: the name of a file beside it.
+            if Path(last).parent != Path(self.save_dir):
+                raise UserError(f"{last!r} leads out of the folder")
             return super().resume_or_load(path, resume=resume)
         except UserError as error:
             others = sorted(set(self.get_all_checkpoint_files()) - {last})
@@ -193,7 +295,7 @@ class FittingCheckpointer(DetectionCheckpointer):
                 f"the checkpoint to go on from; others there: {named}"
             ) from error
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
         """Loads a checkpoint; see :meth:`DetectionCheckpointer.load`.
 
         Raises:
@@ -211,7 +313,7 @@ class FittingCheckpointer(DetectionCheckpointer):
                 "the last ones in OUTPUT_DIR)"
             )
         try:
-            return super().load(path, *args, **kwargs)
+            loaded = super().load(path, checkpointables=[])
         except OSError as error:
             remedy = (
                 '; a file that you have, or MODEL.WEIGHTS "" for training from scratch, needs no '
@@ -220,30 +322,56 @@ class FittingCheckpointer(DetectionCheckpointer):
                 else ""
             )
             raise UserError(f"cannot read weights {path!r}: {error}{remedy}") from error
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in loaded:
+                self._load_part(key, loaded.pop(key))
+        return loaded
+
+    def _load_part(self, key: str, state: Any) -> None:
+        """Loads what a checkpoint has beside the weights: of the optimizer, of the trainer."""
+        try:
+            iteration = _a_dict(state).get("iteration", 0)
+            if type(iteration) is not int:
+                raise ValueError(f"its 'iteration' is {str(iteration)[:20]!r}, expected a number")
+            self.checkpointables[key].load_state_dict(state)
+        except UserError:
+            raise
+        except _NO_CHECKPOINT as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"{key!r} of {self._path!r} cannot be gone on from ({told}): is it of another "
+                "config, or of another program?"
+            ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         # Detectron2 sorts out whose layout a pickle has; it is given one that runs nothing.
-        harmless = types.SimpleNamespace(load=load_arrays)
+        in_safetensors = filename.endswith(".safetensors")
+        loaded = read_checkpoint(filename) if in_safetensors else {}
         try:
-            if filename.endswith(".safetensors"):
-                return read_checkpoint(filename)
             with (
-                mock.patch.object(detection_checkpoint, "pickle", harmless),
+                mock.patch.object(detection_checkpoint, "pickle", _ArraysOnly),
                 mock.patch.object(detection_checkpoint, "torch", _WeightsOnly),
             ):
-                return super()._load_file(filename)
+                if not in_safetensors:
+                    _check_kind(filename)
+                    loaded = super()._load_file(filename)
+            loaded["model"] = weights_of(loaded["model"])
+            return loaded
         except UserError as error:
             raise UserError(f"{self._path!r} is not loaded: {error}. {_TRUSTED}") from error
         except _NO_CHECKPOINT as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self._path!r} is not a checkpoint: {first_line}") from error
+            raise UserError(f"{self._path!r} is not a checkpoint: {_first_line(error)}") from error
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return _WeightsOnly.load(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = set(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
+        try:
+            incompatible = super()._load_model(checkpoint)
+        except _NO_CHECKPOINT as error:  # matching names, or a tensor without values
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self._path!r} does not fit this model: {told}") from error
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
         # BN counts its batches in a tensor that is never missing.

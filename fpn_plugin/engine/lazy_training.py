@@ -35,7 +35,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
-from fpn_plugin.unpickling import proposals_read_as_arrays
+from fpn_plugin.proposal_files import proposals_read_as_arrays
 
 from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer

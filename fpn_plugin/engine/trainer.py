@@ -37,7 +37,7 @@ from torch import nn
 from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
-from fpn_plugin.unpickling import proposals_read_as_arrays
+from fpn_plugin.proposal_files import proposals_read_as_arrays
 from fpn_plugin.visualization import plot_losses
 
 from .atomic import explained_full_disk, written_whole

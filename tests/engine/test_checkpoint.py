@@ -1,9 +1,12 @@
 """Weights that fit are loaded; weights that do not are named with the key that mends it."""
 
 import pickle
+import tarfile
+import zipfile
 from pathlib import Path
 
 import detectron2
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.conversion import convert_main
 from fpn_plugin.engine import FittingCheckpointer
 from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
 
@@ -205,3 +209,132 @@ def test_checkpoints_pass_between_stock_models_and_their_twins(tmp_path, name, l
     DetectionCheckpointer(theirs).load(str(tmp_path / "plugin.pth"))
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[key]), key
+
+
+def read_linear(path: Path) -> None:
+    FittingCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
+
+
+NO_WEIGHTS = {
+    "list.pth": ([1, 2], "holds a value of type list, expected a dict"),
+    "tensor.pth": (torch.zeros(3), "holds a value of type Tensor, expected a dict"),
+    "none.pth": (None, "holds a value of type NoneType"),
+    "number.pth": (3, "holds a value of type int"),
+    "empty.pth": ({}, "holds no tensors"),
+    "model_none.pth": ({"model": None}, "holds a value of type NoneType"),
+    "model_empty.pth": ({"model": {}}, "holds no tensors"),
+    "int_keys.pth": ({"model": {1: torch.zeros(2)}}, "has '1' of type int for the name"),
+    "int_values.pth": ({"model": {"a": 3}}, "has 'a' of type int, expected a tensor"),
+    "list.pkl": ([1, 2], "holds a value of type list"),
+    "number.pkl": (3, "holds a value of type int"),
+    "empty.pkl": ({}, "holds no tensors"),
+    "text.pkl": ({"a": np.array(["text"])}, "has 'a' of dtype <U4, expected numbers"),
+    "objects.pkl": ({"a": np.array([None])}, "has 'a' of dtype object, expected numbers"),
+}  # fmt: skip
+
+
+def convert(path: Path) -> None:
+    convert_main(
+        ["--to", "torchvision", "--weights", str(path), "--output", str(path.parent / "o.pth")]
+    )
+
+
+@pytest.mark.parametrize("read", [read_linear, convert])
+@pytest.mark.parametrize(("name", "case"), NO_WEIGHTS.items(), ids=NO_WEIGHTS)
+def test_files_that_hold_no_weights_say_what_they_hold(tmp_path, name, case, read):
+    path = tmp_path / name
+    content, told = case
+    if name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=rf"{name}' (is not a checkpoint|has no weights): .*{told}"):
+        read(path)
+    assert not (tmp_path / "o.pth").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("read", [read_linear, read_checkpoint])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"", "it is empty"),
+    ],
+)
+def test_what_came_instead_of_a_file_is_told(tmp_path, suffix, read, content, told):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"weights{suffix}' is not a checkpoint: .*{told}"
+    ) as raised:
+        read(path)
+    assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [read_linear, read_checkpoint])
+def test_text_is_not_taken_for_weights_that_run_code(tmp_path, read):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"weights.pth' is not a checkpoint: it begins with b'abc'"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_linear, read_checkpoint])
+@pytest.mark.parametrize("kind", ["tar", "TorchScript"])
+def test_archives_that_older_torch_runs_are_not_given_to_it(tmp_path, monkeypatch, kind, read):
+    path = tmp_path / "weights.pth"
+    if kind == "tar":
+        (tmp_path / "pickle").write_bytes(b"")
+        with tarfile.open(path, "w") as archive:
+            archive.add(tmp_path / "pickle", "pickle")
+    else:
+        torch.save({"weight": torch.zeros(1)}, path)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("weights/constants.pkl", b"")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was given to torch"))
+    with pytest.raises(UserError, match=rf"weights.pth' is not loaded: it is a {kind}.*trusted"):
+        read(path)
+
+
+def resumable(folder: Path) -> tuple[FittingCheckpointer, torch.optim.Optimizer]:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    return FittingCheckpointer(model, str(folder), optimizer=optimizer), optimizer
+
+
+def test_what_is_beside_the_weights_is_loaded_to_resume_and_else_given_back(tmp_path):
+    checkpointer, optimizer = resumable(tmp_path)
+    optimizer.param_groups[0]["lr"] = 0.125
+    checkpointer.save("model_1", iteration=7)
+    again, loaded = resumable(tmp_path)
+    assert again.resume_or_load("", resume=True)["iteration"] == 7
+    assert loaded.param_groups[0]["lr"] == 0.125
+    again, loaded = resumable(tmp_path)
+    rest = again.resume_or_load(str(tmp_path / "model_1.pth"), resume=False)
+    assert loaded.param_groups[0]["lr"] == 0.5 and rest["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [3, None, {}, {"state": {}, "param_groups": []}, {"param_groups": 1, "state": 2},
+     {"iteration": "a"}],
+)  # fmt: skip
+def test_a_part_that_cannot_be_gone_on_from_is_named(tmp_path, state):
+    checkpointer, _ = resumable(tmp_path)
+    torch.save(
+        {"model": checkpointer.model.state_dict(), "optimizer": state}, tmp_path / "model_1.pth"
+    )
+    (tmp_path / "last_checkpoint").write_text("model_1.pth")
+    told = r"cannot resume: 'optimizer' of '.*model_1.pth' cannot be gone on from .*config.*others"
+    with pytest.raises(UserError, match=told) as raised:
+        checkpointer.resume_or_load("", resume=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "../run/model_1.pth", ""])
+def test_the_last_checkpoint_is_a_file_of_its_folder(tmp_path, name):
+    (tmp_path / "last_checkpoint").write_text(name)
+    with pytest.raises(UserError, match=r"cannot resume: .* leads out .*last_checkpoint names"):
+        resumable(tmp_path)[0].resume_or_load("", resume=True)
