@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
+from fvcore.common import checkpoint as fvcore_checkpoint
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError
@@ -53,8 +54,10 @@ _TRUSTED = (
 class _WeightsOnly:
     """torch.load as every version of torch should have it by default."""
 
+    device = torch.device
+
     @staticmethod
-    def load(file: str | IO[bytes]) -> dict[Any, Any]:
+    def load(file: str | IO[bytes], map_location: Any = None) -> dict[Any, Any]:
         path = file if isinstance(file, str) else file.name
         _check_kind(path, _OF_TORCH_SAVE)
         try:
@@ -351,6 +354,8 @@ class FittingCheckpointer(DetectionCheckpointer):
             with (
                 mock.patch.object(detection_checkpoint, "pickle", _ArraysOnly),
                 mock.patch.object(detection_checkpoint, "torch", _WeightsOnly),
+                # Detectron2 0.6 has no _torch_load and leaves reading to fvcore.
+                mock.patch.object(fvcore_checkpoint, "torch", _WeightsOnly),
             ):
                 if not in_safetensors:
                     _check_kind(filename)

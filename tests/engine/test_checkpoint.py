@@ -1,5 +1,6 @@
 """Weights that fit are loaded; weights that do not are named with the key that mends it."""
 
+import functools
 import pickle
 import tarfile
 import zipfile
@@ -146,6 +147,23 @@ def test_code_in_a_weights_file_is_not_run(tmp_path, suffix, read):
     assert not ran.exists()
     pickle.loads(pickle.dumps(Malicious(str(ran))))
     assert ran.read_text() == "ran"  # it would have
+
+
+def test_code_is_not_run_where_detectron2_and_torch_are_older(tmp_path, saved, monkeypatch):
+    # Detectron2 0.6 has no _torch_load, and torch before 2.6 unpickles unless told otherwise.
+    monkeypatch.delattr(FittingCheckpointer, "_torch_load")
+    monkeypatch.setattr(torch, "load", functools.partial(older_load, torch.load))
+    ran = tmp_path / "ran"
+    torch.save({"model": {"a": torch.zeros(1)}, "more": Malicious(str(ran))}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="would run code"):
+        load(str(tmp_path / "w.pth"))
+    assert not ran.exists()
+    loaded = load(saved[0], complete=True).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved[1].items())
+
+
+def older_load(stock, *args, **kwargs):
+    return stock(*args, **{"weights_only": False, **kwargs})
 
 
 def test_safetensors_load(saved, tmp_path):
