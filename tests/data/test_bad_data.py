@@ -474,7 +474,6 @@ def test_headers_alone_tell_sizes_but_not_that_a_file_is_cut_off(whole, capsys):
         (["{json}", "nowhere"], "no folder 'nowhere'"),
         (["nowhere.json", "{images}"], "cannot read nowhere.json"),
         (["mini_trian"], "did you mean mini_train"),
-        (["{json}", "{images}", "--threads", "0"], "--threads"),
     ],
 )
 def test_what_the_tool_cannot_find_is_named(whole, arguments, message):

@@ -140,7 +140,8 @@ def test_mixed_precision_on_a_cpu_is_refused(squares, tmp_path, capfd):
     assert "SOLVER.AMP.ENABLED is True" in capfd.readouterr().err
     args = ["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", "--dataset", squares]
     args += ["dataloader.train.dataset.names=squares", "dataloader.test.dataset.names=squares"]
-    args += ["train.amp.enabled=True", f"train.output_dir={tmp_path / 'lazy'}"]
+    args += ["model.roi_heads.num_classes=1", "train.amp.enabled=True"]
+    args += [f"train.output_dir={tmp_path / 'lazy'}"]
     with pytest.raises(SystemExit):
         lazy_main(args)
     assert "train.amp.enabled is True" in capfd.readouterr().err
