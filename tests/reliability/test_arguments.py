@@ -6,6 +6,7 @@ import pytest
 
 from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.reliability.check_speed import time_check_main
+from fpn_plugin.reliability.fit_speed import time_fit_main
 from fpn_plugin.reliability.fuzz_data import fuzz_main
 from fpn_plugin.reliability.killing import kill_main
 from fpn_plugin.reliability.soak import soak_main
@@ -21,6 +22,7 @@ from fpn_plugin.reliability.soak import soak_main
         (time_check_main, "--images", "-1", 1),
         (time_check_main, "--per-image", "0", 1),
         (time_check_main, "--runs", "0", 1),
+        (time_fit_main, "--per-image", "0", 1),
         (kill_main, "--kills", "0", 1),
         (kill_main, "--kills", "-2", 1),
         (kill_main, "--kills", "many", 1),
@@ -46,3 +48,10 @@ def test_arguments_out_of_range_are_refused(main, flag, value, least, capsys):
 def test_the_least_is_taken(capsys):
     time_check_main(["--images", "1", "--per-image", "1", "--runs", "1"])
     assert "1 images, 1 annotations" in capsys.readouterr().out
+
+
+def test_a_fit_is_timed_with_its_memory(capsys):
+    time_fit_main(["--images", "30", "--per-image", "10", "--runs", "1"])
+    told = capsys.readouterr().out
+    assert "30 images, 300 boxes" in told
+    assert re.search(r"^\d+\.\d s; peak memory [1-9][\d,]+ MiB$", told, re.MULTILINE)
