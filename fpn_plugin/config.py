@@ -53,7 +53,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "PRETRAINED": True,
         # Stages by their stride, 2^k for res{k}; under a pyramid MODEL.FPN.IN_FEATURES decides.
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-        # Rate of stochastic depth; 0.0 leaves timm's default for the model.
+        # Rate of stochastic depth, where the network has one; 0.0 for none.
         "DROP_PATH": 0.0,
         # "FrozenBN" or "SyncBN" convert the network's batch norms, "" leaves them. Frozen ones
         # are for pretrained networks.

@@ -1,23 +1,28 @@
 """Weights of other libraries' FPN detectors into this plugin's names and back: torchvision, mmdet.
 
-Faster and Mask R-CNN; of torchvision's also Keypoint R-CNN and RetinaNet. :data:`CONFIG_KEYS` says
-what a config must have to compute what the original does: its input, its strides, its pooling. What
-still differs are torchvision's anchors, which it rounds to whole pixels.
+Faster and Mask R-CNN on a ResNet; of torchvision's also Keypoint R-CNN and RetinaNet. Anything else
+is refused by the name of what has no counterpart. :data:`CONFIG_KEYS` says what a config must have
+to compute what the original does: its input, its strides, its pooling. What still differs are
+torchvision's anchors, which it rounds to whole pixels.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
@@ -26,6 +31,7 @@ __all__ = [
     "CONFIG_KEYS",
     "LIBRARIES",
     "argument_parser",
+    "check_config",
     "convert_main",
     "from_library",
     "to_library",
@@ -51,8 +57,37 @@ CONFIG_KEYS = {
     ],
     "mmdet": _PYTORCH_STYLE,
 }  # fmt: skip
+# What either library's pyramid does, and no choice of weights can change.
+_SAME_PYRAMID = [
+    "MODEL.FPN.COARSEST_OUTPUT_CONV", "True",
+    "MODEL.FPN.TOP_DOWN", "True",
+    "MODEL.FPN.LATERAL", "True",
+    "MODEL.FPN.FUSE_TYPE", "sum",
+    "MODEL.RESNETS.RES5_DILATION", "1",
+]  # fmt: skip
+# What a config must say for its weights to compute the same there. mmdetection's configs say
+# themselves what its input is, and where a stage strides.
+_HELD_BY = {
+    "torchvision": [
+        *CONFIG_KEYS["torchvision"],
+        *_SAME_PYRAMID,
+        "MODEL.FPN.CANONICAL_LEVEL", "4",
+        "MODEL.FPN.CANONICAL_BOX_SIZE", "224",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "False",
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "False",
+    ],
+    "mmdet": _SAME_PYRAMID,
+}  # fmt: skip
+# Nodes whose keys are read only by a model that has such a head.
+_READ_WITH = {
+    "ROI_BOX_HEAD": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
+    "ROI_MASK_HEAD": lambda model: model.MASK_ON,
+    "ROI_KEYPOINT_HEAD": lambda model: model.KEYPOINT_ON,
+}
 _BN_EPS = 1e-5  # of Detectron2's frozen batch norm
 
+# Patterns of what stands before a part: a rule without the part's own name is not a whole name.
+_PART = "(?P<part>weight|bias|running_mean|running_var)"
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
@@ -71,60 +106,65 @@ def _halved(template: str) -> Callable[[re.Match[str]], str]:
     return lambda match: template.format(int(match[1]) // 2)
 
 
-_RESNET: Rules = (
-    (r"^backbone\.bottom_up\.stem\.conv1\.norm\.", "BODY.bn1."),
-    (r"^backbone\.bottom_up\.stem\.conv1\.", "BODY.conv1."),
-    (r"^backbone\.bottom_up\.res(\d)\.(\d+)\.", _shifted(r"BODY.layer{n1}.\2.", 1, -1)),
-    (r"\.shortcut\.norm\.", ".downsample.1."),
-    (r"\.shortcut\.", ".downsample.0."),
-    (r"\.conv(\d)\.norm\.", r".bn\1."),
-)
+def _resnet(body: str) -> Rules:
+    block = r"backbone\.bottom_up\.res(\d)\.(\d+)\."
+    theirs = body + r".layer{n1}.\2."
+    return (
+        (r"backbone\.bottom_up\.stem\.conv1\.norm\.", f"{body}.bn1."),
+        (r"backbone\.bottom_up\.stem\.conv1\.", f"{body}.conv1."),
+        (block + r"shortcut\.norm\.", _shifted(theirs + "downsample.1.", 1, -1)),
+        (block + r"shortcut\.", _shifted(theirs + "downsample.0.", 1, -1)),
+        (block + r"conv(\d)\.norm\.", _shifted(theirs + r"bn\3.", 1, -1)),
+        (block + r"conv(\d)\.", _shifted(theirs + r"conv\3.", 1, -1)),
+    )
+
+
 _TORCHVISION: Rules = (
-    *_RESNET,
-    ("^BODY", "backbone.body"),
-    (r"^backbone\.fpn_lateral(\d)\.", r"backbone.fpn.inner_blocks.\1.0."),
-    (r"^backbone\.fpn_output(\d)\.", r"backbone.fpn.layer_blocks.\1.0."),
-    (r"^backbone\.top_block\.", "backbone.fpn.extra_blocks."),
-    (r"^head\.cls_score\.", "head.classification_head.cls_logits."),
-    (r"^head\.bbox_pred\.", "head.regression_head.bbox_reg."),
-    (r"^head\.cls_subnet\.(\d)\.", _halved("head.classification_head.conv.{}.0.")),
-    (r"^head\.bbox_subnet\.(\d)\.", _halved("head.regression_head.conv.{}.0.")),
-    (r"^proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
-    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
-    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
-    (r"^roi_heads\.box_head\.fc(\d)\.", _shifted("roi_heads.box_head.fc{n1}.", 1, 5)),
-    (r"^roi_heads\.mask_head\.mask_fcn(\d)\.", _shifted("roi_heads.mask_head.{n1}.0.", 1, -1)),
-    (r"^roi_heads\.mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
-    (r"^roi_heads\.mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    *_resnet("backbone.body"),
+    (r"backbone\.fpn_lateral(\d)\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"backbone\.fpn_output(\d)\.", r"backbone.fpn.layer_blocks.\1.0."),
+    (r"backbone\.top_block\.(p[67])\.", r"backbone.fpn.extra_blocks.\1."),
+    (r"head\.cls_score\.", "head.classification_head.cls_logits."),
+    (r"head\.bbox_pred\.", "head.regression_head.bbox_reg."),
+    (r"head\.cls_subnet\.(\d)\.", _halved("head.classification_head.conv.{}.0.")),
+    (r"head\.bbox_subnet\.(\d)\.", _halved("head.regression_head.conv.{}.0.")),
+    (r"proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
+    (r"proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
+    (r"proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
+    (r"roi_heads\.box_head\.fc([12])\.", _shifted("roi_heads.box_head.fc{n1}.", 1, 5)),
+    (r"roi_heads\.box_predictor\.(cls_score|bbox_pred)\.", r"roi_heads.box_predictor.\1."),
+    (r"roi_heads\.mask_head\.mask_fcn(\d)\.", _shifted("roi_heads.mask_head.{n1}.0.", 1, -1)),
+    (r"roi_heads\.mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
+    (r"roi_heads\.mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
     # A convolution and a ReLU in turn, numbered from 0.
     (
-        r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.",
+        r"roi_heads\.keypoint_head\.conv_fcn(\d)\.",
         lambda match: f"roi_heads.keypoint_head.{2 * int(match[1]) - 2}.",
     ),
-    (
-        r"^roi_heads\.keypoint_head\.score_lowres\.",
-        "roi_heads.keypoint_predictor.kps_score_lowres.",
-    ),
+    (r"roi_heads\.keypoint_head\.score_lowres\.", "roi_heads.keypoint_predictor.kps_score_lowres."),
 )
 _MMDET: Rules = (
-    *_RESNET,
-    ("^BODY", "backbone"),
-    (r"^backbone\.fpn_lateral(\d)\.", r"neck.lateral_convs.\1.conv."),
-    (r"^backbone\.fpn_output(\d)\.", r"neck.fpn_convs.\1.conv."),
-    (r"^proposal_generator\.rpn_head\.conv\.", "rpn_head.rpn_conv."),
-    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn_head.rpn_cls."),
-    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_head.rpn_reg."),
-    (r"^roi_heads\.box_head\.fc(\d)\.", _shifted("roi_head.bbox_head.shared_fcs.{n1}.", 1, -1)),
-    (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
-    (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
+    *_resnet("backbone"),
+    (r"backbone\.fpn_lateral(\d)\.", r"neck.lateral_convs.\1.conv."),
+    (r"backbone\.fpn_output(\d)\.", r"neck.fpn_convs.\1.conv."),
+    (r"proposal_generator\.rpn_head\.conv\.", "rpn_head.rpn_conv."),
+    (r"proposal_generator\.rpn_head\.objectness_logits\.", "rpn_head.rpn_cls."),
+    (r"proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_head.rpn_reg."),
+    (r"roi_heads\.box_head\.fc(\d)\.", _shifted("roi_head.bbox_head.shared_fcs.{n1}.", 1, -1)),
+    (r"roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
+    (r"roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
     (
-        r"^roi_heads\.mask_head\.mask_fcn(\d)\.",
+        r"roi_heads\.mask_head\.mask_fcn(\d)\.",
         _shifted("roi_head.mask_head.convs.{n1}.conv.", 1, -1),
     ),
-    (r"^roi_heads\.mask_head\.deconv\.", "roi_head.mask_head.upsample."),
-    (r"^roi_heads\.mask_head\.predictor\.", "roi_head.mask_head.conv_logits."),
+    (r"roi_heads\.mask_head\.deconv\.", "roi_head.mask_head.upsample."),
+    (r"roi_heads\.mask_head\.predictor\.", "roi_head.mask_head.conv_logits."),
 )
 LIBRARIES = {"torchvision": _TORCHVISION, "mmdet": _MMDET}
+_CONVERTED = {
+    "torchvision": "Faster, Mask and Keypoint R-CNN and RetinaNet",
+    "mmdet": "Faster and Mask R-CNN",
+}
 
 # Predictors have rows by class: torchvision's first row is the background's, Detectron2's last.
 _BY_CLASS = (
@@ -142,15 +182,24 @@ def library_name(key: str, library: str, finest: int = 2) -> str:
         key: of the parameter.
         library: one of :data:`LIBRARIES`.
         finest: the pyramid's finest level, from which both libraries count from 0.
+
+    Raises:
+        UserError: what this project converts of the library has nothing like it.
     """
-    key = re.sub(
+    counted = re.sub(
         r"^(backbone\.fpn_(?:lateral|output))(\d)",
         lambda match: f"{match[1]}{int(match[2]) - finest}",
         key,
     )
     for pattern, replacement in LIBRARIES[library]:
-        key = re.sub(pattern, replacement, key)
-    return key
+        match = re.fullmatch(pattern + _PART, counted)
+        if match:
+            before = replacement(match) if callable(replacement) else match.expand(replacement)
+            return before + match["part"]
+    raise UserError(
+        f"{key} has no counterpart in {library}: {_CONVERTED[library]} are converted, on a ResNet "
+        "with batch norm under a pyramid without norms"
+    )
 
 
 def from_library(
@@ -218,14 +267,22 @@ def to_library(
             does not use. Without it, those rows are zero and categories numbered without gaps.
 
     Raises:
-        UserError: a tensor does not fit ``into``.
+        UserError: a tensor has no counterpart in the library, or does not fit ``into``; the
+            library's pyramid has a convolution that the model has not; ``into`` has more.
     """
     converted: dict[str, Tensor] = {} if into is None else {k: v.clone() for k, v in into.items()}
     finest = _finest(state)
+    filled: set[str] = set()
     for key, tensor in state.items():
         if key.endswith(_NOT_CONVERTED):
             continue
         name = library_name(key, library, finest)
+        if key.endswith(".norm.weight") and f"{key[:-6]}running_var" not in state:
+            raise UserError(
+                f"{key} is of a norm without running statistics, and {library}'s ResNets have "
+                "batch norms: they are converted of a model with MODEL.RESNETS.NORM FrozenBN, BN "
+                "or SyncBN"
+            )
         name = _present(name, converted) or name
         if into is not None and name not in converted:
             raise UserError(f"{library}'s layout has no {name}, which {key} would become")
@@ -233,26 +290,91 @@ def to_library(
         if full is None:
             full = _with_background(key, tensor, library)
         rows = _class_rows(key, full, tensor.shape, library)
+        place = full if rows is None else full[rows]
+        if place.shape != tensor.shape:
+            raise UserError(
+                f"{key} is {tuple(tensor.shape)} and does not fit {name} of {tuple(full.shape)} in "
+                f"{library}'s layout: is it of this depth, width and number of classes?"
+            )
         if rows is None:
             full = tensor.clone()
         else:
             full[rows] = tensor
         converted[name] = full
+        filled.add(name)
+    _check_pyramid(state, library)
+    left = [k for k in converted if k not in filled and not k.endswith(_NOT_CONVERTED)]
+    if left:
+        raise UserError(
+            f"the model gives nothing for {len(left)} tensors of {library}'s layout, "
+            f"{', '.join(left[:3])} among them: is the layout that of its kind?"
+        )
     return converted
+
+
+def _check_pyramid(state: dict[str, Tensor], library: str) -> None:
+    """Refuses pyramids that lack a convolution which both libraries' have at every level."""
+    levels = _levels(state)
+    for kind, key in (("lateral", "LATERAL"), ("output", "COARSEST_OUTPUT_CONV")):
+        for level in levels:
+            name = f"backbone.fpn_{kind}{level}.weight"
+            if name not in state:
+                raise UserError(
+                    f"the model has no {name}, which {library}'s pyramid needs for "
+                    f"{library_name(name, library, levels[0])}: train it with MODEL.FPN.{key} True"
+                )
+
+
+def check_config(cfg: CfgNode, library: str) -> None:
+    """Refuses a config whose model, with the same weights, is another function in the library.
+
+    Raises:
+        UserError: names the first key, what it says and what it would have to say.
+    """
+    held = cfg.clone()
+    held.defrost()
+    held.merge_from_list(_HELD_BY[library])
+    for key in _HELD_BY[library][::2]:
+        node = key.split(".")[1]
+        if node in _READ_WITH and not _READ_WITH[node](cfg.MODEL):
+            continue
+        says, expected = _value(cfg, key), _value(held, key)
+        if says != expected:
+            raise UserError(
+                f"the config's {key} is {says!r}, and {library} computes what {expected!r} means: "
+                f"these weights would detect something else there; train with {key} {expected!r}"
+            )
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def _finest(keys: Iterable[str]) -> int:
     """The finest level that parameters of these names are of."""
-    levels = [int(m[1]) for key in keys if (m := re.match(r"backbone\.fpn_lateral(\d)", key))]
-    return min(levels, default=2)
+    return min(_levels(keys), default=2)
+
+
+def _levels(keys: Iterable[str]) -> list[int]:
+    """The levels of a pyramid's convolutions, finest first."""
+    found = (re.match(r"backbone\.fpn_(?:lateral|output)(\d)", key) for key in keys)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def _wanted(cfg: CfgNode) -> dict[str, torch.Size]:
     """Names and shapes of a config's model, without making its values."""
+    if cfg.MODEL.FPN.BOTTOM_UP != "build_resnet_backbone":
+        raise UserError(
+            f"MODEL.FPN.BOTTOM_UP is {cfg.MODEL.FPN.BOTTOM_UP!r}; weights are converted of models "
+            "on build_resnet_backbone alone"
+        )
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    state = build_model(cfg).state_dict()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"), explained_build_errors(cfg):
+        state = build_model(cfg).state_dict()
     return {k: v.shape for k, v in state.items() if not k.endswith(_NOT_CONVERTED)}
 
 
@@ -320,7 +442,8 @@ def argument_parser() -> argparse.ArgumentParser:
 Examples:
   convert_weights.py --from torchvision --weights maskrcnn.pth --output maskrcnn_d2.pth \\
       --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
-  convert_weights.py --to torchvision --weights model_final.pth --output for_torchvision.pth
+  convert_weights.py --to torchvision --weights model_final.pth --output for_torchvision.pth \\
+      --config-file output/config.yaml
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -340,7 +463,7 @@ Examples:
         help="read weights that hold more than tensors, as mmdetection's checkpoints do, which "
         "runs code that is in them: for files whose author you trust",
     )
-    parser.add_argument("--config-file", help="of the model, path or packaged name; for --from")
+    parser.add_argument("--config-file", required=True, help="of the model, path or packaged name")
     parser.add_argument("--into", help="weights of the library whose layout to fill; for --to")
     parser.add_argument("--output", required=True, help="file to write, .pth or .safetensors")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
@@ -359,20 +482,53 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     state = _tensors(args.weights, trust_pickle=args.trust_pickle)
     output = Path(args.output)
+    config = output.with_suffix(".yaml")
+    if output == config:
+        raise UserError(f"--output {output}: weights go to .pth or .safetensors, the config beside")
     if args.target:
-        into = _tensors(args.into) if args.into else None
-        write_checkpoint(to_library(state, args.target, into), output, bare=True)
+        cfg = load_config(args.config_file, args.opts)
+        into = _tensors(args.into, trust_pickle=args.trust_pickle) if args.into else None
+        converted = to_library(state, args.target, into)  # says first what cannot be converted
+        check_config(cfg, args.target)
+        _check_made_by(cfg, state, args.config_file)
+        with _explained_writing(output):
+            write_checkpoint(converted, output, bare=True)
         print(f"{output}: in the names of {args.target}")
         return
-    if not args.config_file:
-        raise UserError("--from needs --config-file: the config of the model they are for")
     keys = [*CONFIG_KEYS[args.source], *_top_block_keys(state)]
     cfg = load_config(args.config_file, [*keys, *args.opts])
-    write_checkpoint(from_library(state, cfg, args.source, args.bn_eps), output)
+    converted = from_library(state, cfg, args.source, args.bn_eps)
     cfg.MODEL.WEIGHTS = str(output)
-    config = output.with_suffix(".yaml")
-    config.write_text(cfg.dump())
+    with _explained_writing(output):
+        write_checkpoint(converted, output)
+        config.write_text(cfg.dump())
     print(f"{output}, and {config} that loads it")
+
+
+def _check_made_by(cfg: CfgNode, state: dict[str, Tensor], config_file: str) -> None:
+    """Refuses a config that is not of these weights: what it says would say nothing of them."""
+    wanted = _wanted(cfg)
+    given = {k: v.shape for k, v in state.items() if not k.endswith(_NOT_CONVERTED)}
+    for key in [*wanted, *given]:
+        if wanted.get(key) != given.get(key):
+            has, would = (tuple(s[key]) if key in s else "not there" for s in (given, wanted))
+            raise UserError(
+                f"{config_file} is not the config of these weights: {key} is {has} in them, and "
+                f"{would} in its model"
+            )
+
+
+@contextmanager
+def _explained_writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have their own
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot write --output {output}: {told}") from error
 
 
 def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
@@ -384,7 +540,7 @@ def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
     return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if on_level else "p6p7_c5"]
 
 
-def _tensors(path: str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
+def _tensors(path: str, *, trust_pickle: bool) -> dict[str, Tensor]:
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     try:
         return weights_of(checkpoint, "model", "state_dict")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
@@ -14,7 +15,14 @@ from torchvision.models.detection import (
 )
 
 from fpn_plugin import UserError
-from fpn_plugin.conversion import CONFIG_KEYS, convert_main, from_library, library_name, to_library
+from fpn_plugin.conversion import (
+    CONFIG_KEYS,
+    check_config,
+    convert_main,
+    from_library,
+    library_name,
+    to_library,
+)
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.engine.trainer import FPNTrainer
@@ -22,10 +30,11 @@ from fpn_plugin.engine.trainer import FPNTrainer
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 CPU = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+META = ["MODEL.DEVICE", "meta", "MODEL.WEIGHTS", ""]
 
 
-def config(name: str, classes: int):
-    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", str(classes)]
+def config(name: str, classes: int, *opts: str):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", str(classes), *opts]
     return load_config(name, [*CONFIG_KEYS["torchvision"], *CPU, *opts])
 
 
@@ -192,6 +201,177 @@ def test_the_plugins_weights_come_back_as_they_went(library):
         assert torch.equal(value, state[key]), key
 
 
+def test_mmdetections_weights_come_back_as_they_went():
+    cfg = config(MASK, 5)
+    state = to_library(FPNTrainer.build_model(cfg).state_dict(), "mmdet")
+    for value in state.values():
+        value.normal_()
+    # Which mmdetection's files have and no model here.
+    state["backbone.bn1.num_batches_tracked"] = torch.tensor(7)
+    back = to_library(from_library(state, cfg, "mmdet"), "mmdet", into=state)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+
+
+# A config's keys by which its model has something that the library's has not, and its name.
+NO_COUNTERPART = [
+    ("torchvision", "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", [], "box_head.0.fc1"),
+    ("mmdet", "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", [], "box_head.0.fc1"),
+    ("mmdet", "COCO-Detection/retinanet_R_50_FPN_1x.yaml", [], "backbone.top_block.p6"),
+    ("mmdet", "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", [], "sem_seg_head.p2"),
+    ("torchvision", "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", [], "sem_seg_head.p2"),
+    ("mmdet", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", [], "keypoint_head.conv_fcn1"),
+    (
+        "torchvision",
+        FASTER,
+        ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "resnet10t"],
+        "backbone.bottom_up.net.conv1.0.weight",
+    ),
+    ("torchvision", FASTER, ["MODEL.FPN.NORM", "GN"], "backbone.fpn_lateral2.norm.weight"),
+    ("mmdet", FASTER, ["MODEL.RESNETS.NORM", "GN"], "norm without running statistics"),
+    ("torchvision", FASTER, ["MODEL.ROI_BOX_HEAD.NUM_FC", "3"], "roi_heads.box_head.fc3"),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "opts", "key"), NO_COUNTERPART)
+def test_what_has_no_counterpart_is_refused_by_name(library, name, opts, key):
+    keys = [*META, "MODEL.TIMM.PRETRAINED", "False", "MODEL.FPN.COARSEST_OUTPUT_CONV", "True"]
+    with torch.device("meta"):
+        state = build_model(load_config(name, [*keys, *opts])).state_dict()
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        to_library(state, library)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (
+            ["MODEL.FPN.COARSEST_OUTPUT_CONV", "False"],
+            r"fpn_output5.* MODEL\.FPN\.COARSEST_OUTPUT_CONV True",
+        ),
+        (["MODEL.FPN.LATERAL", "False"], r"fpn_lateral2.* MODEL\.FPN\.LATERAL True"),
+    ],
+)
+@pytest.mark.parametrize("library", ["torchvision", "mmdet"])
+def test_a_pyramid_that_lacks_a_convolution_is_refused(library, opts, message):
+    with torch.device("meta"):
+        state = build_model(config(FASTER, 6, *META, *opts)).state_dict()
+    with pytest.raises(UserError, match=message):
+        to_library(state, library)
+
+
+@pytest.mark.parametrize(
+    ("library", "key", "value"),
+    [
+        ("torchvision", "INPUT.FORMAT", "BGR"),
+        ("torchvision", "MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"),
+        ("torchvision", "MODEL.RESNETS.STRIDE_IN_1X1", "True"),
+        ("torchvision", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignV2"),
+        ("torchvision", "MODEL.FPN.CANONICAL_BOX_SIZE", "112"),
+        ("mmdet", "MODEL.FPN.TOP_DOWN", "False"),
+        ("mmdet", "MODEL.FPN.FUSE_TYPE", "avg"),
+    ],
+)
+def test_a_config_that_computes_something_else_is_refused(library, key, value):
+    check_config(config(FASTER, 6), library)
+    with pytest.raises(UserError, match=f"{key} is .*train with {key}"):
+        check_config(config(FASTER, 6, key, value), library)
+
+
+def test_keys_of_heads_that_a_model_has_not_are_not_asked_for():
+    check_config(config(FASTER, 6, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignV2"), "torchvision")
+    with pytest.raises(UserError, match="ROI_MASK_HEAD.POOLER_TYPE"):
+        check_config(
+            config(MASK, 6, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignV2"), "torchvision"
+        )
+
+
+def test_a_layout_of_another_kind_is_refused(faster):
+    state = from_library(faster.state_dict(), config(FASTER, 6), "torchvision")
+    layout = faster.state_dict()
+    with pytest.raises(UserError, match="gives nothing for 1 tensors .* extra.weight"):
+        to_library(state, "torchvision", into={**layout, "extra.weight": torch.zeros(1)})
+    layout["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(9)
+    with pytest.raises(UserError, match=r"cls_score.bias is \(7,\) and does not fit .*\(9,\)"):
+        to_library(state, "torchvision", into=layout)
+
+
+MINI = ["--config-file", "mini/faster_rcnn_R_18_FPN.yaml"]
+MINI_OPTS = [*CPU, *CONFIG_KEYS["torchvision"], "MODEL.FPN.CANONICAL_BOX_SIZE", "224"]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A file of a small model's weights, and the arguments that say which model it is."""
+    model = build_model(load_config(MINI[1], MINI_OPTS))
+    path = tmp_path_factory.mktemp("mini") / "model_final.pth"
+    torch.save({"model": model.state_dict(), "iteration": 3}, path)
+    return path
+
+
+def test_the_tool_checks_the_config_before_it_writes(mini, tmp_path):
+    output = tmp_path / "out.pth"
+    arguments = ["--to", "torchvision", "--weights", str(mini), "--output", str(output), *MINI]
+    with pytest.raises(UserError, match="INPUT.FORMAT is 'BGR'"):
+        convert_main([*arguments, *MINI_OPTS, "INPUT.FORMAT", "BGR"])
+    with pytest.raises(UserError, match="not the config of these weights: .*cls_score"):
+        convert_main([*arguments, *MINI_OPTS, "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
+    assert not output.exists()
+    convert_main([*arguments, *MINI_OPTS])
+    assert "rpn.head.cls_logits.weight" in torch.load(output)
+
+
+class _Meta:
+    """What only a pickle can hold, as mmdetection's checkpoints do."""
+
+
+def test_a_pickle_is_read_where_it_is_trusted(mini, tmp_path):
+    state = to_library(torch.load(mini)["model"], "mmdet")
+    source, output = tmp_path / "mmdet.pth", tmp_path / "out.pth"
+    torch.save({"state_dict": state, "meta": _Meta()}, source)
+    arguments = ["--from", "mmdet", "--weights", str(source), "--output", str(output), *MINI]
+    with pytest.raises(UserError, match="holds more than tensors"):
+        convert_main([*arguments, *CPU])
+    convert_main([*arguments, "--trust-pickle", *CPU])
+    converted = read_checkpoint(output)["model"]
+    expected = torch.load(mini)["model"]
+    assert converted
+    assert all(torch.equal(value, expected[key]) for key, value in converted.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "a value of type list, expected a dict of tensors"),
+        ({"a": "b"}, "has 'a' of type str, expected a tensor"),
+        (
+            {"model": {"backbone": {"weight": torch.zeros(1)}}},
+            "its 'model' has 'backbone' of type dict",
+        ),
+        ({"model": {}}, "its 'model' holds no tensors"),
+        ({3: torch.zeros(1)}, "'3' of type int for the name of a tensor"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, message):
+    source = tmp_path / "weights.pth"
+    torch.save(content, source)
+    arguments = ["--weights", str(source), "--output", str(tmp_path / "out.pth"), *MINI]
+    with pytest.raises(UserError, match=message):
+        convert_main(["--to", "mmdet", *arguments])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_output_that_cannot_be_written_is_named(mini, tmp_path, suffix):
+    (tmp_path / f"taken{suffix}").mkdir()
+    (tmp_path / "file").write_text("")
+    arguments = ["--to", "torchvision", "--weights", str(mini), *MINI]
+    for output in (tmp_path / f"taken{suffix}", tmp_path / "file" / f"out{suffix}"):
+        with pytest.raises(UserError, match=f"cannot write --output {output}"):
+            convert_main([*arguments, "--output", str(output), *MINI_OPTS])
+    with pytest.raises(UserError, match="weights go to .pth or .safetensors"):
+        convert_main([*arguments, "--output", str(tmp_path / "out.yaml"), *MINI_OPTS])
+
+
 def test_torchvision_itself_loads_what_was_converted(faster):
     cfg = config(FASTER, 6)
     state = randomised(FPNTrainer.build_model(cfg)).state_dict()
@@ -254,6 +434,8 @@ def test_the_tool_writes_weights_and_the_config_that_loads_them(faster, tmp_path
             "torchvision",
             "--weights",
             str(output),
+            "--config-file",
+            str(output.with_suffix(".yaml")),
             "--into",
             str(source),
             "--output",
@@ -274,6 +456,9 @@ def test_what_does_not_fit_is_named(faster):
     with pytest.raises(UserError, match=r"2 of torchvision's tensors have no place.*extra.bias"):
         more = {**state, "extra.bias": torch.zeros(1), "extra.weight": torch.zeros(1)}
         from_library(more, config(FASTER, 6), "torchvision")
+    with pytest.raises(UserError, match="BOTTOM_UP is 'build_timm_backbone'; .* alone"):
+        other = config(FASTER, 6, "MODEL.FPN.BOTTOM_UP", "build_timm_backbone")
+        from_library(state, other, "torchvision")
     with pytest.raises(UserError, match="mmdet.s weights lack neck.lateral_convs.0.conv.weight"):
         from_library(state, config(FASTER, 6), "mmdet")
 

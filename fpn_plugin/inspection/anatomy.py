@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.utils.analysis import FlopCountAnalysis
 from torch import Tensor, nn
 
+from .flops import FlopCountAnalysis
 from .level_observer import box_pooling
 
 __all__ = ["Anatomy", "Level", "Part", "SizeRange", "anatomy"]

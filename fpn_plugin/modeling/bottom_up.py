@@ -9,12 +9,15 @@ from detectron2.modeling.backbone import Backbone
 
 from fpn_plugin.errors import UserError, near_names
 
+from .detectron2_networks import DETECTRON2_NETWORKS
 from .neck import FeaturePyramidNetwork, build_top_block
 from .networks import ImageNetwork
 
 __all__ = ["build_fpn_backbone", "frozen"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
+# Builders that take any MODEL.BACKBONE.FREEZE_AT in silence.
+_FROZEN_BY_STAGE = {"build_resnet_backbone", *DETECTRON2_NETWORKS}
 
 
 @BACKBONE_REGISTRY.register()
@@ -34,6 +37,11 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNe
         raise UserError(
             "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
             "cfg.merge_from_file(...)"
+        )
+    if fpn.OUT_CHANNELS < 1:
+        raise UserError(
+            f"MODEL.FPN.OUT_CHANNELS is {fpn.OUT_CHANNELS}; a level has 1 channel or more, 256 in "
+            "the paper"
         )
     bottom_up = _build_bottom_up(cfg, input_shape)
     # Names that are not there are reported by FeaturePyramidNetwork, with what is.
@@ -85,6 +93,11 @@ def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         raise UserError(
             "MODEL.FPN.BOTTOM_UP names the pyramid itself; name the network under it, for "
             "example build_resnet_backbone"
+        )
+    if name in _FROZEN_BY_STAGE and not 0 <= cfg.MODEL.BACKBONE.FREEZE_AT <= 5:
+        raise UserError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}; {name} freezes nothing "
+            "at 0, its stem at 1, and up to res5 at 5"
         )
     if cfg.MODEL.FPN.IN_FEATURES and set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
         # A network is built up to the coarsest stage that is read: deeper ones would hold

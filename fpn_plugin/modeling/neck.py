@@ -18,7 +18,7 @@ from fpn_plugin.errors import UserError, near_names
 __all__ = ["TOP_BLOCKS", "FeaturePyramidNetwork", "build_top_block"]
 
 _FUSE_TYPES = ("sum", "avg")
-_NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 TOP_BLOCKS = ("maxpool", "p6p7_c5", "p6p7_p5", "none")
 
 
@@ -299,7 +299,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> C
     try:
         norm_layer = get_norm(norm, out_channels)
     except KeyError:
-        raise UserError(f"MODEL.FPN.NORM {norm!r} is unknown: {near_names(norm, _NORMS)}") from None
+        raise UserError(f"MODEL.FPN.NORM {norm!r} is unknown: {near_names(norm, NORMS)}") from None
     except ValueError as error:
         raise UserError(
             f"MODEL.FPN.NORM {norm!r} does not fit MODEL.FPN.OUT_CHANNELS {out_channels}: {error}; "

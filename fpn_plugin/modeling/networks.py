@@ -95,6 +95,12 @@ class ImageNetwork(Backbone):
                 "colours: set it RGB or BGR"
             )
         order = slice(None, None, -1) if flip else slice(None)
+        for key in ("PIXEL_MEAN", "PIXEL_STD"):
+            if len(cfg.MODEL[key]) != 3:
+                raise UserError(
+                    f"MODEL.{key} is {list(cfg.MODEL[key])}; timm's and torchvision's networks "
+                    "take three channels: give it three values"
+                )
         model_mean = torch.tensor(cfg.MODEL.PIXEL_MEAN[order]) / 255
         model_std = torch.tensor(cfg.MODEL.PIXEL_STD[order]) / 255
         own_mean, own_std = torch.tensor(mean), torch.tensor(std)
@@ -202,10 +208,15 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
         input_shape: channels of the input image; must be 3.
 
     Raises:
-        UserError: timm is not installed, has no network of that name, or the network lacks the
-            stages that are asked for.
+        UserError: timm is not installed, has no network of that name or cannot fetch its weights,
+            or the network lacks the stages or the stochastic depth that are asked for.
     """
     node = cfg.MODEL.TIMM
+    if not 0 <= node.DROP_PATH < 1:
+        raise UserError(
+            f"MODEL.TIMM.DROP_PATH is {node.DROP_PATH}: a rate from 0, for none, to below 1 is "
+            "expected"
+        )
     try:
         import timm
     except ImportError as error:
@@ -229,7 +240,13 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
     what = f"timm's {node.NAME}"
     chosen = _chosen(wanted, info.reduction(), what, "MODEL.TIMM.OUT_FEATURES")
     indices = tuple(info.out_indices[i] for i in chosen)
-    net = create(pretrained=node.PRETRAINED, out_indices=indices)
+    try:
+        net = create(pretrained=node.PRETRAINED, out_indices=indices)
+    except OSError as error:  # the hub's and the system's for what cannot be fetched
+        raise UserError(
+            f"timm's weights of {node.NAME} cannot be fetched: {_first_line(error)}; "
+            "MODEL.TIMM.PRETRAINED False builds it without"
+        ) from error
     config = timm.data.resolve_model_data_config(net)
     return ImageNetwork(
         net,
@@ -252,19 +269,24 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
 def _create_timm(
     create_model: Callable[..., nn.Module], node: CfgNode, **kwargs: object
 ) -> nn.Module:
-    """A network whose input may have any size where its kind can do that."""
-    kwargs["features_only"] = True
-    if node.DROP_PATH:
-        kwargs["drop_path_rate"] = node.DROP_PATH
-    try:
+    """A network whose input may have any size, and of stochastic depth, where its kind can."""
+    # Windowed transformers otherwise insist on the size they were trained on, and some networks
+    # have a stochastic depth by default.
+    options = {"strict_img_size": False, "drop_path_rate": node.DROP_PATH}
+    while True:
         try:
-            # Windowed transformers otherwise insist on the size they were trained on.
-            return create_model(node.NAME, strict_img_size=False, **kwargs)
-        except TypeError:  # others do not know the word
-            return create_model(node.NAME, **kwargs)
-    except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"timm's {node.NAME} gives no feature maps so: {told}") from error
+            return create_model(node.NAME, features_only=True, **options, **kwargs)
+        except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
+            unknown = next((word for word in options if word in str(error)), None)
+            if unknown == "drop_path_rate" and node.DROP_PATH:
+                raise UserError(
+                    f"MODEL.TIMM.DROP_PATH is {node.DROP_PATH}, and timm's {node.NAME} has no "
+                    "stochastic depth: set it 0.0"
+                ) from error
+            if unknown is None or not isinstance(error, TypeError):
+                told = " ".join(str(error).split())[:200]
+                raise UserError(f"timm's {node.NAME} gives no feature maps so: {told}") from error
+            del options[unknown]
 
 
 @BACKBONE_REGISTRY.register()
@@ -279,8 +301,8 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNet
         input_shape: channels of the input image; must be 3.
 
     Raises:
-        UserError: torchvision has no network or weights of that name, or the network lacks the
-            stages that are asked for.
+        UserError: torchvision has no network or weights of that name or cannot fetch them, or the
+            network lacks the stages that are asked for.
     """
     node = cfg.MODEL.TORCHVISION
     known = torchvision.models.list_models(module=torchvision.models)
@@ -295,7 +317,13 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNet
             f"MODEL.TORCHVISION.WEIGHTS {node.WEIGHTS!r} is not known for {node.NAME}: "
             f"{near_names(node.WEIGHTS, known_weights)} Or an empty string for none"
         )
-    net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
+    try:
+        net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
+    except OSError as error:  # urllib's for what cannot be fetched
+        raise UserError(
+            f"torchvision's weights {node.WEIGHTS} of {node.NAME} cannot be fetched: "
+            f"{_first_line(error)}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
+        ) from error
     blocks = _torchvision_blocks(net)
     strides = [stride for _, stride, _ in blocks]
     wanted = _wanted_strides(node.OUT_FEATURES, "MODEL.TORCHVISION.OUT_FEATURES")
@@ -357,9 +385,13 @@ def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
 def _no_such_size(net: nn.Module, error: Exception) -> str:
     height, width = _TRIED_ON
     return (
-        f"{type(net).__name__} does not take images of {height} x {width} px, so none of varying "
-        f"size: {' '.join(str(error).split())[:150]}"
+        f"{type(net).__name__} does not take images of {height} x {width} px, so not of any size "
+        f"that Detectron2 resizes to: {' '.join(str(error).split())[:150]}"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _wanted_strides(names: Sequence[str], key: str) -> list[int]:

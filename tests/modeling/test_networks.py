@@ -1,6 +1,7 @@
 """Networks under the pyramid: Detectron2's, timm's, torchvision's and a user's own."""
 
 import sys
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -10,13 +11,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
-from detectron2.modeling.backbone.mvit import MViT
-from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
-from detectron2.modeling.backbone.swin import SwinTransformer
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fpn_plugin import UserError, add_fpn_config
+from fpn_plugin.modeling.detectron2_networks import DETECTRON2_NETWORKS
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -38,12 +38,25 @@ RESNETS = {
     "R-101": ["DEPTH", 101],
     "X-50-32x4d": ["DEPTH", 50, "NUM_GROUPS", 32, "WIDTH_PER_GROUP", 4],
     "R-50-SyncBN": ["DEPTH", 50, "NORM", "SyncBN"],
-}
+    "R-152-narrow": [
+        "DEPTH", 152, "STEM_OUT_CHANNELS", 16, "RES2_OUT_CHANNELS", 32, "WIDTH_PER_GROUP", 8,
+    ],
+}  # fmt: skip
+DETECTRON2 = [
+    "build_regnetx_4gf_backbone", "build_regnety_4gf_backbone", "build_swin_t_backbone",
+    "build_mvitv2_t_backbone",
+]  # fmt: skip
 NETWORKS = [
     *(f"timm:{name}" for name in TIMM),
     *(f"torchvision:{name}" for name in TORCHVISION),
     *(f"resnet:{name}" for name in RESNETS),
+    *(f"detectron2:{name}" for name in DETECTRON2),
 ]
+
+
+def stages_of(network: str) -> list[str]:
+    """What a network's stages of strides 4 to 32 are called."""
+    return list(DETECTRON2_NETWORKS.get(network.partition(":")[2], STAGES))
 
 
 def config(network: str, *opts: object) -> CfgNode:
@@ -54,7 +67,7 @@ def config(network: str, *opts: object) -> CfgNode:
     cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.FPN.BOTTOM_UP = f"build_{kind}_backbone"
-    cfg.MODEL.FPN.IN_FEATURES = STAGES
+    cfg.MODEL.FPN.IN_FEATURES = stages_of(network)
     cfg.MODEL.FPN.OUT_CHANNELS = 8
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
@@ -62,6 +75,10 @@ def config(network: str, *opts: object) -> CfgNode:
         settings = iter(RESNETS[name])
         for key in settings:
             cfg.MODEL.RESNETS[key] = next(settings)
+    elif kind == "detectron2":
+        cfg.MODEL.FPN.BOTTOM_UP = name
+        kind_of = name.split("_")[1].rstrip("xyv2")
+        pytest.importorskip(f"detectron2.modeling.backbone.{kind_of}")
     else:
         cfg.MODEL[kind.upper()].NAME = name
         cfg.MODEL[kind.upper()].NORM = ""
@@ -69,12 +86,16 @@ def config(network: str, *opts: object) -> CfgNode:
     return cfg
 
 
+# What drops paths in training without being asked.
+STOCHASTIC = {"detectron2:build_swin_t_backbone", "detectron2:build_mvitv2_t_backbone"}
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_any_network_carries_a_pyramid(network):
     torch.manual_seed(0)
     neck = build_backbone(config(network)).eval()
     stages = neck.bottom_up.output_shape()
-    assert list(stages) == STAGES
+    assert list(stages) == stages_of(network)
     assert [shape.stride for shape in stages.values()] == [4, 8, 16, 32]
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -91,7 +112,7 @@ def test_any_network_carries_a_pyramid(network):
             assert torch.equal(level, pyramid[name])
     # Frozen by key, it computes the same in training: no norm or activation was lost.
     fixed = build_backbone(config(network, "MODEL.FPN.FREEZE", True))
-    fixed.train("swin_" not in network)  # whose stochastic depth is on by default
+    fixed.train(network not in STOCHASTIC)
     fixed.load_state_dict(neck.state_dict(), strict=False)
     with torch.no_grad():
         for name, level in fixed(image).items():
@@ -123,9 +144,9 @@ def test_odd_input_sizes_with_match_lateral_size(network):
     image = torch.randn(1, 3, *size)
     with torch.no_grad():
         maps, pyramid = neck.bottom_up(image), neck(image)
-    for stage, level in zip(STAGES, ("p2", "p3", "p4", "p5"), strict=True):
+    for stage, level in zip(stages_of(network), ("p2", "p3", "p4", "p5"), strict=True):
         assert pyramid[level].shape[-2:] == maps[stage].shape[-2:]
-        stride = 2 ** int(stage[-1])
+        stride = 2 ** int(level[-1])
         for cells, side in zip(maps[stage].shape[-2:], size, strict=True):
             assert side // stride <= cells <= -(-side // stride)
 
@@ -199,7 +220,7 @@ def test_torchvisions_network_sees_what_it_was_trained_on(opts):
         torch.testing.assert_close(stage, level, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("network", [n for n in NETWORKS if not n.startswith("resnet:")])
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n not in STOCHASTIC])
 @pytest.mark.parametrize("freeze_at", [2, 4])
 def test_frozen_stages_get_no_gradient_and_keep_their_statistics(network, freeze_at):
     neck = build_backbone(config(network, "MODEL.BACKBONE.FREEZE_AT", freeze_at))
@@ -207,19 +228,18 @@ def test_frozen_stages_get_no_gradient_and_keep_their_statistics(network, freeze
     image = torch.randn(2, 3, 64, 64)
     before = {k: v.clone() for k, v in bottom_up.state_dict().items()}
     maps = bottom_up(image)
-    for stage, level in maps.items():
+    for number, (stage, level) in enumerate(maps.items(), start=2):
         # HRNet's branches are mixed to the end: a finer map is made of more than a coarser one.
-        if "hrnet" not in network or stage == f"res{freeze_at}":
-            assert level.requires_grad == (int(stage[-1]) > freeze_at), stage
+        if "hrnet" not in network or number == freeze_at:
+            assert level.requires_grad == (number > freeze_at), stage
     neck(image)["p2"].sum().backward()
     frozen = [name for name, p in bottom_up.named_parameters() if not p.requires_grad]
     assert frozen
     assert not [n for n, p in bottom_up.named_parameters() if p.grad is not None and n in frozen]
-    with_norms = any("running_mean" in key for key in before)
+    norms = nn.modules.batchnorm._BatchNorm
+    with_norms = any(isinstance(module, norms) for module in bottom_up.modules())
     changed = {k for k, v in bottom_up.state_dict().items() if not torch.equal(v, before[k])}
     assert changed or not with_norms or "hrnet" in network  # statistics of what is trained
-    if any(isinstance(m, timm.layers.DropPath) and m.drop_prob for m in bottom_up.modules()):
-        return
     # A stage that is frozen computes the same in training as in evaluation.
     with torch.no_grad():
         for stage, level in bottom_up.eval()(image).items():
@@ -279,6 +299,15 @@ def test_norms_are_converted():
     assert norms(frozen, nn.BatchNorm2d) == 0
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_drop_path_is_the_rate_whatever_timms_default(rate):
+    network = "timm:swin_tiny_patch4_window7_224"  # whose default is 0.1
+    opts = ["MODEL.FPN.IN_FEATURES", ["res2", "res3"], "MODEL.TIMM.DROP_PATH", rate]
+    bottom_up = build_backbone(config(network, *opts)).bottom_up
+    drops = [m.drop_prob for m in bottom_up.modules() if isinstance(m, timm.layers.DropPath)]
+    assert (max(drops, default=0.0) > 0.05) == (rate > 0)
+
+
 def test_drop_path_reaches_timm():
     neck = build_backbone(config("timm:convnext_atto", "MODEL.TIMM.DROP_PATH", 0.9))
     image = torch.randn(2, 3, 64, 64)
@@ -300,6 +329,19 @@ def test_a_network_is_built_no_deeper_than_it_is_read():
     [
         ("timm:vit_tiny_patch16_224", [], r"strides \[16\].*asks for res2 \(stride 4\)"),
         ("timm:coatnet_pico_rw_224", [], "does not take images of 128 x 160 px"),
+        ("timm:maxvit_nano_rw_256", [], "128 x 160 px, so not of any size that Detectron2"),
+        ("timm:vgg11", ["MODEL.TIMM.DROP_PATH", 0.1], "DROP_PATH is 0.1, .*vgg11 has no stoch"),
+        ("timm:dla34", ["MODEL.TIMM.DROP_PATH", 0.1], "DROP_PATH is 0.1, .*dla34 has no stoch"),
+        ("timm:resnet10t", ["MODEL.TIMM.DROP_PATH", 1.0], "DROP_PATH is 1.0: a rate from 0"),
+        ("timm:resnet10t", ["MODEL.TIMM.DROP_PATH", -0.5], "DROP_PATH is -0.5: a rate from 0"),
+        ("timm:resnet10t", ["MODEL.PIXEL_MEAN", [100.0]], r"PIXEL_MEAN is \[100.0\].*three values"),
+        ("torchvision:resnet18", ["MODEL.PIXEL_STD", [1.0]], r"PIXEL_STD is \[1.0\].*three values"),
+        ("resnet:R-18", ["MODEL.BACKBONE.FREEZE_AT", 9], "FREEZE_AT is 9; build_resnet_backbone"),
+        ("resnet:R-18", ["MODEL.BACKBONE.FREEZE_AT", -3], "FREEZE_AT is -3; .*nothing at 0"),
+        ("detectron2:build_swin_t_backbone", ["MODEL.BACKBONE.FREEZE_AT", 6], "FREEZE_AT is 6"),
+        ("detectron2:build_mvitv2_t_backbone", ["MODEL.BACKBONE.FREEZE_AT", 2], "MViT freezes no"),
+        ("resnet:R-18", ["MODEL.FPN.OUT_CHANNELS", 0], "OUT_CHANNELS is 0; a level has 1"),
+        ("resnet:R-18", ["MODEL.FPN.OUT_CHANNELS", -4], "OUT_CHANNELS is -4; a level has 1"),
         ("timm:inception_v3", [], r"res2 of .* stride 4 would be \(1, 192, 32, 40\)"),
         ("timm:resnet18.nope", [], "gives no feature maps so: .*nope"),
         ("timm:resnet81", [], r"no model of timm 1.*did you mean resnet"),
@@ -321,6 +363,70 @@ def test_without_timm_one_line_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'fpn_plugin\[timm\]'"):
         build_backbone(config("timm:resnet10t"))
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_the_key(monkeypatch, tmp_path):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise LocalEntryNotFoundError("no network here")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match=r"resnet10t cannot be fetched: no net.*PRETRAINED False"):
+        build_backbone(config("timm:resnet10t", "MODEL.TIMM.PRETRAINED", True))
+
+    def no_host(*args: object, **kwargs: object) -> None:
+        raise URLError("no host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_host)
+    with pytest.raises(UserError, match=r"DEFAULT of resnet18 .* no host.*WEIGHTS '' builds"):
+        build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.WEIGHTS", "DEFAULT"))
+
+
+def test_detectron2s_swin_freezes_its_first_stages():
+    cfg = config("detectron2:build_swin_t_backbone", "MODEL.BACKBONE.FREEZE_AT", 2)
+    bottom_up = build_backbone(cfg).bottom_up
+    sum(level.sum() for level in bottom_up(torch.randn(1, 3, 64, 64)).values()).backward()
+    frozen = {n.split(".blocks")[0] for n, p in bottom_up.named_parameters() if p.grad is None}
+    # Stage "p0" is layers.0 before it is merged for the next; its norm is the pyramid's to train.
+    assert {name for name in frozen if "downsample" not in name} == {
+        "layers.0", "patch_embed.norm.bias", "patch_embed.norm.weight", "patch_embed.proj.bias",
+        "patch_embed.proj.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DETECTRON2_NETWORKS)
+def test_a_detectron2_that_lacks_a_network_says_so(name, monkeypatch):
+    for module in ("regnet", "swin", "mvit"):
+        monkeypatch.setitem(sys.modules, f"detectron2.modeling.backbone.{module}", None)
+    cfg = config("resnet:R-18", "MODEL.FPN.BOTTOM_UP", name)
+    with pytest.raises(UserError, match=r"this Detectron2 has no \w+, .* release 0.6"):
+        build_backbone(cfg)
+
+
+def test_a_shorter_pyramid_leaves_no_norm_without_gradient():
+    cfg = config("detectron2:build_swin_t_backbone", "MODEL.FPN.IN_FEATURES", ["p1", "p2", "p3"])
+    neck = build_backbone(cfg)
+    sum(level.sum() for level in neck(torch.randn(1, 3, 64, 64)).values()).backward()
+    assert not [name for name, p in neck.named_parameters() if p.grad is None]
+
+
+def _compiled() -> bool:
+    try:
+        from detectron2 import _C  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _compiled(), reason="deformable convolutions need Detectron2's _C")
+def test_deformable_convolutions_carry_a_pyramid():
+    opts = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]]
+    neck = build_backbone(config("resnet:R-101", *opts))
+    deformed = {name.split(".")[1] for name in neck.state_dict() if "conv2_offset" in name}
+    assert deformed == {"res3", "res4", "res5"}
+    assert list(neck.output_shape()) == ["p2", "p3", "p4", "p5", "p6"]
+    if torch.cuda.is_available():
+        assert neck.cuda()(torch.randn(1, 3, 64, 64).cuda())["p5"].shape == (1, 8, 2, 2)
 
 
 class OwnNetwork(Backbone):
@@ -358,57 +464,3 @@ def test_a_network_of_the_users_own():
         "p4": (4, 2),
         "p5": (2, 1),
     }
-
-
-def build_regnet_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    return RegNet(
-        stem_class=SimpleStem,
-        stem_width=8,
-        block_class=ResBottleneckBlock,
-        depth=13,
-        w_a=36.44,
-        w_0=24,
-        w_m=2.49,
-        group_width=8,
-        norm="BN",
-        out_features=["s1", "s2", "s3", "s4"],
-    )
-
-
-def build_swin_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    return SwinTransformer(
-        embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), window_size=4, drop_path_rate=0
-    )
-
-
-def build_mvit_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    return MViT(
-        embed_dim=12,
-        depth=4,
-        num_heads=1,
-        last_block_indexes=(0, 1, 2, 3),
-        residual_pooling=True,
-        drop_path_rate=0,
-        img_size=64,
-        out_features=("scale2", "scale3", "scale4", "scale5"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("builder", "stages"),
-    [
-        (build_regnet_for_a_test, ["s1", "s2", "s3", "s4"]),
-        (build_swin_for_a_test, ["p0", "p1", "p2", "p3"]),
-        (build_mvit_for_a_test, ["scale2", "scale3", "scale4", "scale5"]),
-    ],
-)
-def test_detectron2s_other_networks_carry_a_pyramid(builder, stages):
-    opts = ["MODEL.FPN.BOTTOM_UP", registered(builder), "MODEL.FPN.IN_FEATURES", stages]
-    neck = build_backbone(config("resnet:R-18", *opts))
-    image = torch.randn(1, 3, 64, 96)
-    out = neck(image)
-    assert {k: tuple(v.shape[2:]) for k, v in out.items()} == {
-        "p2": (16, 24), "p3": (8, 12), "p4": (4, 6), "p5": (2, 3), "p6": (1, 2),
-    }  # fmt: skip
-    sum(level.square().sum() for level in out.values()).backward()
-    assert not [name for name, p in neck.named_parameters() if p.grad is None]

@@ -1,0 +1,104 @@
+"""Detectron2's RegNet, Swin and MViT, which it has as classes alone, by name in its registry."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+
+from fpn_plugin.errors import UserError
+
+__all__ = ["DETECTRON2_NETWORKS"]
+
+_REGNET = ("s1", "s2", "s3", "s4")
+_SWIN = ("p0", "p1", "p2", "p3")
+_MVIT = ("scale2", "scale3", "scale4", "scale5")
+# Builder, its stages by the names that Detectron2's class gives them, and the class's arguments as
+# in Detectron2's new baselines and its projects ViTDet and MViTv2; Swin-T and -S as published.
+_VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "build_regnetx_4gf_backbone": (
+        _REGNET,
+        {"depth": 23, "w_a": 38.65, "w_0": 96, "w_m": 2.43, "group_width": 40},
+    ),
+    "build_regnety_4gf_backbone": (
+        _REGNET,
+        {"depth": 22, "w_a": 31.41, "w_0": 96, "w_m": 2.24, "group_width": 64, "se_ratio": 0.25},
+    ),
+    "build_swin_t_backbone": (_SWIN, {}),
+    "build_swin_s_backbone": (_SWIN, {"depths": (2, 2, 18, 2)}),
+    "build_swin_b_backbone": (
+        _SWIN,
+        {
+            "depths": (2, 2, 18, 2),
+            "embed_dim": 128,
+            "num_heads": (4, 8, 16, 32),
+            "drop_path_rate": 0.4,
+        },
+    ),
+    "build_mvitv2_t_backbone": (
+        _MVIT,
+        {"depth": 10, "last_block_indexes": (0, 2, 7, 9), "drop_path_rate": 0.2},
+    ),
+    "build_mvitv2_b_backbone": (
+        _MVIT,
+        {"depth": 24, "last_block_indexes": (1, 4, 20, 23), "drop_path_rate": 0.4},
+    ),
+}
+DETECTRON2_NETWORKS = {builder: stages for builder, (stages, _) in _VARIANTS.items()}
+
+
+def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
+    stages, arguments = _VARIANTS[name]
+
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+        # Stages that nothing reads would have norms without gradients.
+        wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or stages
+        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+        if stages is _REGNET:
+            module = _module("regnet", "RegNet")
+            return module.RegNet(
+                stem_class=module.SimpleStem,
+                stem_width=32,
+                block_class=module.ResBottleneckBlock,
+                norm=cfg.MODEL.RESNETS.NORM,
+                freeze_at=freeze_at,
+                out_features=list(wanted),
+                **arguments,
+            )
+        if stages is _SWIN:
+            return _module("swin", "SwinTransformer").SwinTransformer(
+                out_indices=[stages.index(stage) for stage in wanted],
+                frozen_stages=freeze_at or -1,  # counted as FREEZE_AT, but for none
+                **arguments,
+            )
+        if freeze_at:
+            raise UserError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and Detectron2's MViT freezes no "
+                "stages: set it 0"
+            )
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        return _module("mvit", "MViT").MViT(norm_layer=norm, out_features=wanted, **arguments)
+
+    build.__name__ = build.__qualname__ = name
+    return build
+
+
+def _module(name: str, cls: str) -> Any:
+    try:
+        return importlib.import_module(f"detectron2.modeling.backbone.{name}")
+    except ImportError as error:
+        raise UserError(
+            f"this Detectron2 has no {cls}, which came after its release 0.6: build_timm_backbone "
+            "has networks of that kind"
+        ) from error
+
+
+for _name in _VARIANTS:
+    BACKBONE_REGISTRY.register(_builder(_name))
