@@ -22,6 +22,7 @@ __all__ = ["proposals_read_as_arrays", "read_proposals"]
 
 _OLDER_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron1's
 _MADE_BY = "tools/dump_proposals.py makes such files"
+_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # those that Detectron2 can convert of boxes
 _LARGEST = np.finfo(np.float32).max
 
 
@@ -53,7 +54,7 @@ def read_proposals(file: IO[bytes], encoding: str = "latin1") -> dict[str, Any]:
 
 def _problems(content: Any) -> Iterator[str]:
     if not isinstance(content, dict):
-        yield f"it holds a {type(content).__name__}, expected a dict"
+        yield f"it holds a value of type {type(content).__name__}, expected a dict"
         return
     parts = ("ids", "boxes", "objectness_logits")
     for part in parts:
@@ -65,12 +66,14 @@ def _problems(content: Any) -> Iterator[str]:
         told = ", ".join(f"{count} {part}" for count, part in zip(counts, parts, strict=True))
         yield f"it has {told}, expected one of each for an image"
         return
-    if content.get("bbox_mode", BoxMode.XYXY_ABS) not in list(BoxMode):
-        yield f"bbox_mode is {str(content['bbox_mode'])[:20]!r}, expected a number of BoxMode"
+    mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
+    if not isinstance(mode, int | np.integer) or mode not in _MODES:
+        expected = ", ".join(f"{int(known)} ({known.name})" for known in _MODES)
+        yield f"bbox_mode is {str(mode)[:20]!r}, expected one of {expected}"
     seen: set[str] = set()
     for image, boxes, logits in zip(*(content[part] for part in parts), strict=True):
         if isinstance(image, bool) or not isinstance(image, int | str | np.integer):
-            yield f"it has an image id that is a {type(image).__name__}"
+            yield f"it has an image id of type {type(image).__name__}"
             continue
         if str(image) in seen:  # as Detectron2 looks them up
             yield f"image {str(image)[:40]!r} is in it twice"
@@ -88,7 +91,7 @@ def _problem_of(boxes: Any, logits: Any) -> str:
     """What is wrong with an image's proposals; "" where nothing is."""
     for what, values in (("boxes", boxes), ("logits", logits)):
         if not isinstance(values, np.ndarray):
-            return f"{what} in a {type(values).__name__}, expected an array"
+            return f"{what} of type {type(values).__name__}, expected an array"
         if values.dtype.kind not in "iuf":
             return f"{what} of dtype {values.dtype}, expected numbers"
     if boxes.ndim != 2 or boxes.shape[1] != 4:
