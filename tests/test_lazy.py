@@ -7,30 +7,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.model_zoo import get_config as zoo_config
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 from torch import nn
 
-from fpn_plugin import FeaturePyramidNetwork, UserError, model_zoo
+from fpn_plugin import FeaturePyramidNetwork, UserError, add_fpn_config, model_zoo
 from fpn_plugin.data import Needs, ReadableImageMapper, ensure_mini
 from fpn_plugin.engine import lazy_training
 from fpn_plugin.engine.lazy_training import lazy_main, load_lazy_config
 from fpn_plugin.engine.training import train_main
-from fpn_plugin.lazy import model_node, twin, with_pyramid
+from fpn_plugin.lazy import model_node, with_pyramid
+from fpn_plugin.lazy.training import dataloader_node, optimizer_node, schedule_node, train_node
 from fpn_plugin.metrics import loss_rows
 
+FASTER = "lazy/mini/faster_rcnn_R_18_FPN.py"
+FCOS = "lazy/COCO-Detection/fcos_R_50_FPN_1x.py"
 
-def small(cfg):
-    """A model that a test can build often: its architecture at ResNet-18's or 50's depth."""
-    cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.RESNETS.DEPTH > 50:
-        cfg.MODEL.RESNETS.DEPTH = 50
+
+def yacs_of(name: str, *opts: object) -> CfgNode:
+    """The yacs config that a lazy one is made from."""
+    cfg = model_zoo.get_config(f"{name.removeprefix('lazy/').removesuffix('.py')}.yaml")
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
     return cfg
 
 
@@ -64,14 +67,21 @@ def settings(module: nn.Module) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("name", model_zoo.names())
+@pytest.mark.parametrize("name", [name for name in model_zoo.lazy_names() if name != FCOS])
 def test_a_lazy_model_is_its_yacs_model(name):
-    cfg = small(model_zoo.get_config(name))
-    lazy, theirs = instantiate(model_node(cfg)), build_model(cfg)
+    with torch.device("meta"):  # weights have their shapes there and cost nothing
+        lazy = instantiate(load_lazy_config(name).model)
+        theirs = build_model(yacs_of(name, "MODEL.DEVICE", "meta"))
+    assert_same_model(lazy, theirs)
+
+
+def assert_same_model(lazy: nn.Module, theirs: nn.Module) -> None:
     assert type(lazy) is type(theirs)
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (lazy, theirs)]
     assert shapes[0] == shapes[1]
-    kinds = [[(n, type(m)) for n, m in model.named_modules()] for model in (lazy, theirs)]
+    # By name: torchvision's extractors are each of a class of their own.
+    kinds = [[(n, type(m).__qualname__) for n, m in model.named_modules()]
+             for model in (lazy, theirs)]  # fmt: skip
     assert kinds[0] == kinds[1]
     ours, expected = settings(lazy), settings(theirs)
     differing = {key for key in ours.keys() | expected.keys() if ours.get(key) != expected.get(key)}
@@ -89,7 +99,7 @@ def test_every_yacs_config_has_its_lazy_twin():
 
 
 def test_a_settings_difference_would_be_seen():
-    cfg = small(model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml"))
+    cfg = yacs_of(FASTER)
     theirs = settings(build_model(cfg))
     for change in (
         {"roi_heads.box_pooler.canonical_level": 3},
@@ -130,18 +140,10 @@ def test_lazy_and_yacs_train_to_the_same_weights(tmp_path):
     assert len(loss_rows(lazy / "metrics.json")) == 1
 
 
-LOADED = [
-    "mini/faster_rcnn_R_18_FPN.yaml",
-    "mini/table2_c_FPN.yaml",
-    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
-    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
-    "paper/table1_c_FPN.yaml",
-]
-
-
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", model_zoo.lazy_names())
 def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, monkeypatch):
-    cfg, lazy = small(model_zoo.get_config(name)), twin(name)
+    # FCOS has no yacs config; it is trained as RetinaNet is.
+    cfg, lazy = yacs_of(name.replace("fcos", "retinanet")), load_lazy_config(name)
     meta = SimpleNamespace(
         keypoint_names=("nose", "left", "right"), keypoint_flip_map=[("left", "right")]
     )
@@ -156,7 +158,7 @@ def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, m
                 for mapper in (ours, theirs)]  # fmt: skip
         assert told[0] == told[1]
         node, upper = lazy.dataloader[split].dataset, split.upper()
-        assert tuple(node.names) == cfg.DATASETS[upper]
+        assert tuple([node.names] if training is False else node.names) == cfg.DATASETS[upper]
         files = cfg.DATASETS[f"PROPOSAL_FILES_{upper}"] if cfg.MODEL.LOAD_PROPOSALS else None
         assert (node.proposal_files and tuple(node.proposal_files)) == files
     node, loader = lazy.dataloader.train, cfg.DATALOADER
@@ -164,6 +166,15 @@ def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, m
     assert node.dataset.min_keypoints == (1 if cfg.MODEL.KEYPOINT_ON else 0)
     assert node.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
     assert (node.num_workers, node.aspect_ratio_grouping) == (loader.NUM_WORKERS, True)
+    evaluators = lazy.dataloader.evaluator
+    for evaluator in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
+        assert (evaluator.dataset_name,) == cfg.DATASETS.TEST
+    train, solver = lazy.train, cfg.SOLVER
+    assert train.max_iter == solver.MAX_ITER
+    assert train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert (train.seed, train.amp.enabled) == (cfg.SEED, solver.AMP.ENABLED)
+    assert train.checkpointer.period == solver.CHECKPOINT_PERIOD
+    assert train.eval_period == cfg.TEST.EVAL_PERIOD
     # The optimizer, parameter by parameter, and the rate at each iteration.
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     theirs = build_optimizer(cfg, model)
@@ -291,3 +302,347 @@ def test_fcos_has_the_plugins_pyramid():
 def test_a_model_without_fpn_is_refused():
     with pytest.raises(UserError, match="no node of detectron2.modeling.FPN"):
         with_pyramid(zoo_config("common/models/mask_rcnn_c4.py").model)
+
+
+# ---- overrides
+
+
+THIN = ["model.backbone.bottom_up.RESNETS.DEPTH=18",
+        "model.backbone.bottom_up.RESNETS.RES2_OUT_CHANNELS=64"]  # fmt: skip
+OVERRIDDEN = {
+    "mini/faster_rcnn_R_18_FPN": {
+        "roi_heads.box_predictor.cls_score.weight": (4, 512),
+        "roi_heads.box_predictor.bbox_pred.weight": (12, 512),
+        "roi_heads.box_head.fc1.weight": (512, 32 * 49),
+        "proposal_generator.rpn_head.conv.weight": (32, 32, 3, 3),
+        "backbone.fpn_lateral2.weight": (32, 64, 1, 1),
+    },
+    "mini/table1_c_FPN_unshared": {
+        "proposal_generator.rpn_head.heads.4.conv.weight": (32, 32, 3, 3)
+    },
+    "mini/table2_c_FPN": {"roi_heads.box_predictor.cls_score.weight": (4, 512)},
+    "COCO-Detection/retinanet_R_50_FPN_1x": {
+        "head.cls_score.weight": (27, 32, 3, 3),
+        "head.cls_subnet.6.weight": (32, 32, 3, 3),
+        "backbone.top_block.p6.weight": (32, 512, 3, 3),
+    },
+    "COCO-Detection/fcos_R_50_FPN_1x": {
+        "head.cls_score.weight": (3, 32, 3, 3),
+        "head.ctrness.weight": (1, 32, 3, 3),
+        "backbone.top_block.p6.weight": (32, 32, 3, 3),
+    },
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x": {
+        "roi_heads.mask_head.predictor.weight": (3, 256, 1, 1),
+        "roi_heads.mask_head.mask_fcn1.weight": (256, 32, 3, 3),
+    },
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x": {
+        "roi_heads.box_predictor.cls_score.weight": (4, 1024),
+        "roi_heads.keypoint_head.conv_fcn1.weight": (512, 32, 3, 3),
+    },
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x": {
+        "roi_heads.box_predictor.0.cls_score.weight": (4, 1024),
+        "roi_heads.box_predictor.2.cls_score.weight": (4, 1024),
+        "roi_heads.box_head.2.fc1.weight": (1024, 32 * 49),
+        "roi_heads.mask_head.predictor.weight": (3, 256, 1, 1),
+    },
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x": {
+        "roi_heads.mask_head.predictor.weight": (3, 256, 1, 1),
+        "sem_seg_head.p2.0.weight": (128, 32, 3, 3),
+        "sem_seg_head.p5.0.weight": (128, 32, 3, 3),
+    },
+}
+
+
+def example(side: int = 64) -> dict[str, object]:
+    """An image with two annotated objects, and whatever any of the models trains on."""
+    target = Instances((side, side))
+    target.gt_boxes = Boxes(torch.tensor([[4.0, 4, 40, 40], [20, 10, 60, 50]]))
+    target.gt_classes = torch.tensor([0, 2])
+    target.gt_masks = BitMasks(torch.ones(2, side, side, dtype=torch.bool))
+    target.gt_keypoints = Keypoints(torch.full((2, 17, 3), 24.0))
+    proposals = Instances((side, side))
+    proposals.proposal_boxes = Boxes(torch.tensor([[5.0, 5, 40, 40], [0, 0, 60, 60]]))
+    proposals.objectness_logits = torch.ones(2)
+    labels = torch.zeros(side, side, dtype=torch.long)
+    return {"image": torch.rand(3, side, side) * 255, "instances": target,
+            "proposals": proposals, "sem_seg": labels}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_the_pyramids_width_and_the_number_of_classes_are_said_once(name):
+    thin = [] if "mini" in name or "fcos" in name else THIN
+    overrides = ["model.backbone.out_channels=32", *thin]
+    node = load_lazy_config(f"lazy/{name}.py").model
+    if "roi_heads" in node:
+        overrides.append("model.roi_heads.num_classes=3")
+        overrides += ["model.roi_heads.batch_size_per_image=16"]  # few regions: quickly tested
+    elif "num_classes" in node:
+        overrides.append("model.num_classes=3")
+    if node.get("proposal_generator"):
+        overrides.append("model.proposal_generator.post_nms_topk=[20,20]")
+    model = instantiate(load_lazy_config(f"lazy/{name}.py", overrides).model)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    expected = OVERRIDDEN[name]
+    assert {key: shapes[key] for key in expected} == expected
+    side = 160 if "fcos" in name else 64  # its group norm wants more than one cell
+    with EventStorage(0):
+        losses = model.train()([example(side)])
+    assert losses
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    with torch.no_grad():
+        model.eval()([example(side)])
+
+
+def test_pooled_sizes_and_hidden_layers_are_said_once():
+    changes = ["box_pooler.output_size=5", "mask_pooler.output_size=8", "box_head.fc_dims=[48,40]"]
+    changes = [f"model.roi_heads.{change}" for change in changes]
+    node = load_lazy_config("lazy/mini/mask_rcnn_R_18_FPN.py", changes).model
+    model = instantiate(node)
+    assert model.roi_heads.box_head.fc1.weight.shape == (48, 64 * 25)
+    assert model.roi_heads.box_predictor.cls_score.weight.shape == (15, 40)
+    with EventStorage(0):
+        assert torch.isfinite(model.train()([example()])["loss_mask"])
+
+
+def test_a_node_of_its_own_is_built_from_what_stands_around_it():
+    # A batch norm of RetinaNet's head has statistics for each level.
+    opts = ["MODEL.RETINANET.NORM", "BN", "MODEL.RETINANET.NUM_CLASSES", 5, "MODEL.DEVICE", "meta"]
+    cfg = yacs_of("COCO-Detection/retinanet_R_50_FPN_1x", *opts)
+    with torch.device("meta"):
+        assert_same_model(instantiate(model_node(cfg)), build_model(cfg))
+
+
+NETWORKS = [
+    ("build_timm_backbone", "MODEL.TIMM.NAME", "convnext_atto", "MODEL.TIMM.PRETRAINED", False),
+    ("build_torchvision_backbone", "MODEL.TORCHVISION.NAME", "mobilenet_v3_small",
+     "MODEL.TORCHVISION.WEIGHTS", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network[0])
+@pytest.mark.parametrize(
+    "name", ["COCO-Detection/retinanet_R_50_FPN_1x", "COCO-Detection/rpn_R_50_FPN_1x"]
+)
+def test_networks_of_timm_and_torchvision_have_a_lazy_form(network, name):
+    if "timm" in network[0]:
+        pytest.importorskip("timm")
+    builder, *opts = network
+    pixels = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_STD", [57.0, 58.0, 59.0]]
+    cfg = yacs_of(name, "MODEL.FPN.BOTTOM_UP", builder, *opts, *pixels)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    lazy, theirs = instantiate(model_node(cfg)), build_model(cfg)
+    assert_same_model(lazy, theirs)
+    ours, expected = lazy.backbone.bottom_up, theirs.backbone.bottom_up
+    assert ours._flip is expected._flip is False
+    assert torch.equal(ours._scale, expected._scale)
+    assert torch.equal(ours._shift, expected._shift)
+    assert ours._scale[0] != ours._scale[2]
+    node = model_node(cfg)
+    node.pixel_std = [1.0, 1.0, 1.0]  # the network's follows it
+    torch.testing.assert_close(
+        instantiate(node).backbone.bottom_up._scale.flatten() * torch.tensor([57.0, 58.0, 59.0]),
+        ours._scale.flatten(),
+    )
+
+
+# ---- what has no lazy form
+
+
+def nodes_of(cfg: CfgNode) -> list[object]:
+    makers = (model_node, optimizer_node, schedule_node, dataloader_node, train_node)
+    return [OmegaConf.to_container(make(cfg), resolve=False) for make in makers]
+
+
+def leaves(cfg: CfgNode, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in cfg.items():
+        path = prefix + key
+        found += leaves(value, f"{path}.") if isinstance(value, CfgNode) else [path]
+    return found
+
+
+def changed(cfg: CfgNode, key: str) -> CfgNode:
+    """The config with another value of one key, of the same type."""
+    *path, last = key.split(".")
+    cfg = cfg.clone()
+    node = cfg
+    for part in path:
+        node = node[part]
+    value = node[last]
+    if isinstance(value, bool):
+        node[last] = not value
+    elif isinstance(value, int | float):
+        node[last] = value + 1
+    elif isinstance(value, str):
+        node[last] = f"{value}x"
+    elif isinstance(value, list | tuple):
+        node[last] = value + type(value)(value[-1:] or [1])
+    else:
+        node[last] = 1.0
+    return cfg
+
+
+# Keys that say nothing about a model, its data or its training, or only do with another key set.
+UNREAD = {
+    "VERSION",
+    "GLOBAL.HACK",
+    "INPUT.CROP.TYPE", "INPUT.CROP.SIZE",  # of INPUT.CROP.ENABLED
+    "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT",  # of DATALOADER.SAMPLER_TRAIN
+    "DATALOADER.RANDOM_SUBSET_RATIO", "DATASETS.TRAIN_REPEAT_FACTOR",
+    "MODEL.ANCHOR_GENERATOR.ANGLES",  # of rotated boxes
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER",  # of USE_FED_LOSS
+    "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",  # of .ENABLED
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+    "SOLVER.NUM_DECAYS",  # of a schedule that is refused
+    "TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER",
+    # A pyramid gives these to its network in place of the network's own.
+    "MODEL.TIMM.OUT_FEATURES", "MODEL.TORCHVISION.OUT_FEATURES",
+}  # fmt: skip
+
+
+def test_every_key_is_carried_over_or_refused():
+    bottom_up = ("MODEL.FPN.BOTTOM_UP",)
+    bases = [
+        yacs_of("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"),
+        yacs_of("mini/table2_c_FPN"),
+        yacs_of("COCO-Detection/retinanet_R_50_FPN_1x"),
+        yacs_of("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
+                "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),
+        yacs_of("Misc/cascade_mask_rcnn_R_50_FPN_1x"),
+        yacs_of("mini/table1_a_C4"),
+        *(yacs_of("mini/table1_c_FPN", *bottom_up, network[0]) for network in NETWORKS),
+    ]  # fmt: skip
+    defaults = get_cfg()
+    add_fpn_config(defaults)
+    before = [nodes_of(cfg) for cfg in bases]
+
+    def shows(key: str) -> bool:
+        for cfg, nodes in zip(bases, before, strict=True):
+            try:
+                if nodes_of(changed(cfg, key)) != nodes:
+                    return True
+            except UserError as error:
+                assert key.rpartition(".")[2] in str(error) or "backbone has no map" in str(error)
+                return True
+        return False
+
+    silent = {key for key in leaves(defaults) if key not in UNREAD and not shows(key)}
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("TEST.AUG.ENABLED", True),
+        ("TEST.PRECISE_BN.ENABLED", True),
+        ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True),
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
+        ("MODEL.ROI_BOX_HEAD.NUM_FC", 0),
+    ],
+)
+def test_a_setting_without_a_lazy_form_is_refused_by_its_name(key, value):
+    with pytest.raises(UserError, match=rf"^{re.escape(key)} .*{value}.* has no lazy form here"):
+        nodes_of(yacs_of(FASTER, key, value))
+
+
+def test_sigmoid_classification_is_carried_over():
+    cfg = yacs_of(FASTER, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    model = instantiate(model_node(cfg))
+    assert model.roi_heads.box_predictor.use_sigmoid_ce
+    assert_same_model(model, build_model(cfg))
+
+
+def test_a_detectron2_without_an_end_of_the_rate_has_its_schedules():
+    for name, end in (("WarmupMultiStepLR", 1.0), ("WarmupCosineLR", 0.0)):
+        cfg = yacs_of(FASTER, "SOLVER.LR_SCHEDULER_NAME", name)
+        del cfg.SOLVER["BASE_LR_END"]
+        assert instantiate(schedule_node(cfg))(0.99999) == pytest.approx(end, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.backbone.out_chanels=32", "is no argument of build_pyramid: .*out_channels"),
+        ("model.roi_heads.num_clases=3", "num_clases is no argument of FPNROIHeads: .*num_classes"),
+        ("optimizer.lrr=0.1", "optimizer.lrr is no argument of SGD: did you mean lr"),
+        ("optimizer.lr=abc", "optimizer.lr takes a number, as 0.014 was; given was 'abc'"),
+        ("optimizer.nesterov=abc", "optimizer.nesterov takes True or False"),
+        ("model.backbone=resnet", "model.backbone takes a node; given was 'resnet'"),
+        ("train.max_itr=5", "no 'max_itr' there: .*max_iter.* To add one: .train.max_itr=5"),
+        ("modle.backbone.out_channels=5", "no 'modle' there: did you mean model"),
+        ("dataloader.test.num_worker=5", "num_worker is no argument of .*num_workers"),
+        ("model.backbone._target_=fpn_plugin.Pyramid", "'fpn_plugin.Pyramid' names nothing"),
+        ("train.max_iter=[", r"\(in \['train.max_iter=\['\]\)"),
+    ],
+)
+def test_an_override_that_names_nothing_is_refused_in_one_line(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_lazy_config(FASTER, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("builder=build_timm_backbon", "builder 'build_timm_backbon' is not .*build_timm_backbone"),
+        ("RESNETS.DEPHT=50", "MODEL.RESNETS has no key 'DEPHT': did you mean DEPTH"),
+        ("RESNET.DEPTH=50", "'RESNET', no node under MODEL: did you mean RESNETS"),
+        ("RESNETS.NORM=[1]", "MODEL.RESNETS.NORM"),
+        ("RESNETS.DEPTH=51", "model cannot be built: KeyError: 51"),
+    ],
+)
+def test_what_a_network_does_not_know_is_refused_in_one_line(override, message):
+    cfg = load_lazy_config(FASTER, [f"model.backbone.bottom_up.{override}"])
+    with pytest.raises(UserError, match=message) as error:
+        lazy_training._built(cfg.model, "model")
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_config_file_has_too_much_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    lines = Path(model_zoo.get_config_file(FASTER)).read_text()
+    path.write_text(f"{lines}\noptimizer.momentun = 0.5\ntrain.mine = 3\n")
+    with pytest.raises(UserError, match=r"optimizer.momentun is no .* did you mean momentum"):
+        load_lazy_config(str(path))
+    path.write_text(f"{lines}\noptimizer.dampening = 0.5\ntrain.mine = 3\n")
+    cfg = load_lazy_config(str(path), ["train.mine=4", "+train.ours=5", "optimizer.maximize=true"])
+    assert (cfg.train.mine, cfg.train.ours, cfg.optimizer.maximize) == (4, 5, True)
+
+
+# ---- test sets
+
+
+def evaluated(monkeypatch, tmp_path: Path, *overrides: str) -> list[tuple[str, int]]:
+    """The set of each evaluator that a run makes, and the number of images it is given."""
+    seen = []
+
+    def inference(model, loader, evaluator):
+        seen.append((evaluator._metadata.name, len(loader.dataset)))
+        return {"bbox": {"AP": float(len(loader.dataset))}}
+
+    monkeypatch.setattr(lazy_training, "inference_on_dataset", inference)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": instantiate(load_lazy_config(FASTER).model).state_dict()}, weights)
+    args = [f"train.output_dir={tmp_path}", f"train.init_checkpoint={weights}", *overrides]
+    lazy_main(["--config-file", FASTER, "--eval-only", *args])
+    return seen
+
+
+def test_the_evaluator_follows_the_test_sets(monkeypatch, tmp_path):
+    ensure_mini({"train": 6, "val": 4})
+    names = "dataloader.test.dataset.names"
+    assert evaluated(monkeypatch, tmp_path) == [("mini_val", 4)]
+    for value in ("mini_train", "[mini_train]"):
+        found = evaluated(monkeypatch, tmp_path, f"{names}={value}")
+        assert found == [("mini_train", 6)]
+        assert json.loads((tmp_path / "results.json").read_text()) == {"bbox": {"AP": 6.0}}
+    both = evaluated(monkeypatch, tmp_path, f"{names}=[mini_train,mini_val]")
+    assert both == [("mini_train", 6), ("mini_val", 4)]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {"mini_train": {"bbox": {"AP": 6.0}}, "mini_val": {"bbox": {"AP": 4.0}}}
+    other = "dataloader.evaluator.dataset_name=mini_train"
+    with pytest.raises(UserError, match="dataset_name 'mini_train', and .* has 'mini_val'"):
+        evaluated(monkeypatch, tmp_path, other)

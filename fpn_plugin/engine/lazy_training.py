@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fpn_plugin.data import (
     train_stream,
 )
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.lazy.checking import check_arguments, check_override_keys, check_override_types
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
 
@@ -69,7 +71,8 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: ``["train.max_iter=100", ...]``.
 
     Raises:
-        UserError: there is none; or an override that does not fit.
+        UserError: there is none; or an override that does not fit; or an argument that what it
+            is given to does not take.
     """
     known = model_zoo.lazy_names()
     path = name if Path(name).is_file() else None
@@ -96,10 +99,17 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
     if missing:
         raise UserError(f"{name} is no config of a training: it has no {', '.join(missing)}")
+    check_override_keys(cfg, overrides)
+    before = copy.deepcopy(cfg)
     try:
-        return LazyConfig.apply_overrides(cfg, list(overrides))
-    except (OmegaConfBaseException, KeyError, AttributeError, ValueError) as error:
+        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+        check_override_types(before, cfg, overrides)
+    except UserError:
+        raise
+    except Exception as error:  # hydra, where it is installed, has its own for what it cannot read
         raise UserError(f"{' '.join(str(error).split())} (in {list(overrides)})") from error
+    check_arguments(cfg)
+    return cfg
 
 
 def lazy_main(argv: Sequence[str] | None = None) -> None:
@@ -122,6 +132,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     check_seed("train.seed", cfg.train.get("seed", -1))
     if not args.eval_only:
         _check_solver(cfg)
+    _check_evaluators(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
         check_records(names[split], _needs(cfg, split))
@@ -184,6 +195,44 @@ def _classes(model: DictConfig) -> tuple[str, int | None]:
     return "", None
 
 
+def _test_sets(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Each test set's name, and cfg.dataloader as it is for that set alone."""
+    names, files = _names(cfg, "test"), cfg.dataloader.test.dataset.get("proposal_files")
+    for i, name in enumerate(names):
+        dataloader = copy.deepcopy(cfg.dataloader)
+        dataloader.test.dataset.names = name
+        if files is not None:
+            dataloader.test.dataset.proposal_files = [files[i]]
+        yield name, dataloader
+
+
+def _check_evaluators(cfg: DictConfig) -> None:
+    """Refuses evaluators of another set than the one whose detections they are given."""
+    for name, dataloader in _test_sets(cfg):
+        evaluators = dataloader.get("evaluator")
+        for node in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
+            told = node.get("dataset_name", name) if OmegaConf.is_dict(node) else name
+            if told != name:
+                raise UserError(
+                    f"dataloader.evaluator has dataset_name {told!r}, and "
+                    f"dataloader.test.dataset.names has {name!r}: leave the evaluator's out, it "
+                    "follows the other"
+                )
+
+
+def _built(node: Any, key: str) -> Any:
+    """What a lazy node makes; a UserError for values that its parts cannot be made of."""
+    try:
+        return instantiate(node)
+    except UserError:
+        raise
+    except (
+        AssertionError, AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException
+    ) as error:  # fmt: skip
+        told = " ".join(str(error).split())
+        raise UserError(f"{key} cannot be built: {type(error).__name__}: {told}") from error
+
+
 def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
     """One process of a training or an evaluation.
 
@@ -199,7 +248,7 @@ def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
     default_setup(cfg, args)
     device = cfg.train.device
-    model = instantiate(cfg.model).to(device)
+    model = _built(cfg.model, "model").to(device)
     if not device.startswith("cuda"):
         optimize_for_cpu_training(model)
     if args.eval_only:
@@ -219,11 +268,11 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     train = cfg.train
     check_mixed_precision(train.amp.enabled, train.device, "train.amp.enabled")
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = _built(cfg.optimizer, "optimizer")
     on_gpu = train.device.startswith("cuda")
     model = create_ddp_model(model, **train.ddp, **({} if on_gpu else {"device_ids": None}))
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
-    loader = train_stream(instantiate(cfg.dataloader.train))
+    loader = train_stream(_built(cfg.dataloader.train, "dataloader.train"))
     trainer = kind(model, loader, optimizer)
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
     watch = LossWatch(model)
@@ -241,7 +290,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
             SkippedSteps(optimizer, trainer.grad_scaler) if train.amp.enabled else None,
             LevelStatistics(model, period) if (period := train.get("level_stats_period")) else None,
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=_built(cfg.lr_multiplier, "lr_multiplier")),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
             JointEvalHook(train.eval_period, evaluate),
             hooks.PeriodicWriter(
@@ -263,9 +312,15 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
 def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         return {}
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
-    if comm.is_main_process():
-        print_csv_format(results)
-    return results or {}
+    results = {}
+    for name, dataloader in _test_sets(cfg):
+        results[name] = inference_on_dataset(
+            model,
+            _built(dataloader.test, "dataloader.test"),
+            _built(dataloader.evaluator, "dataloader.evaluator"),
+        )
+        if comm.is_main_process():
+            print_csv_format(results[name])
+    found = {name: result or {} for name, result in results.items()}
+    # As Detectron2's: the set's name is said where there are several.
+    return found if len(found) > 1 else next(iter(found.values()), {})

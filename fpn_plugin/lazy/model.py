@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -34,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling import (
     FeaturePyramidNetwork,
     FPNCascadeROIHeads,
@@ -45,7 +46,21 @@ from fpn_plugin.modeling import (
 from fpn_plugin.modeling.bottom_up import frozen
 from fpn_plugin.modeling.neck import build_top_block
 
-__all__ = ["build_network", "build_per_level_head", "build_res5", "model_node", "with_pyramid"]
+__all__ = [
+    "build_network",
+    "build_per_level_head",
+    "build_pyramid",
+    "build_res5",
+    "model_node",
+    "with_pyramid",
+]
+
+# The node under MODEL that each builder reads.
+_NODES = {
+    "build_resnet_backbone": "RESNETS",
+    "build_timm_backbone": "TIMM",
+    "build_torchvision_backbone": "TORCHVISION",
+}
 
 
 def build_network(
@@ -67,18 +82,100 @@ def build_network(
         nodes: nodes under MODEL with the keys that differ from their defaults, for example
             ``RESNETS={"DEPTH": 101}``.
     """
-    cfg = get_cfg()
-    add_fpn_config(cfg)
+    cfg = _defaults()
+    if builder not in BACKBONE_REGISTRY:
+        names = [name for name, _ in BACKBONE_REGISTRY]
+        raise UserError(
+            f"builder {builder!r} is not in the BACKBONE registry: {near_names(builder, names)} "
+            "A module that registers it must be imported first"
+        )
     cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
     cfg.INPUT.FORMAT = input_format
     cfg.MODEL.PIXEL_MEAN = list(pixel_mean or cfg.MODEL.PIXEL_MEAN)
     cfg.MODEL.PIXEL_STD = list(pixel_std or cfg.MODEL.PIXEL_STD)
     for node, keys in nodes.items():
-        for key, value in keys.items():
-            cfg.MODEL[node][key] = (
-                OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        known_nodes = [name for name, value in cfg.MODEL.items() if isinstance(value, CfgNode)]
+        if node not in known_nodes:
+            raise UserError(
+                f"{builder} is given {node!r}, no node under MODEL: {near_names(node, known_nodes)}"
             )
+        _set_keys(cfg, node, keys)
     return BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3))
+
+
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    return cfg
+
+
+def _set_keys(cfg: CfgNode, node: str, keys: dict[str, Any]) -> None:
+    """Sets keys of a node under MODEL; a UserError for one that it does not have."""
+    for key, value in keys.items():
+        if key not in cfg.MODEL[node]:
+            raise UserError(f"MODEL.{node} has no key {key!r}: {near_names(key, cfg.MODEL[node])}")
+        plain = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        try:
+            cfg.merge_from_list([f"MODEL.{node}.{key}", plain])
+        except ValueError as error:  # of another type
+            raise UserError(f"MODEL.{node}.{key}: {' '.join(str(error).split())}") from error
+
+
+def build_pyramid(
+    bottom_up: Backbone,
+    in_features: Sequence[str],
+    out_channels: int,
+    *,
+    top_block: str | nn.Module | None = "maxpool",
+    norm: str = "",
+    fuse_type: str = "sum",
+    coarsest_output_conv: bool = False,
+    top_down: bool = True,
+    lateral: bool = True,
+    match_lateral_size: bool = False,
+    out_features: Sequence[str] | None = None,
+    freeze: bool = False,
+) -> FeaturePyramidNetwork:
+    """A pyramid whose top block is made for the network that is under it.
+
+    Args:
+        bottom_up: see :class:`FeaturePyramidNetwork`, as the arguments that are not named here.
+        in_features: likewise.
+        out_channels: likewise.
+        top_block: a name that :func:`build_top_block` knows, or a module.
+        norm: likewise.
+        fuse_type: likewise.
+        coarsest_output_conv: likewise.
+        top_down: likewise.
+        lateral: likewise.
+        match_lateral_size: likewise.
+        out_features: likewise.
+        freeze: whether nothing of it is trained.
+    """
+    shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
+    # Stages that are not there are reported by FeaturePyramidNetwork, with what is.
+    if isinstance(top_block, str) and coarsest in shapes:
+        top_block = build_top_block(
+            top_block,
+            coarsest_stage=coarsest,
+            coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+            in_channels=shapes[coarsest].channels,
+            out_channels=out_channels,
+        )
+    neck = FeaturePyramidNetwork(
+        bottom_up,
+        in_features,
+        out_channels,
+        norm=norm,
+        top_block=top_block,
+        fuse_type=fuse_type,
+        coarsest_output_conv=coarsest_output_conv,
+        top_down=top_down,
+        lateral=lateral,
+        match_lateral_size=match_lateral_size,
+        out_features=out_features,
+    )
+    return frozen(neck) if freeze else neck
 
 
 def model_node(cfg: CfgNode) -> DictConfig:
@@ -88,8 +185,14 @@ def model_node(cfg: CfgNode) -> DictConfig:
         cfg: with the plugin's keys.
 
     Raises:
-        UserError: a part that has no lazy form here.
+        UserError: a part or a setting that has no lazy form here.
     """
+    refuse_changed(
+        cfg,
+        "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT",
+        "MODEL.PANOPTIC_FPN.COMBINE.ENABLED",
+        "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+    )
     kinds = {
         "GeneralizedRCNN": _rcnn,
         "PanopticFPN": _panoptic,
@@ -108,67 +211,102 @@ def known(table: dict[str, Any], key: str, value: str) -> Any:
     return table[value]
 
 
+def refuse_changed(cfg: CfgNode, *keys: str) -> None:
+    """Refuses values of keys that the lazy nodes do not carry over, unless they are defaults."""
+    defaults = _defaults()
+    for key in keys:
+        value, default = cfg, defaults
+        for part in key.split("."):
+            # Detectron2 0.6 does not have all of them.
+            value, default = value.get(part, CfgNode()), default.get(part, CfgNode())
+        if value != default:
+            raise UserError(
+                f"{key} {value!r} has no lazy form here: leave it {default!r}, and put what it "
+                "does into the lazy nodes yourself"
+            )
+
+
 # ---- backbone
 
 
-def _shapes(cfg: CfgNode) -> dict[str, ShapeSpec]:
-    """Channels and stride of every map that a config's backbone gives."""
-    if cfg.MODEL.BACKBONE.NAME == "build_fpn_backbone":
-        return {
-            f"p{level}": ShapeSpec(channels=cfg.MODEL.FPN.OUT_CHANNELS, stride=2**level)
-            for level in range(1, 9)
-        }
-    base = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
-    return {f"res{k}": ShapeSpec(channels=base * 2 ** (k - 2), stride=2**k) for k in (2, 3, 4, 5)}
+def _has_pyramid(cfg: CfgNode) -> bool:
+    return cfg.MODEL.BACKBONE.NAME == "build_fpn_backbone"
 
 
-def _network(cfg: CfgNode, builder: str, features: list[str]) -> DictConfig:
-    if builder != "build_resnet_backbone":
+def _strides(cfg: CfgNode, names: Sequence[str]) -> list[int]:
+    """Strides of maps of a config's backbone: 2^k for p{k} of a pyramid and res{k} of a ResNet."""
+    prefix, dilation = ("p" if _has_pyramid(cfg) else "res"), cfg.MODEL.RESNETS.RES5_DILATION
+    strides = []
+    for name in names:
+        if name.rstrip("0123456789") != prefix:
+            raise UserError(
+                f"the backbone has no map {name!r}: its maps are {prefix}2, {prefix}3 ..."
+            )
+        dilated = name == "res5" and dilation > 1
+        strides.append(2 ** (int(name.removeprefix(prefix)) - dilated))
+    return strides
+
+
+def _channels(cfg: CfgNode, name: str, depth: int) -> int | str:
+    """Channels of a map of the backbone, where the model node stands ``depth`` nodes up.
+
+    Those of a pyramid are read from its node, so that there is one place to change them.
+    """
+    if _has_pyramid(cfg):
+        return f"${{{'.' * depth}backbone.out_channels}}"
+    return cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (int(name.removeprefix("res")) - 2)
+
+
+def _changed(cfg: CfgNode, node: str) -> dict[str, Any]:
+    """The keys of a node under MODEL that differ from their defaults."""
+    defaults = _defaults().MODEL[node]
+    return {k: v for k, v in cfg.MODEL[node].items() if v != defaults[k]}
+
+
+def _network(cfg: CfgNode, builder: str, features: list[str] | str) -> DictConfig:
+    if builder not in _NODES:
         raise UserError(
-            f"{builder!r} has no lazy form here; give its node to model.backbone yourself"
+            f"MODEL.FPN.BOTTOM_UP {builder!r} has no lazy form here; those that have: "
+            f"{', '.join(_NODES)}. Give model.backbone.bottom_up a node of your own"
         )
-    defaults = get_cfg().MODEL.RESNETS
-    keys = {k: v for k, v in cfg.MODEL.RESNETS.items() if v != defaults[k]}
+    node, pixels = _NODES[builder], {}
+    if node != "RESNETS":  # these put the model's normalisation into their own
+        pixels = {"pixel_mean": "${...pixel_mean}", "pixel_std": "${...pixel_std}"}
+        has_format = cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork"
+        pixels["input_format"] = "${...input_format}" if has_format else cfg.INPUT.FORMAT
     return L(build_network)(
         builder=builder,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        RESNETS={**keys, "OUT_FEATURES": list(features)},
+        **pixels,
+        **{node: {**_changed(cfg, node), "OUT_FEATURES": features}},
     )
 
 
 def _backbone(cfg: CfgNode) -> DictConfig:
-    if cfg.MODEL.BACKBONE.NAME != "build_fpn_backbone":
-        return _network(cfg, cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES)
+    if not _has_pyramid(cfg):
+        known({"build_resnet_backbone": None}, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
+        return _network(cfg, cfg.MODEL.BACKBONE.NAME, list(cfg.MODEL.RESNETS.OUT_FEATURES))
     fpn = cfg.MODEL.FPN
-    coarsest = fpn.IN_FEATURES[-1]
-    in_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (int(coarsest[3:]) - 2)
-    neck = L(FeaturePyramidNetwork)(
-        bottom_up=_network(cfg, fpn.BOTTOM_UP, fpn.IN_FEATURES),
+    return L(build_pyramid)(
+        bottom_up=_network(cfg, fpn.BOTTOM_UP, "${...in_features}"),
         in_features=list(fpn.IN_FEATURES),
         out_channels=fpn.OUT_CHANNELS,
         norm=fpn.NORM,
-        top_block=L(build_top_block)(
-            name=fpn.TOP_BLOCK,
-            coarsest_stage=coarsest,
-            coarsest_level=int(coarsest[3:]),
-            in_channels=in_channels,
-            out_channels="${..out_channels}",
-        ),
+        top_block=fpn.TOP_BLOCK,
         fuse_type=fpn.FUSE_TYPE,
         coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
         top_down=fpn.TOP_DOWN,
         lateral=fpn.LATERAL,
         match_lateral_size=fpn.MATCH_LATERAL_SIZE,
         out_features=list(fpn.OUT_FEATURES) or None,
+        freeze=fpn.FREEZE,
     )
-    return L(frozen)(neck=neck) if fpn.FREEZE else neck
 
 
 def build_res5(**resnets: Any) -> nn.Sequential:
     """All of conv5 as a head, row (a), by the keys of MODEL.RESNETS."""
-    cfg = get_cfg()
-    for key, value in resnets.items():
-        cfg.MODEL.RESNETS[key] = value
+    cfg = _defaults()
+    _set_keys(cfg, "RESNETS", resnets)
     return Res5ROIHeads._build_res5_block(cfg)[0]
 
 
@@ -180,10 +318,11 @@ def _pixels(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> DictConfig:
-    precomputed = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
+    generators = {"PrecomputedProposals": lambda _: None, "RPN": _rpn}
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
     return L(target)(
         backbone=_backbone(cfg),
-        proposal_generator=None if precomputed else _rpn(cfg),
+        proposal_generator=known(generators, "MODEL.PROPOSAL_GENERATOR.NAME", name)(cfg),
         roi_heads=_roi_heads(cfg),
         **_pixels(cfg),
         input_format=cfg.INPUT.FORMAT,
@@ -193,19 +332,21 @@ def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> DictConf
 
 
 def _proposal_network(cfg: CfgNode) -> DictConfig:
+    known({"RPN": _rpn}, "MODEL.PROPOSAL_GENERATOR.NAME", cfg.MODEL.PROPOSAL_GENERATOR.NAME)
     return L(ProposalNetwork)(backbone=_backbone(cfg), proposal_generator=_rpn(cfg), **_pixels(cfg))
 
 
 def _panoptic(cfg: CfgNode) -> DictConfig:
     head, combine = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.PANOPTIC_FPN.COMBINE
-    shapes = _shapes(cfg)
+    target = known({"SemSegFPNHead": SemSegFPNHead}, "MODEL.SEM_SEG_HEAD.NAME", head.NAME)
+    strides = _strides(cfg, head.IN_FEATURES)
     return _rcnn(
         cfg,
         PanopticFPN,
-        sem_seg_head=L(SemSegFPNHead)(
+        sem_seg_head=L(target)(
             input_shape={
-                k: L(ShapeSpec)(channels=shapes[k].channels, stride=shapes[k].stride)
-                for k in head.IN_FEATURES
+                name: L(ShapeSpec)(channels=_channels(cfg, name, 4), stride=stride)
+                for name, stride in zip(head.IN_FEATURES, strides, strict=True)
             },
             num_classes=head.NUM_CLASSES,
             conv_dims=head.CONVS_DIM,
@@ -221,21 +362,23 @@ def _panoptic(cfg: CfgNode) -> DictConfig:
 
 
 def _retinanet(cfg: CfgNode) -> DictConfig:
-    node, shapes = cfg.MODEL.RETINANET, _shapes(cfg)
-    levels = [shapes[name] for name in node.IN_FEATURES]
-    channels = levels[0].channels
+    node = cfg.MODEL.RETINANET
+    finest = node.IN_FEATURES[0]
     return L(RetinaNet)(
         backbone=_backbone(cfg),
         head=L(RetinaNetHead)(
-            input_shape=[L(ShapeSpec)(channels=channels)],
+            # One a level: a batch norm of this head has statistics for each.
+            input_shape=[
+                L(ShapeSpec)(channels=_channels(cfg, name, 4)) for name in node.IN_FEATURES
+            ],
             num_classes="${..num_classes}",
-            conv_dims=[channels] * node.NUM_CONVS,
+            conv_dims=[_channels(cfg, finest, 3)] * node.NUM_CONVS,
             prior_prob=node.PRIOR_PROB,
             norm=node.NORM,
             num_anchors=_anchors_per_cell(cfg),
         ),
         head_in_features=list(node.IN_FEATURES),
-        anchor_generator=_anchor_generator(cfg, levels),
+        anchor_generator=_anchor_generator(cfg, node.IN_FEATURES),
         box2box_transform=L(Box2BoxTransform)(weights=list(node.BBOX_REG_WEIGHTS)),
         anchor_matcher=_matcher(node, low_quality=True),
         num_classes=node.NUM_CLASSES,
@@ -261,7 +404,7 @@ def _anchors_per_cell(cfg: CfgNode) -> int:
     return len(node.SIZES[0]) * len(node.ASPECT_RATIOS[0])
 
 
-def _anchor_generator(cfg: CfgNode, levels: list[ShapeSpec]) -> DictConfig:
+def _anchor_generator(cfg: CfgNode, levels: Sequence[str]) -> DictConfig:
     node = cfg.MODEL.ANCHOR_GENERATOR
     return L(
         known(
@@ -272,7 +415,7 @@ def _anchor_generator(cfg: CfgNode, levels: list[ShapeSpec]) -> DictConfig:
     )(
         sizes=[list(sizes) for sizes in node.SIZES],
         aspect_ratios=[list(ratios) for ratios in node.ASPECT_RATIOS],
-        strides=[level.stride for level in levels],
+        strides=_strides(cfg, levels),
         offset=node.OFFSET,
     )
 
@@ -296,15 +439,17 @@ def build_per_level_head(
 
 
 def _rpn(cfg: CfgNode) -> DictConfig:
-    node, shapes = cfg.MODEL.RPN, _shapes(cfg)
-    levels = [shapes[name] for name in node.IN_FEATURES]
+    node = cfg.MODEL.RPN
+    levels = node.IN_FEATURES
     count, dims = _anchors_per_cell(cfg), list(node.CONV_DIMS)
     heads = {
         "StandardRPNHead": L(StandardRPNHead)(
-            in_channels=levels[0].channels, num_anchors=count, conv_dims=dims
+            in_channels=_channels(cfg, levels[0], 3), num_anchors=count, conv_dims=dims
         ),
         "PerLevelRPNHead": L(build_per_level_head)(
-            in_channels=[level.channels for level in levels], num_anchors=count, conv_dims=dims
+            in_channels=[_channels(cfg, name, 4) for name in levels],
+            num_anchors=count,
+            conv_dims=dims,
         ),
     }
     return L(RPN)(
@@ -346,15 +491,14 @@ def _roi_heads(cfg: CfgNode) -> DictConfig:
 
 
 def _fpn_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
-    head, features, fc_dim = _box_head(cfg)
     return L(FPNROIHeads)(
         **common,
         proposal_matcher=_matcher(cfg.MODEL.ROI_HEADS, low_quality=False),
-        box_in_features=features,
-        box_pooler=_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, PyramidROIPooler),
-        box_head=head,
-        box_predictor=_predictor(cfg, fc_dim, cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS),
-        train_on_pred_boxes=cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES,
+        **_box(cfg),
+        box_head=_box_head(cfg),
+        box_predictor=_predictor(
+            cfg, _box_features(cfg, "...box_head"), cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+        ),
         **_mask(cfg),
         **_keypoints(cfg),
     )
@@ -362,25 +506,37 @@ def _fpn_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
 
 def _cascade_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
     stages = cfg.MODEL.ROI_BOX_CASCADE_HEAD
-    _, features, fc_dim = _box_head(cfg)
     return L(FPNCascadeROIHeads)(
         **common,
         proposal_matchers=[
             L(Matcher)(thresholds=[iou], labels=[0, 1], allow_low_quality_matches=False)
             for iou in stages.IOUS
         ],
-        box_in_features=features,
-        box_pooler=_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, PyramidROIPooler),
-        box_heads=[_box_head(cfg)[0] for _ in stages.IOUS],
-        box_predictors=[_predictor(cfg, fc_dim, weights) for weights in stages.BBOX_REG_WEIGHTS],
+        **_box(cfg),
+        box_heads=[_box_head(cfg, depth=1) for _ in stages.IOUS],
+        box_predictors=[
+            _predictor(cfg, _box_features(cfg, f"....box_heads.{i}"), weights, depth=1)
+            for i, weights in enumerate(stages.BBOX_REG_WEIGHTS)
+        ],
         **_mask(cfg),
         **_keypoints(cfg),
     )
 
 
+def _box(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "box_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
+        "box_pooler": _pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, PyramidROIPooler),
+        "train_on_pred_boxes": cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES,
+    }
+
+
 def _res5_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
-    defaults = get_cfg().MODEL.RESNETS
-    resnets = {k: v for k, v in cfg.MODEL.RESNETS.items() if v != defaults[k]}
+    if cfg.MODEL.MASK_ON:
+        raise UserError(
+            "MODEL.MASK_ON with MODEL.ROI_HEADS.NAME 'Res5ROIHeads' has no lazy form here"
+        )
+    resnets = _changed(cfg, "RESNETS")
     resnets.pop("OUT_FEATURES", None)
     return L(Res5ROIHeads)(
         **common,
@@ -390,16 +546,13 @@ def _res5_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
         res5=L(build_res5)(**resnets),
         box_predictor=_predictor(
             cfg,
-            cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8,
+            L(ShapeSpec)(channels=cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8, height=1, width=1),
             cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
-            height=1,
-            width=1,
         ),
     )
 
 
 def _pooler(cfg: CfgNode, head: CfgNode, target: type) -> DictConfig:
-    shapes = _shapes(cfg)
     own = {}
     if target is PyramidROIPooler:
         own = {
@@ -408,38 +561,48 @@ def _pooler(cfg: CfgNode, head: CfgNode, target: type) -> DictConfig:
         }
     return L(target)(
         output_size=head.POOLER_RESOLUTION,
-        scales=[1 / shapes[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+        scales=[1 / stride for stride in _strides(cfg, cfg.MODEL.ROI_HEADS.IN_FEATURES)],
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         pooler_type=head.POOLER_TYPE,
         **own,
     )
 
 
-def _pooled(cfg: CfgNode, head: CfgNode) -> DictConfig:
-    channels = _shapes(cfg)[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-    size = head.POOLER_RESOLUTION
+def _pooled(cfg: CfgNode, pooler: str, depth: int = 0) -> DictConfig:
+    """What a head is given, where it stands ``depth`` nodes below the RoI heads' own."""
+    size = f"${{{'.' * (3 + depth)}{pooler}.output_size}}"
+    channels = _channels(cfg, cfg.MODEL.ROI_HEADS.IN_FEATURES[0], 4 + depth)
     return L(ShapeSpec)(channels=channels, height=size, width=size)
 
 
-def _box_head(cfg: CfgNode) -> tuple[DictConfig, list[str], int]:
-    """Its node, the levels it reads, and the channels it gives."""
+def _box_head(cfg: CfgNode, depth: int = 0) -> DictConfig:
     node = cfg.MODEL.ROI_BOX_HEAD
     target = known({"FastRCNNConvFCHead": FastRCNNConvFCHead}, "MODEL.ROI_BOX_HEAD.NAME", node.NAME)
-    head = L(target)(
-        input_shape=_pooled(cfg, node),
+    return L(target)(
+        input_shape=_pooled(cfg, "box_pooler", depth),
         conv_dims=[node.CONV_DIM] * node.NUM_CONV,
         fc_dims=[node.FC_DIM] * node.NUM_FC,
         conv_norm=node.NORM,
     )
-    return head, list(cfg.MODEL.ROI_HEADS.IN_FEATURES), node.FC_DIM
 
 
-def _predictor(cfg: CfgNode, channels: int, weights: Any, **size: int) -> DictConfig:
+def _box_features(cfg: CfgNode, head: str) -> DictConfig:
+    """What a predictor is given by the box head at a place relative to this node."""
+    last = cfg.MODEL.ROI_BOX_HEAD.NUM_FC - 1
+    if last < 0:
+        raise UserError(
+            "MODEL.ROI_BOX_HEAD.NUM_FC 0 has no lazy form here: a box head ends in one "
+            "fully-connected layer at least"
+        )
+    return L(ShapeSpec)(channels=f"${{{head}.fc_dims.{last}}}")
+
+
+def _predictor(cfg: CfgNode, features: DictConfig, weights: Any, depth: int = 0) -> DictConfig:
     node, heads = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS
     return L(FastRCNNOutputLayers)(
-        input_shape=L(ShapeSpec)(channels=channels, **size),
+        input_shape=features,
         box2box_transform=L(Box2BoxTransform)(weights=list(weights)),
-        num_classes=heads.NUM_CLASSES,
+        num_classes=f"${{{'.' * (2 + depth)}num_classes}}",
         cls_agnostic_bbox_reg=node.CLS_AGNOSTIC_BBOX_REG,
         smooth_l1_beta=node.SMOOTH_L1_BETA,
         test_score_thresh=heads.SCORE_THRESH_TEST,
@@ -447,6 +610,8 @@ def _predictor(cfg: CfgNode, channels: int, weights: Any, **size: int) -> DictCo
         test_topk_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
         loss_weight={"loss_box_reg": node.BBOX_REG_LOSS_WEIGHT},
+        # Detectron2 0.6 does not have it yet.
+        **({"use_sigmoid_ce": True} if node.get("USE_SIGMOID_CE") else {}),
     )
 
 
@@ -463,8 +628,8 @@ def _mask(cfg: CfgNode) -> dict[str, Any]:
         "mask_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
         "mask_pooler": _pooler(cfg, node, PyramidROIPooler),
         "mask_head": L(target)(
-            input_shape=_pooled(cfg, node),
-            num_classes=1 if node.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            input_shape=_pooled(cfg, "mask_pooler"),
+            num_classes=1 if node.CLS_AGNOSTIC_MASK else "${..num_classes}",
             conv_dims=[node.CONV_DIM] * (node.NUM_CONV + 1),
             conv_norm=node.NORM,
             vis_period=cfg.VIS_PERIOD,
@@ -489,7 +654,7 @@ def _keypoints(cfg: CfgNode) -> dict[str, Any]:
         "keypoint_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
         "keypoint_pooler": _pooler(cfg, node, PyramidROIPooler),
         "keypoint_head": L(target)(
-            input_shape=_pooled(cfg, node),
+            input_shape=_pooled(cfg, "keypoint_pooler"),
             num_keypoints=node.NUM_KEYPOINTS,
             conv_dims=list(node.CONV_DIMS),
             loss_weight=node.LOSS_WEIGHT,

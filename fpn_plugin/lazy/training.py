@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from fpn_plugin.data import ReadableImageMapper
 from fpn_plugin.errors import UserError
 
-from .model import known
+from .model import known, refuse_changed
 
 __all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 
@@ -31,7 +31,9 @@ __all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     node = cfg.INPUT
     if node.CROP.ENABLED and is_train:
-        raise UserError("INPUT.CROP has no lazy form here; add it to the mapper's augmentations")
+        raise UserError(
+            "INPUT.CROP.ENABLED has no lazy form here; add it to the mapper's augmentations"
+        )
     short = node.MIN_SIZE_TRAIN if is_train else node.MIN_SIZE_TEST
     resize = L(T.ResizeShortestEdge)(
         short_edge_length=list(short) if is_train else short,
@@ -47,8 +49,9 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
         split = "TRAIN" if is_train else "TEST"
         more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
     if cfg.MODEL.KEYPOINT_ON:
-        names = list(cfg.DATASETS.TRAIN)
-        more["keypoint_hflip_indices"] = L(create_keypoint_hflip_indices)(dataset_names=names)
+        more["keypoint_hflip_indices"] = L(create_keypoint_hflip_indices)(
+            dataset_names=_names(cfg, "TRAIN")
+        )
     return L(ReadableImageMapper)(
         is_train=is_train,
         augmentations=augmentations,
@@ -60,11 +63,17 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     )
 
 
+def _names(cfg: CfgNode, split: str) -> list[str] | str:
+    names = list(cfg.DATASETS[split])
+    # One test set is named without a list, so that an evaluator can take its name from there.
+    return names[0] if split == "TEST" and len(names) == 1 else names
+
+
 def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     split = "TRAIN" if is_train else "TEST"
     files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
     return L(get_detection_dataset_dicts)(
-        names=list(cfg.DATASETS[split]),
+        names=_names(cfg, split),
         filter_empty=is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         if is_train and cfg.MODEL.KEYPOINT_ON
@@ -74,16 +83,32 @@ def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
 
 
 def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
-    kinds: list[Any] = [COCOEvaluator]
-    if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
-        kinds = [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]
+    coco: dict[str, Any] = {}
+    if cfg.TEST.KEYPOINT_OKS_SIGMAS:
+        coco["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     folder = "${train.output_dir}/inference"
-    nodes = [L(kind)(dataset_name=cfg.DATASETS.TEST[0], output_dir=folder) for kind in kinds]
-    return nodes if len(nodes) > 1 else nodes[0]
+    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+        return L(COCOEvaluator)(dataset_name="${..test.dataset.names}", output_dir=folder, **coco)
+    name = "${...test.dataset.names}"
+    return [
+        L(SemSegEvaluator)(dataset_name=name, output_dir=folder),
+        L(COCOEvaluator)(dataset_name=name, output_dir=folder, **coco),
+        L(COCOPanopticEvaluator)(dataset_name=name, output_dir=folder),
+    ]
 
 
 def dataloader_node(cfg: CfgNode) -> DictConfig:
-    """Loaders of training and evaluation, and the evaluator."""
+    """Loaders of training and evaluation, and the evaluator.
+
+    Raises:
+        UserError: a setting of data or evaluation that has no lazy form here.
+    """
+    refuse_changed(
+        cfg,
+        "DATALOADER.SAMPLER_TRAIN",
+        "TEST.AUG.ENABLED",
+        "TEST.EXPECTED_RESULTS",
+    )
     return OmegaConf.create(
         {
             "train": L(build_detection_train_loader)(
@@ -105,7 +130,12 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
 
 
 def optimizer_node(cfg: CfgNode) -> DictConfig:
-    """The optimizer; its ``params.model`` is to be set before it is built."""
+    """The optimizer; its ``params.model`` is to be set before it is built.
+
+    Raises:
+        UserError: a setting of it that has no lazy form here.
+    """
+    refuse_changed(cfg, "SOLVER.CLIP_GRADIENTS.ENABLED", "SOLVER.REFERENCE_WORLD_SIZE")
     solver = cfg.SOLVER
     return L(torch.optim.SGD)(
         params=L(get_default_optimizer_params)(  # its model is set when the model is there
@@ -132,7 +162,9 @@ def schedule_node(cfg: CfgNode) -> DictConfig:
             num_updates=solver.MAX_ITER,
         ),
         "WarmupCosineLR": L(CosineParamScheduler)(
-            start_value=1, end_value=solver.BASE_LR_END / solver.BASE_LR
+            # Detectron2 0.6 does not have the key yet; its cosine ends at 0.
+            start_value=1,
+            end_value=solver.get("BASE_LR_END", 0.0) / solver.BASE_LR,
         ),
     }
     return L(WarmupParamScheduler)(
@@ -146,7 +178,12 @@ def schedule_node(cfg: CfgNode) -> DictConfig:
 
 
 def train_node(cfg: CfgNode) -> DictConfig:
-    """What a training needs besides: length, checkpoints, logs."""
+    """What a training needs besides: length, checkpoints, logs.
+
+    Raises:
+        UserError: a setting of it that has no lazy form here.
+    """
+    refuse_changed(cfg, "TEST.PRECISE_BN.ENABLED")
     return OmegaConf.create(
         {
             "output_dir": cfg.OUTPUT_DIR,
@@ -160,5 +197,6 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "level_stats_period": cfg.MODEL.FPN.LEVEL_STATS_PERIOD,
             "device": cfg.MODEL.DEVICE,
             "seed": cfg.SEED,
+            "cudnn_benchmark": cfg.CUDNN_BENCHMARK,
         }
     )
