@@ -476,7 +476,7 @@ def changed(cfg: CfgNode, key: str) -> CfgNode:
     elif isinstance(value, str):
         node[last] = f"{value}x"
     elif isinstance(value, list | tuple):
-        node[last] = value + type(value)(value[-1:] or [1])
+        node[last] = value[:-1] if len(value) > 1 else value + type(value)(value or [1])
     else:
         node[last] = 1.0
     return cfg
@@ -505,7 +505,7 @@ def test_every_key_is_carried_over_or_refused():
     bottom_up = ("MODEL.FPN.BOTTOM_UP",)
     bases = [
         yacs_of("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"),
-        yacs_of("mini/table2_c_FPN"),
+        yacs_of("mini/table2_c_FPN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
         yacs_of("COCO-Detection/retinanet_R_50_FPN_1x"),
         yacs_of("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
                 "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -36,13 +37,18 @@ def test_the_snippets_of_the_drop_in_page_run_one_after_the_other(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     names: dict[str, object] = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"drop_in.md[{number}]", "exec"), names)
     assert names["instances"].has("pred_boxes")
     assert tuple(names["regions"].shape) == (1, 16, 7, 7)
-    assert names["model"].roi_heads.box_pooler.canonical_level == 3
+    heads = names["model"].roi_heads
+    assert heads.box_pooler.canonical_level == 3
+    assert heads.box_predictor.cls_score.out_features == 4
+    assert heads.box_head.fc1.in_features == 128 * 49
+    names["model"].eval()([{"image": torch.zeros(3, 64, 64)}])
+    assert names["retinanet"].head.cls_score.out_channels == 9 * 3
     Path("own.yaml").write_text("MODEL:\n  FPN:\n    CANONICAL_LEVEL: 5\n")
     args = names["default_argument_parser"]().parse_args(
         ["--config-file", "own.yaml", "OUTPUT_DIR", str(tmp_path / "run")]

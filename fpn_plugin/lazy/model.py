@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,12 @@ def _defaults() -> CfgNode:
     return cfg
 
 
+@functools.cache
+def _unchanged() -> CfgNode:
+    """The defaults, to compare with: they are compared with often, and slow to make."""
+    return _defaults()
+
+
 def _set_keys(cfg: CfgNode, node: str, keys: dict[str, Any]) -> None:
     """Sets keys of a node under MODEL; a UserError for one that it does not have."""
     for key, value in keys.items():
@@ -213,9 +220,8 @@ def known(table: dict[str, Any], key: str, value: str) -> Any:
 
 def refuse_changed(cfg: CfgNode, *keys: str) -> None:
     """Refuses values of keys that the lazy nodes do not carry over, unless they are defaults."""
-    defaults = _defaults()
     for key in keys:
-        value, default = cfg, defaults
+        value, default = cfg, _unchanged()
         for part in key.split("."):
             # Detectron2 0.6 does not have all of them.
             value, default = value.get(part, CfgNode()), default.get(part, CfgNode())
@@ -259,7 +265,7 @@ def _channels(cfg: CfgNode, name: str, depth: int) -> int | str:
 
 def _changed(cfg: CfgNode, node: str) -> dict[str, Any]:
     """The keys of a node under MODEL that differ from their defaults."""
-    defaults = _defaults().MODEL[node]
+    defaults = _unchanged().MODEL[node]
     return {k: v for k, v in cfg.MODEL[node].items() if v != defaults[k]}
 
 
