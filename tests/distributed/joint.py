@@ -40,15 +40,21 @@ SMALL = [
     "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
     "MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "256",
-    "MODEL.RESNETS.DEPTH", "18", "SEED", "0", "DATALOADER.NUM_WORKERS", "0",
+    "MODEL.RESNETS.DEPTH", "18", "MODEL.FPN.CANONICAL_BOX_SIZE", "32", "SEED", "0",
+    "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
-# Anchors and canonical size of small images: 8 pixels are of P3, 32 of P5.
-SCALE, CELL_CENTRES = 16, ("MODEL.ANCHOR_GENERATOR.OFFSET", "0.5")
+# For images of 64 pixels: anchors of 4 to 64, each at the middle of its cell, and RoIs of up to 8
+# pixels in P2, of 32 and more in P5. So ordinary images have boxes on all levels.
+SHRINK = 4
+ALL_LEVELS = ["MODEL.FPN.CANONICAL_BOX_SIZE", "16", "MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"]
 
 
 def build(row: str, *opts: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(load_config(row, [*SMALL, *opts])).double()
+    cfg = load_config(row, [*SMALL, *ALL_LEVELS, *opts])
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / SHRINK for size in level] for level in sizes]
+    return build_model(cfg).double()
 
 
 def image(index: int, boxes: list[list[float]], proposals: list[list[float]]) -> dict:
@@ -69,12 +75,14 @@ def image(index: int, boxes: list[list[float]], proposals: list[list[float]]) ->
 
 
 def ordinary(index: int) -> dict:
-    """An image with two objects and 24 proposals over all sizes, others in each image."""
+    """An image with an object of each anchor's size and 24 proposals over all sizes, others in each
+    image.
+    """
     at = 2.0 * index
-    boxes = [[4 + at, 6, 24 + at, 30], [10, 12 + at, 54, 50 + at]]
+    boxes = [[at, at, at + side, at + side] for side in (4.0, 8, 16, 32)] + [[0.0, at, SIDE, SIDE]]
     proposals = [
         [left, top, left + side, top + side]
-        for side, left, top in itertools.product((10.0, 20, 44), (0.0, 3 + at), (0.0, 5, 9, 18))
+        for side, left, top in itertools.product((6.0, 10, 20, 44), (0.0, 3 + at), (0.0, 5, 18))
     ]
     return image(index, boxes, proposals)
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from joint import FASTER, FROZEN, MASK, ROWS, UNEVEN, evaluated, make_data
+from joint import FASTER, FEW, FROZEN, MASK, ROWS, UNEVEN, evaluated, make_data
 
 # float64, relative to a tensor's largest entry: sums in another order, about 1e-15 each.
 CLOSE = 1e-12
 # Proposals are float32 boxes: 1e-15 in what an RPN gives becomes 1e-7 where one is rounded the
 # other way, and so in what is pooled from it.
 CLOSE_ON_PROPOSALS = 1e-6
+# What sums of float64 that cancel leave of a gradient that is none stays far below.
+LEAST = 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,17 @@ def test_losses_and_gradients_are_the_mean_over_the_processes_images(
     assert sum(": " in name for name in distances) == 2 * len(UNEVEN)
     print(f"{how}, {processes}: {len(distances)} cases, largest {max(distances.values()):.1e}")
     assert max(distances.values()) < CLOSE, distances
+
+
+@CASES
+def test_every_parameter_gets_a_gradient_that_is_not_zero(joined, how, processes, every_row):
+    together, _ = joined(how, processes, every_row)
+    for row in ROWS if every_row else FEW:
+        gradients = together["steps"][row]["gradients"]
+        largest = {name: sums.abs().max().item() for name, sums in gradients.items()}
+        name, least = min(largest.items(), key=lambda item: item[1])
+        print(f"{how}, {processes}: {row}: {len(gradients)} parameters, least {least:.1e} {name}")
+        assert least > LEAST, (row, [n for n, value in largest.items() if value <= LEAST])
 
 
 @CASES
