@@ -78,15 +78,16 @@ _HELD_BY = {
     ],
     "mmdet": _SAME_PYRAMID,
 }  # fmt: skip
-# Nodes whose keys are read only by a model that has such a head.
+# What keys begin with that are read only by a model that has such a head.
 _READ_WITH = {
-    "ROI_BOX_HEAD": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
-    "ROI_MASK_HEAD": lambda model: model.MASK_ON,
-    "ROI_KEYPOINT_HEAD": lambda model: model.KEYPOINT_ON,
+    "MODEL.FPN.CANONICAL": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
+    "MODEL.ROI_BOX_HEAD": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
+    "MODEL.ROI_MASK_HEAD": lambda model: model.MASK_ON,
+    "MODEL.ROI_KEYPOINT_HEAD": lambda model: model.KEYPOINT_ON,
 }
 _BN_EPS = 1e-5  # of Detectron2's frozen batch norm
 
-# Patterns of what stands before a part: a rule without the part's own name is not a whole name.
+# What ends a parameter's name; a rule's pattern is all that stands before it.
 _PART = "(?P<part>weight|bias|running_mean|running_var)"
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
@@ -335,8 +336,7 @@ def check_config(cfg: CfgNode, library: str) -> None:
     held.defrost()
     held.merge_from_list(_HELD_BY[library])
     for key in _HELD_BY[library][::2]:
-        node = key.split(".")[1]
-        if node in _READ_WITH and not _READ_WITH[node](cfg.MODEL):
+        if any(key.startswith(what) and not read(cfg.MODEL) for what, read in _READ_WITH.items()):
             continue
         says, expected = _value(cfg, key), _value(held, key)
         if says != expected:

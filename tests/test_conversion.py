@@ -280,6 +280,8 @@ def test_a_config_that_computes_something_else_is_refused(library, key, value):
 
 def test_keys_of_heads_that_a_model_has_not_are_not_asked_for():
     check_config(config(FASTER, 6, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignV2"), "torchvision")
+    retinanet = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    check_config(config(retinanet, 6, "MODEL.FPN.CANONICAL_BOX_SIZE", "112"), "torchvision")
     with pytest.raises(UserError, match="ROI_MASK_HEAD.POOLER_TYPE"):
         check_config(
             config(MASK, 6, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlignV2"), "torchvision"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,49 +54,56 @@ DETECTRON2_NETWORKS = {builder: stages for builder, (stages, _) in _VARIANTS.ite
 
 
 def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
-    stages, arguments = _VARIANTS[name]
-
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-        # Stages that nothing reads would have norms without gradients.
-        wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or stages
-        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-        if stages is _REGNET:
-            module = _module("regnet", "RegNet")
-            return module.RegNet(
-                stem_class=module.SimpleStem,
-                stem_width=32,
-                block_class=module.ResBottleneckBlock,
-                norm=cfg.MODEL.RESNETS.NORM,
-                freeze_at=freeze_at,
-                out_features=list(wanted),
-                **arguments,
-            )
-        if stages is _SWIN:
-            return _module("swin", "SwinTransformer").SwinTransformer(
-                out_indices=[stages.index(stage) for stage in wanted],
-                frozen_stages=freeze_at or -1,  # counted as FREEZE_AT, but for none
-                **arguments,
-            )
-        if freeze_at:
+        try:
+            return _built(*_VARIANTS[name], cfg)
+        except ImportError as error:
+            if (error.name or "").startswith("timm"):  # its Swin and MViT drop paths by timm
+                raise UserError(
+                    f"{name} needs timm, which is not installed: pip install 'fpn_plugin[timm]'"
+                ) from error
             raise UserError(
-                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and Detectron2's MViT freezes no "
-                "stages: set it 0"
-            )
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        return _module("mvit", "MViT").MViT(norm_layer=norm, out_features=wanted, **arguments)
+                f"this Detectron2 has no {error.name}, which came after its release 0.6: "
+                "build_timm_backbone has networks of that kind"
+            ) from error
 
     build.__name__ = build.__qualname__ = name
     return build
 
 
-def _module(name: str, cls: str) -> Any:
-    try:
-        return importlib.import_module(f"detectron2.modeling.backbone.{name}")
-    except ImportError as error:
+def _built(stages: tuple[str, ...], arguments: dict[str, Any], cfg: CfgNode) -> Backbone:
+    # Stages that nothing reads would have norms without gradients.
+    wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or list(stages)
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if stages is _REGNET:
+        from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+
+        return RegNet(
+            stem_class=SimpleStem,
+            stem_width=32,
+            block_class=ResBottleneckBlock,
+            norm=cfg.MODEL.RESNETS.NORM,
+            freeze_at=freeze_at,
+            out_features=wanted,
+            **arguments,
+        )
+    if stages is _SWIN:
+        from detectron2.modeling.backbone.swin import SwinTransformer
+
+        return SwinTransformer(
+            out_indices=[stages.index(stage) for stage in wanted],
+            frozen_stages=freeze_at or -1,  # counted as FREEZE_AT, but for none
+            **arguments,
+        )
+    if freeze_at:
         raise UserError(
-            f"this Detectron2 has no {cls}, which came after its release 0.6: build_timm_backbone "
-            "has networks of that kind"
-        ) from error
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, and Detectron2's MViT freezes no stages: "
+            "set it 0"
+        )
+    from detectron2.modeling.backbone.mvit import MViT
+
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    return MViT(norm_layer=norm, out_features=wanted, **arguments)
 
 
 for _name in _VARIANTS:

@@ -399,8 +399,16 @@ def test_a_detectron2_that_lacks_a_network_says_so(name, monkeypatch):
     for module in ("regnet", "swin", "mvit"):
         monkeypatch.setitem(sys.modules, f"detectron2.modeling.backbone.{module}", None)
     cfg = config("resnet:R-18", "MODEL.FPN.BOTTOM_UP", name)
-    with pytest.raises(UserError, match=r"this Detectron2 has no \w+, .* release 0.6"):
+    with pytest.raises(UserError, match=r"this Detectron2 has no detectron2\S+, .* release 0.6"):
         build_backbone(cfg)
+
+
+@pytest.mark.parametrize("name", ["build_swin_t_backbone", "build_mvitv2_t_backbone"])
+def test_detectron2s_transformers_need_timm_and_say_so(name, monkeypatch):
+    network = config(f"detectron2:{name}")
+    monkeypatch.setitem(sys.modules, "timm.models.layers", None)
+    with pytest.raises(UserError, match=rf"{name} needs timm.*pip install 'fpn_plugin\[timm\]'"):
+        build_backbone(network)
 
 
 def test_a_shorter_pyramid_leaves_no_norm_without_gradient():
