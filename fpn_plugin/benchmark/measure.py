@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.deploy import optimize_for_inference, steps_of
+from fpn_plugin.deploy.agreement import Agreement
 from fpn_plugin.deploy.optimize import fold, use_plugin_modules
 from fpn_plugin.modeling import PyramidROIPooler
 
@@ -61,27 +62,14 @@ class Bench:
             raise RuntimeError(f"only {count} proposals were pooled: too few to time pooling")
 
     def differences(self) -> dict[str, float]:
-        """Largest difference of boxes (px) and scores between stock and optimised float32.
-
-        Detections are matched by class and place; ``unmatched`` counts those of stock's that
-        have no partner within 0.01 px.
-        """
+        """How far the optimised float32 copy's detections are stock's, see :class:`Agreement`."""
+        agreement = Agreement()
         with torch.no_grad():
-            theirs = self.stock(self.inputs)[0]["instances"]
-            ours = self.fast(self.inputs)[0]["instances"]
-        apart = torch.cdist(
-            theirs.pred_boxes.tensor.cpu(), ours.pred_boxes.tensor.cpu(), p=torch.inf
-        )
-        apart[theirs.pred_classes.cpu()[:, None] != ours.pred_classes.cpu()] = torch.inf
-        nearest, index = apart.min(dim=1)
-        matched = nearest <= 0.01
-        scores = (theirs.scores.cpu() - ours.scores.cpu()[index]).abs()
-        return {
-            "detections": len(theirs),
-            "unmatched": int((~matched).sum()),
-            "box_px": float(nearest[matched].max()),
-            "score": float(scores[matched].max()),
-        }
+            theirs, ours = (
+                model(self.inputs)[0]["instances"].to("cpu") for model in (self.stock, self.fast)
+            )
+        agreement.add(theirs, ours)
+        return {"detections": len(theirs), **vars(agreement)}
 
     def comparisons(self) -> Iterator[Comparison]:
         """Each against stock Detectron2 on the same weights, then against torchvision's model."""
