@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,13 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity
 
 from fpn_plugin.deploy import optimize_for_inference, steps_of
-from fpn_plugin.deploy.optimize import fold, use_plugin_modules
+from fpn_plugin.deploy.agreement import Agreement
+from fpn_plugin.deploy.convolution import FusedConv2d
+from fpn_plugin.deploy.optimize import PLUGIN_STEPS, fold
+from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler
 
 from .models import (
@@ -29,11 +37,12 @@ from .models import (
     torchvision_model,
     training_batch,
 )
-from .timing import Comparison, compare
+from .timing import Comparison, compare, seconds_of
 
 __all__ = ["SCALINGS", "Bench", "memory", "peak", "scaling"]
 
 _PROPOSALS = 1000
+_MOST_OPERATORS = 15  # of a profile, by name
 _LEVELS = ("p2", "p3", "p4", "p5")
 
 
@@ -44,44 +53,53 @@ class Bench:
         device: "cpu" or "cuda".
         image: as :func:`photograph` gives it.
         pairs: timed pairs of each comparison.
+        proposals: how many must be pooled.
+        opts: config keys of the models, dots written as two underscores.
+
+    Raises:
+        UserError: fewer proposals are pooled.
     """
 
-    def __init__(self, device: str, image: Tensor, pairs: int) -> None:
-        self.device, self.image, self.pairs = device, image, pairs
-        self.stock = stock_model(device, image)
+    def __init__(
+        self, device: str, image: Tensor, pairs: int, *, proposals: int = _PROPOSALS, **opts: Any
+    ) -> None:
+        self.device, self.image, self.pairs, self._opts = device, image, pairs, opts
+        self.stock = stock_model(device, image, **opts)
         self.inputs = [{"image": image}]
         self.half = torch.bfloat16 if device == "cpu" else torch.float16
-        self.fast = optimize_for_inference(self.stock)
-        self.fast_half = optimize_for_inference(self.stock, dtype=self.half)
         with torch.no_grad(), proposals_of(self.stock) as pooled:
             self.stock(self.inputs)
         (self.proposals,) = pooled
         count = sum(map(len, self.proposals))
-        if count < _PROPOSALS:
-            raise RuntimeError(f"only {count} proposals were pooled: too few to time pooling")
+        if count < proposals:
+            raise UserError(
+                f"only {count} proposals are pooled of this image of {image.shape[2]} x "
+                f"{image.shape[1]} px, and {proposals} are needed to time pooling: give a larger "
+                "--size, or --image a photograph with more in it"
+            )
+        self.first_calls: dict[str, float] = {}
+        self.fast = self._made(torch.float32)
+        self.fast_half = self._made(self.half)
+
+    def _made(self, dtype: torch.dtype, compile: bool = False) -> nn.Module:
+        """An optimised copy that has been called once; how long that took is kept."""
+        started = time.perf_counter()
+        model = optimize_for_inference(self.stock, dtype=dtype, compile=compile)
+        made = time.perf_counter() - started
+        name = ("compiled " if compile else "") + str(dtype).removeprefix("torch.")
+        self.first_calls[f"{name}: making"] = made
+        self.first_calls[f"{name}: first call"] = seconds_of(self._call(model))
+        return model
 
     def differences(self) -> dict[str, float]:
-        """Largest difference of boxes (px) and scores between stock and optimised float32.
-
-        Detections are matched by class and place; ``unmatched`` counts those of stock's that
-        have no partner within 0.01 px.
-        """
+        """How far the optimised float32 copy's detections are stock's, see :class:`Agreement`."""
+        agreement = Agreement()
         with torch.no_grad():
-            theirs = self.stock(self.inputs)[0]["instances"]
-            ours = self.fast(self.inputs)[0]["instances"]
-        apart = torch.cdist(
-            theirs.pred_boxes.tensor.cpu(), ours.pred_boxes.tensor.cpu(), p=torch.inf
-        )
-        apart[theirs.pred_classes.cpu()[:, None] != ours.pred_classes.cpu()] = torch.inf
-        nearest, index = apart.min(dim=1)
-        matched = nearest <= 0.01
-        scores = (theirs.scores.cpu() - ours.scores.cpu()[index]).abs()
-        return {
-            "detections": len(theirs),
-            "unmatched": int((~matched).sum()),
-            "box_px": float(nearest[matched].max()),
-            "score": float(scores[matched].max()),
-        }
+            theirs, ours = (
+                model(self.inputs)[0]["instances"].to("cpu") for model in (self.stock, self.fast)
+            )
+        agreement.add(theirs, ours)
+        return {"detections": len(theirs), **vars(agreement)}
 
     def comparisons(self) -> Iterator[Comparison]:
         """Each against stock Detectron2 on the same weights, then against torchvision's model."""
@@ -90,7 +108,7 @@ class Bench:
         yield self._compare("Faster R-CNN R50-FPN, float32", stock, fast, 1.8)
         yield self._compare(f"the same, {half}", stock, self._call(self.fast_half), 3.2)
         yield self._neck()
-        spread = spread_boxes(_PROPOSALS, *self.image.shape[1:])
+        spread = spread_boxes(len(self.proposals[0]), *self.image.shape[1:])
         for name, boxes in (("RPN's", self.proposals[0]), ("12 to 400 px", spread)):
             yield self._pooler(name, boxes.to(self.device), torch.contiguous_format, 4.0)
             yield self._pooler(name, boxes.to(self.device), torch.channels_last, None)
@@ -126,55 +144,60 @@ class Bench:
         model = copy.deepcopy(self.stock)
         fold(model, say)
         yield self._compare("batch norms folded", *self._calls(model), None)
-        use_plugin_modules(model, say)
+        for put_in in PLUGIN_STEPS.values():
+            put_in(model, say)
         yield self._compare("+ pooling, decoding what is selected", *self._calls(model), None)
         yield self._compare("+ fused convolutions, channels last", *self._calls(self.fast), None)
         half = f"+ {self.half}".replace("torch.", "")
         yield self._compare(half, *self._calls(self.fast_half), None)
         for dtype in (torch.float32, self.half):
-            model = optimize_for_inference(self.stock, dtype=dtype, compile=True)
+            model = self._made(dtype, compile=True)
             name = f"compiled instead of fused, {dtype}".replace("torch.", "")
             compiled = any(each.name == "compiling" and each.taken for each in steps_of(model))
             if compiled:
                 yield self._compare(name, *self._calls(model), None)
 
-    def _calls(self, model: nn.Module) -> tuple[Callable[[], object], Callable[[], object]]:
-        return self._call(self.stock), self._call(model)
-
     def floor(self) -> dict[str, float]:
-        """Seconds of the optimised model, and of its convolutions and matrix products alone."""
-        shapes: list[tuple[nn.Module, Tensor]] = []
-        layers = [m for m in self.fast.modules() if type(m).__name__ == "FusedConv2d"]
-        layers += [m for m in self.fast.modules() if type(m) in (nn.Conv2d, nn.Linear)]
-        # Residual and lateral convolutions are called by a method of their own.
-        for module in layers:
-            if hasattr(module, "add_to"):
-                self._record(module, shapes)
-            else:
-                module.register_forward_pre_hook(
-                    lambda m, inputs: shapes.append((m, inputs[0].detach()))
-                )
-        with torch.no_grad():
-            self.fast(self.inputs)
-        self.fast = optimize_for_inference(self.stock)
-        bare = [(_bare(module), x) for module, x in shapes]
-        run = no_grad(lambda: [call(x) for call, x in bare])
+        """Seconds of the optimised model, and of its convolutions and matrix products alone.
+
+        Of the very operators that it calls, without the ReLUs and sums that are done in them.
+        """
+        called = bare_convolutions(self.fast, self.inputs)
+        run = no_grad(lambda: [call(x) for call, x in called])
         whole = self._call(self.fast)
         pairs = compare("bare convolutions", "whole model", whole, run, pairs=self.pairs)
         return {
-            "model": sorted(pairs.baseline_seconds)[self.pairs // 2],
-            "convolutions": sorted(pairs.seconds)[self.pairs // 2],
+            "model": statistics.median(pairs.baseline_seconds),
+            "convolutions": statistics.median(pairs.seconds),
         }
 
-    def _record(self, module: nn.Module, shapes: list[tuple[nn.Module, Tensor]]) -> None:
-        original = module._input
+    def profile(self) -> dict[str, float]:
+        """Milliseconds of one call of the optimised float32 model, by operator, largest first.
 
-        def recorded(x: Tensor) -> Tensor:
-            x = original(x)
-            shapes.append((module, x.detach()))
-            return x
+        Convolutions and matrix products together; the rest is what there is to save.
+        """
+        on_gpu = self.device == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        run = self._call(self.fast)
+        run()
+        with torch.profiler.profile(activities=activities) as profiler:
+            run()
+        spent = {"convolutions, matrix products": 0.0}
+        for event in profiler.key_averages():
+            if event.device_type != torch.autograd.DeviceType.CPU:
+                continue  # kernels, whose time is their operators' too
+            time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+            ms = getattr(event, time_of, 0.0) / 1000
+            is_product = re.search(r"conv|addmm|::b?mm|linear", event.key)
+            name = "convolutions, matrix products" if is_product else event.key
+            spent[name] = spent.get(name, 0.0) + ms
+        first, *others = spent
+        others.sort(key=spent.__getitem__, reverse=True)
+        table = {name: spent[name] for name in (first, *others[:_MOST_OPERATORS])}
+        return {**table, "all others": sum(spent[name] for name in others[_MOST_OPERATORS:])}
 
-        module._input = recorded
+    def _calls(self, model: nn.Module) -> tuple[Callable[[], object], Callable[[], object]]:
+        return self._call(self.stock), self._call(model)
 
     def _call(self, model: nn.Module) -> Callable[[], object]:
         return no_grad(lambda: model(self.inputs))
@@ -230,7 +253,7 @@ class Bench:
     def _training(self) -> Comparison:
         batch = training_batch(self.image, 2)
         calls = []
-        for model in (self.stock, plugin_model(self.stock, self.device)):
+        for model in (self.stock, plugin_model(self.stock, self.device, **self._opts)):
             calls.append(lambda m=model: train_once(m, batch))
         pairs = self._compare("training iteration, batch 2", *calls, 1.2)
         self.stock.eval()
@@ -263,12 +286,45 @@ def _with_stages(backbone: nn.Module, stages: dict[str, Tensor]) -> dict[str, Te
         backbone.bottom_up = bottom_up
 
 
-def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if type(module) is nn.Linear:
-        return lambda x: F.linear(x, module.weight, module.bias)
-    weight = module.weight
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return lambda x: F.conv2d(x, weight, module.bias, *geometry)
+def bare_convolutions(
+    model: nn.Module, inputs: list[dict[str, Any]]
+) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Convolutions and matrix products of one call, each with its input."""
+    called: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
+    fused, handles = [], []
+
+    def record(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        called.append((_bare(module), given[0].detach()))
+
+    for module in model.modules():
+        if isinstance(module, FusedConv2d):
+            # Called in two ways, which both take their input so.
+            module._input = partial(_recorded_input, module, called)
+            fused.append(module)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in fused:
+            del module._input
+    return called
+
+
+def _recorded_input(module: FusedConv2d, called: list[Any], x: Tensor) -> Tensor:
+    x = type(module)._input(module, x)
+    called.append((module.bare, x.detach()))
+    return x
+
+
+def _bare(module: nn.Conv2d | nn.Linear) -> Callable[[Tensor], Tensor]:
+    if isinstance(module, nn.Linear):
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    # Without what Detectron2's convolutions do besides: norm and activation.
+    return partial(module._conv_forward, weight=module.weight, bias=module.bias)
 
 
 SCALINGS: dict[str, list[int]] = {
@@ -279,15 +335,16 @@ SCALINGS: dict[str, list[int]] = {
 }
 
 
-def scaling(what: str, value: int, device: str, image_path: str | None) -> dict[str, float]:
+def scaling(
+    what: str, value: int, device: str, image_path: str | None, *, side: int = 800, **opts: Any
+) -> dict[str, float]:
     """Medians of three of stock and optimised float32, in seconds, at one value of one quantity."""
-    side = value if what == "image side" else 800
+    side = value if what == "image side" else side
     image = photograph(image_path, side, side)
-    opts: dict[str, Any] = {}
     if what == "proposals":
-        opts = {"MODEL__RPN__POST_NMS_TOPK_TEST": value, "MODEL__RPN__PRE_NMS_TOPK_TEST": 2000}
+        opts |= {"MODEL__RPN__POST_NMS_TOPK_TEST": value, "MODEL__RPN__PRE_NMS_TOPK_TEST": 2000}
     elif what == "channels":
-        opts = {"MODEL__FPN__OUT_CHANNELS": value}
+        opts |= {"MODEL__FPN__OUT_CHANNELS": value}
     stock = stock_model(device, image, **opts)
     fast = optimize_for_inference(stock)
     inputs = [{"image": image}] * (value if what == "batch" else 1)

@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from tqdm import tqdm
 
 from fpn_plugin.deploy import optimize_for_inference
-from fpn_plugin.deploy.trial import Agreement
+from fpn_plugin.deploy.agreement import Agreement
 from fpn_plugin.engine.checkpoint import FittingCheckpointer
 from fpn_plugin.engine.settings import load_config, settled_device
 from fpn_plugin.engine.trainer import FPNTrainer

@@ -63,9 +63,14 @@ class FusedConv2d(nn.Module):
             stride, dilation, groups = others
             x = x.to(weight.dtype)
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return torch.ops.mkldnn._convolution_pointwise(
-            self._input(x), *self._what(), "relu" if self.relu else "none", [], ""
-        )
+        return self._convolved(x, "relu" if self.relu else "none")
+
+    def bare(self, x: Tensor) -> Tensor:
+        """The convolution alone, by the same operator: the floor of a benchmark."""
+        return self._convolved(x, "none")
+
+    def _convolved(self, x: Tensor, then: str) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(self._input(x), *self._what(), then, [], "")
 
     def add_to(self, other: Tensor, x: Tensor) -> Tensor:
         """``other`` plus the convolution of ``x``, in place, then the ReLU if there is one.

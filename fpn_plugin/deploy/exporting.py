@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +23,17 @@ from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
 
+from .agreement import Agreement
 from .export import FORMATS, Exported, batched, export_graph, exportable, load_exported
 from .graph import DetectionGraph
 
 __all__ = ["argument_parser", "differences", "export_main"]
 
-BOX_PX, SCORE = 0.05, 1e-3
-"""Greatest differences between a file's detections and the model's: pixels, and scores."""
+BOX_PX, SCORE, MASK = 0.05, 1e-3, 1e-2
+"""Greatest differences between a file's detections and the model's: pixels, scores, and mask
+probabilities."""
+
+_COLUMNS = ("detections", "other", "box (px)", "score", "mask")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -84,13 +89,14 @@ def export_main(argv: Sequence[str] | None = None) -> None:
             continue
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
-        if found["other"] or found["box (px)"] > BOX_PX or found["score"] > SCORE:
+        within = found["box (px)"] <= BOX_PX and found["score"] <= SCORE and found["mask"] <= MASK
+        if found["other"] or not within:
             problems.append(f"{path} does not give the model's detections: see the table")
-    headers = ["format", "file", "MB", "seconds", "detections", "other", "box (px)", "score"]
+    headers = ["format", "file", "MB", "seconds", *_COLUMNS]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".3g"))
     print(
         f"Compared on {len(cases)} batches, one of no image; other: detections that only one of "
-        "them has; box, score: largest differences.\nInput, output and classes: "
+        "them has; box, score, mask: largest differences.\nInput, output and classes: "
         f"{folder / 'model.json'}. Resizing before, and pasting masks after, is the caller's."
     )
     if "torch_export" in args.formats:
@@ -114,31 +120,46 @@ def differences(
         cases: batches of images ``(3, H, W)`` in the model's channel order; one may be empty.
 
     Returns:
-        ``detections``, the model's in all; ``other``: those that only one has, by rank within
-        an image and class; ``box (px)`` and ``score``: largest differences of the rest.
+        ``detections``, the model's in all; ``other``: those that only one has, see
+        :class:`Agreement`; ``box (px)``, ``score`` and ``mask``: largest differences of the
+        rest, of masks in probability, 0 without a mask head.
     """
-    found = {"detections": 0, "other": 0, "box (px)": 0.0, "score": 0.0}
+    detections, agreement, masks = 0, Agreement(), [0.0]
     for images in cases:
         with torch.no_grad():
-            expected = model([{"image": image} for image in images]) if images else []
-            boxes, scores, classes, index, *_ = exported(*batched(images))
-        for number, output in enumerate(expected):
-            theirs, ours = output["instances"], index == number
-            found["detections"] += len(theirs)
-            for each in theirs.pred_classes.unique().tolist():
-                mine, of_class = ours & (classes == each), theirs.pred_classes == each
-                count = min(int(mine.sum()), int(of_class.sum()))
-                found["other"] += int(mine.sum()) + int(of_class.sum()) - 2 * count
-                if count:
-                    box = boxes[mine][:count] - theirs.pred_boxes.tensor[of_class][:count]
-                    score = scores[mine][:count] - theirs.scores[of_class][:count]
-                    found["box (px)"] = max(found["box (px)"], float(box.abs().max()))
-                    found["score"] = max(found["score"], float(score.abs().max()))
-            known = torch.isin(classes[ours], theirs.pred_classes)
-            found["other"] += int((~known).sum())
-        if not images:
-            found["other"] += len(boxes)
-    return found
+            expected = _detected(model, images)
+            boxes, scores, classes, index, *of_masks = exported(*batched(images))
+        # Images beyond those given would be an error of the file's too.
+        agreement.extra += int((index >= len(images)).sum())
+        for number, theirs in enumerate(expected):
+            mine = index == number
+            ours = Instances(theirs.image_size)
+            ours.pred_boxes, ours.scores = Boxes(boxes[mine]), scores[mine]
+            ours.pred_classes = classes[mine]
+            detections += len(theirs)
+            partners, own = agreement.add(theirs, ours)
+            if of_masks and len(own):
+                apart = theirs.pred_masks[partners, 0] - of_masks[0][mine][own]
+                masks.append(float(apart.abs().max()))
+    return {
+        "detections": detections,
+        "other": agreement.missing + agreement.extra,
+        "box (px)": agreement.box_px,
+        "score": agreement.score,
+        "mask": max(masks),
+    }
+
+
+def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
+    """The model's detections, masks as probabilities over their boxes."""
+    if not images:
+        return []
+    inputs = [{"image": image} for image in images]
+    if not getattr(getattr(model, "roi_heads", None), "mask_on", False):
+        return [output["instances"] for output in model(inputs)]
+    # Pasted masks are a yes or no a pixel. Postprocessing leaves out empty boxes too.
+    found = model.inference(inputs, do_postprocess=False)
+    return [each[each.pred_boxes.nonempty()] for each in found]
 
 
 def _cases(cfg: CfgNode, paths: Sequence[str]) -> list[list[Tensor]]:

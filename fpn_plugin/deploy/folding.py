@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
@@ -81,12 +82,12 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
     pairs: dict[nn.Module, set[nn.Conv2d | None]] = {}
     calls: dict[nn.Conv2d, int] = {}
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for tensor in inputs:
-            if isinstance(tensor, Tensor):
-                readers.setdefault(id(tensor), []).append(module)
+    def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = [each for each in (*inputs, *keywords.values()) if isinstance(each, Tensor)]
+        for tensor in given:
+            readers.setdefault(id(tensor), []).append(module)
         if _is_fixed(module):
-            writer = writers.get(id(inputs[0]))
+            writer = writers.get(id(given[0])) if given else None
             pairs.setdefault(module, set()).add(writer[0] if writer else None)
 
     def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -94,9 +95,9 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
             calls[module] = calls.get(module, 0) + 1
             writers[id(output)] = (module, output)  # kept, so that no other takes its id
 
-    leaves = [m for m in model.modules() if not m._modules or isinstance(m, _NORMS)]
+    leaves = [m for m in model.modules() if not any(m.children()) or isinstance(m, _NORMS)]
     leaves += [m for m in model.modules() if _is_fixed(m) and m not in leaves]
-    handles = [m.register_forward_pre_hook(before) for m in leaves]
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in leaves]
     handles += [m.register_forward_hook(after) for m in leaves]
     try:
         with torch.no_grad():
@@ -116,17 +117,20 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
     before_folding = [
         (conv, conv.weight, conv.bias, norm, *_place_of(model, norm)) for conv, norm in found
     ]
-    for conv, _, _, norm, parent, name in before_folding:
-        _fold(conv, norm)
-        setattr(parent, name, _what_is_left(norm))
-    # An addition reads a tensor without being a module: the values tell.
-    with torch.no_grad():
-        if _alike(model(example), expected):
-            return len(found)
-    for conv, weight, bias, norm, parent, name in before_folding:
-        conv.weight, conv.bias = weight, bias
-        setattr(parent, name, norm)
-    return 0
+    same = False
+    try:
+        for conv, _, _, norm, parent, name in before_folding:
+            _fold(conv, norm)
+            setattr(parent, name, _what_is_left(norm))
+        # An addition reads a tensor without being a module: the values tell.
+        with torch.no_grad():
+            same = _alike(model(example), expected)
+    finally:
+        if not same:
+            for conv, weight, bias, norm, parent, name in before_folding:
+                conv.weight, conv.bias = weight, bias
+                setattr(parent, name, norm)
+    return len(found) if same else 0
 
 
 def _place_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:

@@ -152,27 +152,28 @@ def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
     return count
 
 
-def select_first(rpn: RPN) -> None:
-    """Makes an RPN decode the candidates it selects, instead of selecting among all it decoded.
+class _SelectingRPN(RPN):
+    """An RPN that decodes the candidates it selects, where RPN selects among all it decoded.
 
-    Which those are depends on their logits alone, so proposals are the same. In place.
+    Which those are depends on their logits alone, so proposals are the same.
     """
 
     def predict_proposals(
+        self,
         anchors: list[Boxes],
         pred_objectness_logits: list[Tensor],
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         chosen_logits, boxes = [], []
-        most = rpn.pre_nms_topk[rpn.training]
+        most = self.pre_nms_topk[self.training]
         for of_level, logits, deltas in zip(
             anchors, pred_objectness_logits, pred_anchor_deltas, strict=True
         ):
             top, index = logits.topk(min(most, logits.shape[1]), dim=1)
             box_dim = deltas.shape[-1]
             picked = deltas.gather(1, index[:, :, None].expand(-1, -1, box_dim))
-            decoded = rpn.box2box_transform.apply_deltas(
+            decoded = self.box2box_transform.apply_deltas(
                 picked.reshape(-1, box_dim), of_level.tensor[index].reshape(-1, box_dim)
             )
             chosen_logits.append(top)
@@ -181,11 +182,15 @@ def select_first(rpn: RPN) -> None:
             boxes,
             chosen_logits,
             image_sizes,
-            rpn.nms_thresh,
+            self.nms_thresh,
             most,
-            rpn.post_nms_topk[rpn.training],
-            rpn.min_box_size,
-            rpn.training,
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+            self.training,
         )
 
-    rpn.predict_proposals = predict_proposals
+
+def select_first(rpn: RPN) -> None:
+    """Makes an RPN decode what it selects, in place."""
+    # By its class, not by a method of its own: copies are independent and can be saved.
+    rpn.__class__ = _SelectingRPN

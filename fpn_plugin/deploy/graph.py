@@ -80,7 +80,8 @@ def detection_graph(model: nn.Module) -> DetectionGraph:
     if type(model) is RetinaNet:
         return RetinaNetGraph(model)
     what = type(model).__name__
-    if isinstance(model, GeneralizedRCNN):
+    # Subclasses do more: PanopticFPN segments, which a graph without that would drop in silence.
+    if type(model) is GeneralizedRCNN:
         what = _without_graph(model.roi_heads)
         if model.proposal_generator is None:
             what = "Fast R-CNN, which reads proposals,"

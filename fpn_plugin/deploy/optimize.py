@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from detectron2.modeling import FPN
+from detectron2.modeling import FPN, GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
@@ -29,9 +30,12 @@ from .fused import (
     select_first,
 )
 
-__all__ = ["Step", "optimize_for_inference", "steps_of"]
+__all__ = ["Step", "dtype_of", "optimize_for_inference", "steps_of"]
 
 logger = logging.getLogger(__name__)
+
+_Say = Callable[..., None]
+"""``say(name, detail, taken=True)`` notes a step."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,73 +65,66 @@ def optimize_for_inference(
 
     Batch norms are folded into convolutions; maps are channels last; on a CPU, convolutions take
     ReLUs and sums into themselves; boxes are pooled by :class:`PyramidROIPooler`; the RPN decodes
-    what it selects. A step that cannot be taken is skipped, with a line in the log, and the model
-    still runs. Image sizes may vary from call to call.
+    what it selects. A step that cannot be taken is skipped, with a warning in the log, and the
+    model still runs. Image sizes may vary from call to call.
 
     Args:
         model: one of Detectron2's architectures with a ``backbone``, built by the plugin or not;
-            left untouched.
+            left untouched. Not an optimised copy.
         dtype: of backbone and heads: float32, which gives the same detections, or bfloat16 or
             float16, which halve memory traffic and round. Box arithmetic stays float32.
-        compile: compile the backbone with torch.compile, for any input size. On a CPU this
-            replaces fusing.
+        compile: compile the backbone with torch.compile, for batches of one image and of more, of
+            any size. On a CPU this replaces fusing it. What is compiled is not copied: a deep or
+            saved copy runs uncompiled. See docs/performance.md for what compiles again.
         example: an image, ``(3, H, W)`` in the model's channel order, values 0 to 255, for a
             first call, which takes longer than later ones; its time is logged.
 
     Returns:
-        The copy, in evaluation mode, without gradients. It is called as the original; checkpoints
-        are the original's.
+        The copy, in evaluation mode, without gradients. It is called as the original, and may be
+        copied and saved whole; checkpoints are the original's.
 
     Raises:
-        UserError: a model without a backbone, or a dtype that is none of the three.
+        UserError: a model without a backbone or one that is optimised already, a dtype that is
+            none of the three, or an example that the model does not take.
 
     Example::
 
         >>> predictor = DefaultPredictor(cfg)
         >>> predictor.model = optimize_for_inference(predictor.model, dtype=torch.bfloat16)
     """
-    if not isinstance(getattr(model, "backbone", None), nn.Module):
-        raise UserError(
-            f"{type(model).__name__} has no backbone: optimize_for_inference() takes a whole "
-            "Detectron2 model, for example fpn_plugin.model_zoo.get(...) or DefaultPredictor's"
-        )
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype} is none of float32, bfloat16 and float16")
-    steps: list[Step] = []
-
-    def step(name: str, detail: str, *, taken: bool = True) -> None:
-        steps.append(Step(name, taken, detail))
-        logger.info("%s", steps[-1])
-
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    _check(model, dtype, example)
     device = next(model.parameters()).device
-    fold(model, step)
-    use_plugin_modules(model, step)
     on_cpu = device.type == "cpu"
+    work = _Work(copy.deepcopy(model).eval().requires_grad_(False))
+    work.attempt("folding", fold)
+    work.attempt("folding what no module order shows", fold_observed)
+    for name, action in PLUGIN_STEPS.items():
+        work.attempt(name, action)
     if on_cpu and dtype != torch.float32 and not can_fuse(dtype):
-        step(str(dtype), "this CPU or this torch has no convolutions in it; float32", taken=False)
+        work.say(str(dtype), "this CPU or this torch has no convolutions in it; float32", False)
         dtype = torch.float32
-    fused = False
-    if on_cpu and can_fuse(dtype):
-        fused = True
-        fuse_heads_and_backbone(model, dtype, fuse_backbone=not compile, step=step)
-    elif on_cpu:
-        step("fusing", "this torch lacks oneDNN's fused convolutions", taken=False)
-    if not fused or compile:
-        model.backbone.to(memory_format=torch.channels_last)
-        step("channels last", "convolutions of the backbone")
-    _set_dtypes(model, dtype)
     if dtype != torch.float32:
-        step(str(dtype).removeprefix("torch."), "backbone and heads; box arithmetic in float32")
-    if compile:
-        _compile(model, device, dtype, step)
-    model.optimization_steps = steps
+        name = str(dtype).removeprefix("torch.")
+        work.attempt(name, partial(_set_dtypes, dtype=dtype))
+        dtype = dtype_of(work.model)
+    fusable = on_cpu and can_fuse(dtype)
+    if fusable:
+        work.attempt("fusing heads", partial(fuse_heads, dtype=dtype))
+    elif on_cpu:
+        work.say("fusing", "this torch lacks oneDNN's fused convolutions", False)
+    # A compiled backbone is not fused; one that could not be compiled is, after all.
+    if not (compile and work.attempt("compiling", _compile)):
+        if fusable:
+            work.attempt("fusing the backbone", partial(fuse_backbone, dtype=dtype))
+        work.attempt("channels last", _set_layout)
+    model = work.model
+    model.optimization_steps = work.steps
     if example is not None:
         started = time.perf_counter()
         with torch.no_grad():
             model([{"image": example}])
         seconds = time.perf_counter() - started
-        step("first call", f"{seconds:.1f} s on {example.shape[2]} x {example.shape[1]} px")
+        work.say("first call", f"{seconds:.1f} s on {example.shape[2]} x {example.shape[1]} px")
     return model
 
 
@@ -136,41 +133,127 @@ def steps_of(model: nn.Module) -> list[Step]:
     return list(getattr(model, "optimization_steps", ()))
 
 
-def fold(model: nn.Module, step: Callable[..., None]) -> None:
-    """Folds batch norms of all of a model, in place."""
-    folded, left = fold_batch_norms(model)
-    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
-    if left:
-        generator = torch.Generator().manual_seed(0)
-        example = torch.randn(1, 3, 128, 128, generator=generator)
-        example = example.to(next(model.parameters()).device)
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype that a model's backbone runs in, which need not be the one asked for."""
+    return next(model.backbone.parameters()).dtype
+
+
+def _check(model: nn.Module, dtype: torch.dtype, example: Tensor | None) -> None:
+    kind = type(model).__name__
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise UserError(
+            f"{kind} has no backbone: optimize_for_inference() takes a whole "
+            "Detectron2 model, for example fpn_plugin.model_zoo.get(...) or DefaultPredictor's"
+        )
+    if steps_of(model):
+        given = str(dtype_of(model)).removeprefix("torch.")
+        raise UserError(
+            f"this {kind} is an optimised copy already, in {given}: give the model it was made of"
+        )
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype} is none of float32, bfloat16 and float16")
+    if example is None:
+        return
+    if not isinstance(example, Tensor) or example.ndim != 3 or example.shape[0] != 3:
+        what = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise UserError(
+            f"example is {what}; it must be one image, a tensor (3, H, W) of values 0 to 255"
+        )
+    if isinstance(model, GeneralizedRCNN) and model.proposal_generator is None:
+        raise UserError(
+            "example is an image, and this Fast R-CNN reads proposals besides: leave example out"
+        )
+
+
+class _Work:
+    """A model in the making: each step is taken whole, or leaves the model as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.steps: list[Step] = []
+
+    def say(self, name: str, detail: str, taken: bool = True) -> None:
+        """Notes a step; the log tells users of those that are skipped."""
+        self.steps.append(Step(name, taken, detail))
+        logger.log(logging.INFO if taken else logging.WARNING, "%s", self.steps[-1])
+
+    def attempt(self, name: str, action: Callable[[nn.Module, _Say], None]) -> bool:
+        """Takes a step; whatever it raises, the model runs as before, and one line says so."""
+        before = _same_weights(self.model)
+        said: list[tuple[str, str, bool]] = []
         try:
-            more, left = fold_batch_norms(bottom_up, example=example)
-            folded += more
-        except (RuntimeError, TypeError, ValueError) as error:
-            step("folding what no module order shows", str(error).split("\n")[0], taken=False)
-    step("folding", f"{folded} batch norms into their convolutions, {left} left")
+            action(self.model, lambda *what, taken=True: said.append((*what, taken)))
+        except Exception as error:  # whatever a model of others' makes of a step
+            self.model = before
+            reason = (str(error).strip().splitlines() or [""])[0]
+            said = [(name, f"{type(error).__name__}: {reason}".removesuffix(": "), False)]
+        for what in said:
+            self.say(*what)
+        return all(taken for *_, taken in said)
 
 
-def use_plugin_modules(model: nn.Module, step: Callable[..., None]) -> None:
-    """Puts in the plugin's pyramid and poolers, and an RPN that selects first, in place."""
+def _same_weights(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights: steps replace tensors and never write into one."""
+    memo: dict[int, Any] = {id(each): each.detach() for each in model.buffers()}
+    for each in model.parameters():
+        memo[id(each)] = nn.Parameter(each.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def fold(model: nn.Module, say: _Say) -> None:
+    """Folds the batch norms that the order of modules shows, in place."""
+    folded, left = fold_batch_norms(model)
+    say("folding", f"{folded} batch norms into their convolutions, {left} left")
+
+
+def fold_observed(model: nn.Module, say: _Say) -> None:
+    """Folds what a pass shows of the bottom-up network's other batch norms, in place."""
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
+    if not fold_batch_norms(bottom_up)[1]:
+        return
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(1, 3, 128, 128, generator=generator)
+    folded, _ = fold_batch_norms(bottom_up, example=example.to(next(model.parameters()).device))
+    _, left = fold_batch_norms(model)
+    say("folding what a pass shows", f"{folded} batch norms more, {left} left")
+
+
+def use_plugin_pyramid(model: nn.Module, say: _Say) -> None:
+    """Puts in the plugin's pyramid for a stock one, in place."""
     if type(model.backbone) is FPN:
         neck = as_plugin_pyramid(model.backbone)
         if neck is None:
-            step("fused pyramid", "this FPN pads to squares", taken=False)
+            say("fused pyramid", "this FPN pads to squares", taken=False)
         else:
             model.backbone = neck
+
+
+def use_plugin_poolers(model: nn.Module, say: _Say) -> None:
+    """Puts in the plugin's poolers for stock ones, in place."""
     poolers = 0
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if type(child) is ROIPooler:
                 module._modules[name] = _plugin_pooler(child)
                 poolers += 1
+    if poolers:
+        say("pooling", f"{poolers} poolers replaced by PyramidROIPooler")
+
+
+def select_before_decoding(model: nn.Module, say: _Say) -> None:
+    """Makes RPNs decode what they select, in place."""
+    for module in model.modules():
         if type(module) is RPN:
             select_first(module)
-            step("proposals", "selected before they are decoded")
-    if poolers:
-        step("pooling", f"{poolers} poolers replaced by PyramidROIPooler")
+            say("proposals", "selected before they are decoded")
+
+
+PLUGIN_STEPS: dict[str, Callable[[nn.Module, _Say], None]] = {
+    "fused pyramid": use_plugin_pyramid,
+    "pooling": use_plugin_poolers,
+    "proposals": select_before_decoding,
+}
+"""What puts the plugin's modules into a model, by name."""
 
 
 def _plugin_pooler(pooler: ROIPooler) -> PyramidROIPooler:
@@ -189,41 +272,43 @@ def _plugin_pooler(pooler: ROIPooler) -> PyramidROIPooler:
     )
 
 
-def fuse_heads_and_backbone(
-    model: nn.Module, dtype: torch.dtype, *, fuse_backbone: bool, step: Callable[..., None]
-) -> None:
-    """Fuses what runs on a CPU, in place."""
+def fuse_heads(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
+    """Fuses all but the backbone, for a CPU, in place."""
     heads = fuse_rpn_heads(model, dtype)
-    blocks = convs = 0
-    backbone = model.backbone
-    if fuse_backbone:
-        blocks = fuse_resnets(model, dtype)
-        convs = fuse_convolutions(backbone, dtype)
-        if type(backbone) is FeaturePyramidNetwork:
-            model.backbone = FusedNeck(backbone)
-    for name, child in model.named_children():
-        if name != "backbone":
-            convs += fuse_convolutions(child, dtype)
+    convs = sum(
+        fuse_convolutions(child, dtype)
+        for name, child in model.named_children()
+        if name != "backbone"
+    )
     linears = sum(
         fuse_linears(module, dtype)
         for module in list(model.modules())
         if isinstance(module, FastRCNNConvFCHead)
     )
     others = f"{convs} other convolutions, {linears} linear layers"
-    step("fusing", f"{blocks} residual blocks, {heads} RPN heads, {others}")
+    say("fusing heads", f"{heads} RPN heads, {others}")
 
 
-def _set_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+def fuse_backbone(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
+    """Fuses the backbone, for a CPU, in place."""
+    blocks = fuse_resnets(model, dtype)
+    convs = fuse_convolutions(model.backbone, dtype)
+    if type(model.backbone) is FeaturePyramidNetwork:
+        model.backbone = FusedNeck(model.backbone)
+    say("fusing the backbone", f"{blocks} residual blocks, {convs} other convolutions")
+
+
+def _set_layout(model: nn.Module, say: _Say) -> None:
+    """Lays out the backbone's weights for channels last, in place."""
+    model.backbone.to(memory_format=torch.channels_last)
+    model.backbone.register_forward_pre_hook(_first_channels_last)
+    say("channels last", "convolutions of the backbone")
+
+
+def _set_dtypes(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
     """Casts the input of backbone and heads to a dtype, and the output of heads to float32."""
-    model.backbone.to(dtype)
-    model.backbone.register_forward_pre_hook(
-        lambda _, inputs: (
-            inputs[0].to(dtype).contiguous(memory_format=torch.channels_last),
-            *inputs[1:],
-        )
-    )
-    if dtype == torch.float32:
-        return
+    # Hooks are module-level functions, so that copies of the model do not call this one's.
+    model.backbone.to(dtype).register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
     heads = getattr(model, "roi_heads", None)
     box_heads = getattr(heads, "box_head", None)
     whole = [
@@ -235,18 +320,34 @@ def _set_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     for head in whole:
         if isinstance(head, nn.Module):
             head.to(dtype)
-            head.register_forward_pre_hook(lambda _, inputs: _cast(inputs, dtype))
-            head.register_forward_hook(lambda _, __, output: _cast(output, torch.float32))
+            head.register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
+            head.register_forward_hook(_float_output)
     # These compute losses or detections after their layers, in float32.
     for owner, name in ((heads, "mask_head"), (heads, "keypoint_head"), (model, "sem_seg_head")):
         head = getattr(owner, name, None)
         if isinstance(head, nn.Module) and callable(getattr(head, "layers", None)):
             head.to(dtype)
-            head.layers = _casting(head.layers, dtype)
+            head.layers = partial(_layers_in, type(head).layers, head, dtype)
+    detail = "backbone and heads; box arithmetic in float32"
+    say(str(dtype).removeprefix("torch."), detail)
 
 
-def _casting(layers: Callable[[Any], Tensor], dtype: torch.dtype) -> Callable[[Any], Tensor]:
-    return lambda x: layers(_cast(x, dtype)).float()
+def _first_channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+
+def _cast_inputs(_: nn.Module, inputs: Any, *, dtype: torch.dtype) -> Any:
+    return _cast(inputs, dtype)
+
+
+def _float_output(_: nn.Module, __: Any, output: Any) -> Any:
+    return _cast(output, torch.float32)
+
+
+def _layers_in(
+    layers: Callable[[nn.Module, Any], Tensor], head: nn.Module, dtype: torch.dtype, x: Any
+) -> Tensor:
+    return layers(head, _cast(x, dtype)).float()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -259,24 +360,19 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _compile(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, step: Callable[..., None]
-) -> None:
-    backbone = model.backbone
-    original = backbone.forward
-    # Frozen weights may be laid out anew and folded further.
-    options = {"freezing": True} if device.type == "cpu" else None
-    side = max(256, 4 * backbone.size_divisibility)
-    sizes = [(side, side), (side, 2 * side)]
+def _compile(model: nn.Module, say: _Say) -> None:
+    """Compiles the backbone, in place, for every size: raises where that cannot be done."""
     started = time.perf_counter()
-    try:
-        backbone.forward = torch.compile(original, dynamic=True, options=options)
-        with torch.no_grad():
-            for height, width in sizes:
-                backbone(torch.zeros(1, 3, height, width, device=device, dtype=dtype))
-    except Exception as error:  # whatever a missing compiler or an unsupported operator raises
-        backbone.forward = original
-        reason = str(error).strip().split("\n")[0]
-        step("compiling", f"{type(error).__name__}: {reason}", taken=False)
-        return
-    step("compiling", f"the backbone, in {time.perf_counter() - started:.0f} s")
+    _set_layout(model, lambda *_: None)
+    backbone = model.backbone
+    weight = next(backbone.parameters())
+    # Frozen weights may be laid out anew and folded further.
+    options = {"freezing": True} if weight.device.type == "cpu" else None
+    backbone.compile(dynamic=True, options=options)
+    # Sizes that are equal, or 1, are taken for laws until another is met.
+    side = max(256, 4 * backbone.size_divisibility)
+    sizes = [(1, side, 2 * side), (1, 3 * side, 2 * side), (2, side, 2 * side)]
+    with torch.no_grad():
+        for images, height, width in sizes:
+            backbone(weight.new_zeros(images, 3, height, width))
+    say("compiling", f"the backbone, in {time.perf_counter() - started:.0f} s")

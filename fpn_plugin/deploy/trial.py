@@ -6,11 +6,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Instances
 from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
@@ -20,9 +19,10 @@ from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector
 
+from .agreement import Agreement
 from .optimize import optimize_for_inference, steps_of
 
-__all__ = ["Agreement", "argument_parser", "optimize_main"]
+__all__ = ["argument_parser", "optimize_main"]
 
 _EXAMPLES = """
 Example:
@@ -50,40 +50,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
-
-
-@dataclass
-class Agreement:
-    """How far one model's detections are another's, over images.
-
-    Attributes:
-        matched: detections of the first with a partner: same class, IoU above 0.5.
-        unmatched: those without.
-        box_px: largest difference of a coordinate between partners, in pixels of the image.
-        score: largest difference of scores between partners.
-    """
-
-    matched: int = 0
-    unmatched: int = 0
-    box_px: float = 0.0
-    score: float = 0.0
-
-    def add(self, expected: Instances, ours: Instances) -> None:
-        """Counts both models' detections in one image."""
-        if len(expected) == 0 or len(ours) == 0:
-            self.unmatched += len(expected)
-            return
-        overlaps = pairwise_iou(expected.pred_boxes, ours.pred_boxes)
-        overlaps[expected.pred_classes[:, None] != ours.pred_classes] = 0
-        best, index = overlaps.max(dim=1)
-        matched = best > 0.5
-        self.matched += int(matched.sum())
-        self.unmatched += int((~matched).sum())
-        if matched.any():
-            boxes = (expected.pred_boxes.tensor - ours.pred_boxes.tensor[index]).abs()[matched]
-            scores = (expected.scores - ours.scores[index]).abs()[matched]
-            self.box_px = max(self.box_px, float(boxes.max()))
-            self.score = max(self.score, float(scores.max()))
 
 
 def optimize_main(argv: Sequence[str] | None = None) -> None:
@@ -126,11 +92,12 @@ def optimize_main(argv: Sequence[str] | None = None) -> None:
         [name, median, medians["original"] / median, *vars(agreement[name]).values()]
         for name, median in medians.items()
     ]
-    headers = ["model", "s/image", "times faster", "same", "other", "box (px)", "score"]
+    headers = ["model", "s/image", "times faster", "same", "missing", "extra", "box (px)", "score"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".4g"))
     print(
-        "same, other: detections of the original with a partner of their class and IoU above 0.5, "
-        "and without; box, score: largest difference between partners"
+        "same: detections with a partner in the original's, of their class and IoU above 0.5; "
+        "missing, extra: those that only the original has, or only this model; box, score: "
+        "largest difference between partners"
     )
 
 

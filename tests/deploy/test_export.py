@@ -34,9 +34,12 @@ def with_one_detection(model, cases) -> tuple[torch.nn.Module, torch.Tensor]:
             best.append((scores[1], scores[0], image))
     # The image whose second score is least: others have two detections or more.
     second, first, image = min(best, key=lambda each: each[:2])
-    owner = model.roi_heads.box_predictor if hasattr(model, "roi_heads") else model
-    owner.test_score_thresh = (first + second) / 2
+    threshold_owner(model).test_score_thresh = (first + second) / 2
     return model, image
+
+
+def threshold_owner(model) -> torch.nn.Module:
+    return model.roi_heads.box_predictor if hasattr(model, "roi_heads") else model
 
 
 def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
@@ -44,6 +47,7 @@ def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
     assert found["other"] == 0
     assert found["box (px)"] <= box_px
     assert found["score"] <= score
+    assert found["mask"] <= 10 * score
     return found["detections"]
 
 
@@ -76,11 +80,29 @@ def test_a_file_gives_the_models_detections(kind, format, trained, cases, tmp_pa
     path = tmp_path / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
     export_graph(exportable(model), format, path)
     exported = load_exported(path)
-    assert assert_the_models(model, exported, [[one]]) == 1
-    assert assert_the_models(model, exported, cases) > 10
+    counts = [assert_the_models(model, exported, [case]) for case in ([one], *cases)]
+    assert {0, 1} <= set(counts)
+    assert sum(counts) > 10
     shapes = [tuple(tensor.shape) for tensor in exported(*batched([]))]
     assert shapes == [(0, 4), (0,), (0,), (0,), (0, 28, 28)][: len(shapes)]
     assert len(shapes) == 4 + (kind == "mask")
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        ("faster", "torchscript"),
+        ("retinanet", "torchscript"),
+        pytest.param("mask", "onnx", marks=needs_dynamic),
+    ],
+)
+def test_a_file_that_detects_nothing(kind, format, trained, cases, tmp_path):
+    model = trained(kind)
+    threshold_owner(model).test_score_thresh = 1.1
+    path = tmp_path / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
+    export_graph(exportable(model), format, path)
+    exported = load_exported(path)
+    assert {assert_the_models(model, exported, [case]) for case in cases} == {0}
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
@@ -95,14 +117,17 @@ def test_a_torch_without_dynamic_sizes_is_told(format, trained, tmp_path, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_program_gives_the_models_detections(kind, trained, cases, tmp_path):
     model = trained(kind)
-    export_graph(exportable(model), "torch_export", tmp_path / "model.pt2")
-    exported = load_exported(tmp_path / "model.pt2")
     coarsest = max(shape.stride for shape in model.backbone.output_shape().values())
     # One cell on the coarsest level is a case of its own to torch.export; the tool says so.
     sides = [min(batched(each, 1)[0].shape[2:]) for each in cases]
     large = [each for each, side in zip(cases, sides, strict=True) if side > coarsest]
     assert len(large) >= 3
-    assert assert_the_models(model, exported, large) > 50
+    model, one = with_one_detection(model, large)
+    export_graph(exportable(model), "torch_export", tmp_path / "model.pt2")
+    exported = load_exported(tmp_path / "model.pt2")
+    counts = [assert_the_models(model, exported, [case]) for case in ([one], *large)]
+    assert {0, 1} <= set(counts)
+    assert sum(counts) > 10
     empty = exported(torch.zeros(0, 3, 256, 256), torch.zeros(0, 2, dtype=torch.int64))
     assert [len(tensor) for tensor in empty] == [0] * len(empty)
 
@@ -131,7 +156,7 @@ def test_the_tool_compares_and_describes(trained, config_of, images, tmp_path, c
     )  # fmt: skip
     said = capsys.readouterr().out
     row = next(line for line in said.splitlines() if line.startswith("| torchscript"))
-    *_, detections, other, box, score = [cell.strip() for cell in row.split("|")[1:-1]]
+    *_, detections, other, box, score, _ = [cell.strip() for cell in row.split("|")[1:-1]]
     assert int(detections) > 20
     assert other == "0"
     assert float(box) < 0.05
@@ -142,16 +167,23 @@ def test_the_tool_compares_and_describes(trained, config_of, images, tmp_path, c
 
 
 def test_a_difference_is_counted(trained, cases):
-    model = trained("faster")
+    model = trained("mask")
     graph = exportable(model)
 
     def changed(images, sizes):
-        boxes, scores, classes, index = graph(images, sizes)
-        return boxes[1:] + 0.25, scores[1:], classes[1:], index[1:]
+        boxes, scores, classes, index, masks = graph(images, sizes)
+        return boxes[1:] + 0.25, scores[1:], classes[1:], index[1:], masks[1:] * 0.75
 
     found = differences(model, changed, cases[:1])
     assert found["other"] == 1
     assert found["box (px)"] >= 0.25
+    assert 0.1 < found["mask"] <= 0.25
+
+    def of_no_image(images, sizes):
+        box = torch.tensor([[0.0, 0, 5, 5]])
+        return box, torch.ones(1), *torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, 28, 28)
+
+    assert differences(model, of_no_image, [[]])["other"] == 1
 
 
 AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
@@ -163,6 +195,7 @@ AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.KEYPOINT_ON", True], "a keypoint head cannot be exported"),
         (["MODEL.ROI_HEADS.NAME", "FPNCascadeROIHeads", *AGNOSTIC], "FPNCascadeROIHeads cannot"),
         (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "ProposalNetwork"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", True], "PanopticFPN cannot"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "Fast R-CNN, which reads"),
     ],
 )

@@ -1,6 +1,7 @@
 """An optimised model gives the original's detections."""
 
 import copy
+import logging
 
 import detectron2.modeling
 import numpy as np
@@ -10,10 +11,13 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
+from torch.nn import functional as F
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
-from fpn_plugin.deploy import fold_batch_norms, optimize, steps_of
+from fpn_plugin.deploy import fold_batch_norms, folding, optimize, steps_of
 from fpn_plugin.deploy.convolution import FusedConv2d
+from fpn_plugin.deploy.fused import FusedBlock
+from fpn_plugin.deploy.optimize import dtype_of
 from fpn_plugin.inference import recorded_levels
 
 
@@ -65,10 +69,10 @@ def test_a_batch_of_images_and_an_image_without_detections(trained, images):
         assert len(detect(each, images[0])) == 0
 
 
-def test_a_stock_model_becomes_as_fast(trained, images, config_of):
-    ours = trained("faster")
+def stock_of(ours, cfg_of_ours):
+    """Detectron2's own model with the weights of one of ours."""
     cfg = get_cfg()
-    for key, value in config_of("faster").MODEL.items():
+    for key, value in cfg_of_ours.MODEL.items():
         if key in cfg.MODEL and key != "FPN":
             cfg.MODEL[key] = value
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
@@ -80,6 +84,11 @@ def test_a_stock_model_becomes_as_fast(trained, images, config_of):
     for part in ("weight", "bias"):  # the convolution on P5 that ours has not
         state[f"backbone.fpn_output5.{part}"] = stock.state_dict()[f"backbone.fpn_output5.{part}"]
     stock.load_state_dict(state)
+    return stock
+
+
+def test_a_stock_model_becomes_as_fast(trained, images, config_of):
+    stock = stock_of(trained("faster"), config_of("faster"))
     fast = optimize_for_inference(stock)
     for image in images:
         assert_same_detections(detect(fast, image), detect(stock, image))
@@ -91,7 +100,7 @@ def test_a_stock_model_becomes_as_fast(trained, images, config_of):
 def test_bfloat16_finds_the_same_objects(trained, images):
     model = trained("faster")
     fast = optimize_for_inference(model, dtype=torch.bfloat16)
-    if steps_of(fast)[-1].name != "bfloat16":
+    if dtype_of(fast) != torch.bfloat16:
         pytest.skip("this CPU has no bfloat16 convolutions")
     found = missed = 0
     for image in images:
@@ -147,7 +156,111 @@ def test_without_a_compiler_it_says_so_and_still_runs(trained, images, monkeypat
     (skipped,) = [step for step in steps_of(fast) if not step.taken]
     assert str(skipped) == "skipped compiling: RuntimeError: no C++ compiler"
     assert "first call" in {step.name for step in steps_of(fast)}
+    assert any(isinstance(module, FusedBlock) for module in fast.backbone.modules())
     assert_same_detections(detect(fast, images[0]), detect(model, images[0]))
+
+
+BREAKING = [
+    ("_fold", "folding"),
+    ("as_plugin_pyramid", "fused pyramid"),
+    ("_plugin_pooler", "pooling"),
+    ("select_first", "proposals"),
+    ("register_forward_hook", "bfloat16"),
+    ("fuse_linears", "fusing heads"),
+    ("FusedNeck", "fusing the backbone"),
+]
+
+
+@pytest.mark.parametrize(("broken", "name"), BREAKING, ids=[name for _, name in BREAKING])
+def test_a_step_that_fails_halfway_is_skipped_whole(
+    broken, name, trained, images, config_of, monkeypatch, caplog
+):
+    model = stock_of(trained("faster"), config_of("faster"))
+    expected = detect(model, images[0])
+
+    owner = {"_fold": folding, "register_forward_hook": nn.Module}.get(broken, optimize)
+    original, calls = getattr(owner, broken), []
+
+    def fails(*given, **named):
+        calls.append(given)
+        if broken == "_fold" and len(calls) < 5:
+            return original(*given, **named)
+        raise RuntimeError("something of others'\nand more")
+
+    monkeypatch.setattr(owner, broken, fails)
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    fast = optimize_for_inference(model, dtype=dtype)
+    monkeypatch.undo()
+    skipped = [str(step) for step in steps_of(fast) if not step.taken]
+    assert f"skipped {name}: RuntimeError: something of others'" in skipped
+    warned = [
+        each.getMessage()
+        for each in caplog.records
+        if each.name.startswith("fpn_plugin") and each.levelno == logging.WARNING
+    ]
+    assert warned == skipped
+    assert dtype_of(fast) == torch.float32
+    assert_same_detections(detect(fast, images[0]), expected)
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_are_independent_and_can_be_saved(kind, dtype, trained, images, tmp_path):
+    fast = optimize_for_inference(trained(kind), dtype=dtype)
+    expected = detect(fast, images[0])
+    torch.save(fast, tmp_path / "fast.pth")
+    copies = [copy.deepcopy(fast), torch.load(tmp_path / "fast.pth", weights_only=False)]
+    # Whatever becomes of the first: later ones do not call it.
+    for parameter in fast.parameters():
+        parameter.zero_()
+    fast.proposal_generator.pre_nms_topk = {False: 0}
+    for each in copies:
+        assert_same_detections(detect(each, images[0]), expected)
+        assert steps_of(each) == steps_of(fast)
+
+
+def test_an_optimised_copy_is_not_optimised_again(trained):
+    fast = optimize_for_inference(trained("faster"), dtype=torch.bfloat16)
+    given = str(dtype_of(fast)).removeprefix("torch.")
+    with pytest.raises(UserError, match=f"optimised copy already, in {given}: give the model"):
+        optimize_for_inference(fast)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(1, 3, 64, 64), r"example is \(1, 3, 64, 64\); it must be one image"),
+        (torch.zeros(64, 64, 3), r"example is \(64, 64, 3\)"),
+        (np.zeros((3, 64, 64)), "example is ndarray"),
+    ],
+)
+def test_an_example_that_is_no_image_is_named_before_the_work(example, message, config_of, caplog):
+    model = detectron2.modeling.build_model(config_of("faster"))
+    with pytest.raises(UserError, match=message):
+        optimize_for_inference(model, example=example)
+    assert not any(each.name.startswith("fpn_plugin") for each in caplog.records)
+    model.proposal_generator = None
+    with pytest.raises(UserError, match="this Fast R-CNN reads proposals"):
+        optimize_for_inference(model, example=torch.zeros(3, 64, 64))
+
+
+def test_norms_that_are_left_are_those_of_the_whole_model(config_of):
+    cfg = config_of("retinanet")
+    cfg.MODEL.RETINANET.NORM = "BN"
+    model = detectron2.modeling.build_model(cfg).eval()
+    # One in the backbone that no order of modules shows, so that the backbone is looked at again.
+    stem = model.backbone.bottom_up.stem
+    stem.after, stem.conv1.norm = stem.conv1.norm, None
+    stem.forward = lambda x: F.max_pool2d(stem.after(input=stem.conv1(x)).relu(), 3, 2, 1)
+    said = {}
+    optimize.fold(model, lambda name, detail: said.update({name: detail}))
+    optimize.fold_observed(model, lambda name, detail: said.update({name: detail}))
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert left == 20  # two towers, two convolutions, five levels
+    assert said == {
+        "folding": "19 batch norms into their convolutions, 21 left",
+        "folding what a pass shows": "1 batch norms more, 20 left",
+    }
 
 
 @pytest.mark.parametrize(

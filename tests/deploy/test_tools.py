@@ -13,7 +13,8 @@ from fpn_plugin import UserError
 from fpn_plugin.benchmark.report import write_report
 from fpn_plugin.benchmark.timing import Comparison, compare
 from fpn_plugin.demo import demo_main
-from fpn_plugin.deploy.trial import Agreement, optimize_main
+from fpn_plugin.deploy.agreement import Agreement
+from fpn_plugin.deploy.trial import optimize_main
 from fpn_plugin.engine.training import train_main
 
 
@@ -50,9 +51,9 @@ def test_optimize_says_that_detections_are_the_same(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "folding: 20 batch norms into their convolutions, 0 left" in said
     rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| float32")]
-    _, _, _, same, other, box, score = [cell.strip() for cell in rows[0]]
+    _, _, _, same, missing, extra, box, score = [cell.strip() for cell in rows[0]]
     assert int(same) > 0
-    assert other == "0"
+    assert missing == extra == "0"
     assert float(box) < 0.02
     assert float(score) < 1e-4
 
@@ -86,13 +87,30 @@ def test_agreement_counts_partners_of_the_same_class_and_place():
     ours = detections(
         [[20, 20.5, 40, 40], [0, 0, 10, 10], [0, 30, 9, 40]], [2, 1, 1], [0.7, 0.9, 0.1]
     )
-    agreement.add(theirs, ours)
-    agreement.add(theirs[:0], ours)
-    assert (agreement.matched, agreement.unmatched) == (2, 1)
+    partners, own = agreement.add(theirs, ours)
+    assert dict(zip(partners.tolist(), own.tolist(), strict=True)) == {0: 1, 1: 0}
+    assert (agreement.matched, agreement.missing, agreement.extra) == (2, 1, 1)
     assert agreement.box_px == 0.5
     assert agreement.score == pytest.approx(0.1)
+    agreement.add(theirs[:0], ours)
+    assert (agreement.matched, agreement.missing, agreement.extra) == (2, 1, 4)
     agreement.add(theirs, ours[:0])
-    assert agreement.unmatched == 4
+    assert (agreement.matched, agreement.missing, agreement.extra) == (2, 4, 4)
+    # Nothing matches: nothing to take a difference of.
+    agreement.add(theirs[:1], ours[:1])
+    assert (agreement.matched, agreement.missing, agreement.extra) == (2, 5, 5)
+    assert agreement.box_px == 0.5
+
+
+def test_agreement_gives_each_detection_one_partner():
+    agreement = Agreement()
+    once = detections([[0, 0, 10, 10]], [1], [0.9])
+    twice = detections([[0, 1, 10, 10], [0, 0, 10, 10]], [1, 1], [0.5, 0.9])
+    agreement.add(once, twice)
+    assert (agreement.matched, agreement.missing, agreement.extra) == (1, 0, 1)
+    assert (agreement.box_px, agreement.score) == (0, 0)  # the nearer of the two
+    agreement.add(twice, once)
+    assert (agreement.matched, agreement.missing, agreement.extra) == (2, 1, 1)
 
 
 def test_pairs_are_taken_in_turn_and_the_first_is_not_counted():
