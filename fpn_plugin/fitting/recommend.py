@@ -22,8 +22,9 @@ _MANY = 0.05  # of boxes, that a level is added for
 _FINE_CELLS = 4.0  # shorter side, in cells of the next level, under which the finest is needed
 _LEAST_CELLS = 2.0  # shorter side, in cells of the finest level, under which a finer one is
 _FINEST = 2  # level of the finest stage that ResNets and most networks give
-_WORTH_MOVING = 0.02  # of mean best IoU, for anchors to be moved
-_WORTH_ADDING = 0.03  # the same, for a size more at each level
+_WORTH_CHANGING = 0.1  # of mean best IoU, for other anchors: 0.08 brought no AP, 0.2 did
+_WORTH_ADDING = 0.03  # the same, for a size more at each level instead of as many
+_WORTH_TELLING = 0.02  # the same, for other ratios
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
 
 
@@ -207,33 +208,36 @@ def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     # Fitted and told, not changed: on long thin objects they raised recall, and AP by nothing.
     by_ratios = measured["ratios_too"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
     ratios = ""
-    if by_ratios >= _WORTH_MOVING:
+    if by_ratios >= _WORTH_TELLING:
         named = ", ".join(f"{ratio:g}" for ratio in shaped.ratios[0])
         ratios = (
             f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
             "brought no AP where it was tried (docs/fitting.md)."
         )
-    if added >= _WORTH_ADDING:
+    adding = added >= _WORTH_ADDING
+    gain = gained + added if adding else gained
+    if gain < _WORTH_CHANGING:
+        return Recommendation(
+            "anchors",
+            {},
+            f"Fitted anchors would overlap objects by {gained:+.2f} of IoU, and with a size more "
+            f"a level by {gained + added:+.2f}; less than {_WORTH_CHANGING} brought no AP where "
+            "it was tried (docs/fitting.md).",
+            f"Nothing changes: {_told(before)}.{ratios}",
+            figures,
+        )
+    if adding:
         chosen, after = more, measured["more"]
         reason = (
             f"With {num_sizes + 1} sizes a level anchors overlap objects better than {num_sizes} "
             f"can, wherever {'it is' if num_sizes == 1 else 'they are'} set (mean best IoU "
             f"{after.mean_iou:.2f} against {measured['same'].mean_iou:.2f})."
         )
-    elif gained >= _WORTH_MOVING:
+    else:
         chosen, after = same, measured["same"]
         reason = (
             f"As many anchors, of other sizes, overlap objects better; a size more would add "
             f"{added:.2f} of IoU."
-        )
-    else:
-        return Recommendation(
-            "anchors",
-            {},
-            f"Fitted anchors would overlap objects by {gained:+.3f} of IoU, and with a size more "
-            f"a level by {gained + added:+.3f}.",
-            f"Nothing changes: {_told(before)}.{ratios}",
-            figures,
         )
     changes = {"MODEL.ANCHOR_GENERATOR.SIZES": [list(each) for each in chosen.sizes]}
     effect = f"Before: {_told(before)}. After: {_told(after)}."

@@ -197,6 +197,17 @@ def test_anchors_that_fit_are_kept(mini_config, truth_of):
     assert again.after is again.before
 
 
+@pytest.mark.parametrize(("side", "kept"), [(18.0, True), (36.0, True), (40.0, False)])
+def test_anchors_stay_where_fitted_ones_gain_little(mini_config, truth_of, side, kept):
+    """Less than 0.1 of IoU brought no AP on the default data of docs/fitting.md."""
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((80, 2), side))))
+    anchors = by_subject(fit)["anchors"]
+    gain = anchors.figures["more"]["mean_iou"] - anchors.figures["before"]["mean_iou"]
+    assert gain > 0.05
+    assert (gain < 0.1) == kept == anchors.keep
+    assert ("MODEL.ANCHOR_GENERATOR.SIZES" in anchors.changes) != kept
+
+
 def crowds(*counts: int) -> GroundTruth:
     image = np.repeat(np.arange(len(counts)), counts)
     boxes = np.tile([0.0, 0, 20, 20], (len(image), 1))
