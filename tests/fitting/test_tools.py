@@ -62,6 +62,20 @@ def test_the_base_of_a_config_in_the_same_folder_is_relative(tmp_path, monkeypat
     assert load_config("a/b/fitted.yaml").SEED == 5
 
 
+def test_a_fitted_config_is_not_overwritten_by_a_fit_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", "mini_small_train", "--config-file"]
+    fit_main([*args, CONFIG, "--output", "fit"])
+    before = Path("fit/fitted.yaml").read_text()
+    Path("own.yaml").write_text("_BASE_: [fit/fitted.yaml]\nSEED: 5\n")
+    for config in ("fit/fitted.yaml", "own.yaml"):
+        with pytest.raises(UserError, match="would be overwritten.* another --output than fit"):
+            fit_main([*args, config, "--output", "fit"])
+    assert Path("fit/fitted.yaml").read_text() == before
+    fit_main([*args, "fit/fitted.yaml", "--output", "again"])
+    assert load_config("again/fitted.yaml").MODEL.FPN == load_config("fit/fitted.yaml").MODEL.FPN
+
+
 def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opts = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
