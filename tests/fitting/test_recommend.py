@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpn_plugin import UserError
 from fpn_plugin.engine import load_config
 from fpn_plugin.fitting import (
     GroundTruth,
@@ -274,6 +275,13 @@ def test_dense_data_gets_room_for_each_object(mini_config):
     [detections] = [each for each in found if each.subject == "detections"]
     assert "66.7% before, 0.0% after" in detections.effect
     assert "100 detections an image" in detections.effect
+
+
+@pytest.mark.parametrize("part", ["RPN", "ROI_HEADS"])
+def test_a_sampler_that_takes_no_object_is_refused(mini_config, part):
+    cfg = mini_config(f"MODEL.{part}.POSITIVE_FRACTION", "0.0")
+    with pytest.raises(UserError, match=f"{part}.POSITIVE_FRACTION is 0.0, .*as 0.25"):
+        list(recommend_room(cfg, Density.of(crowds(5))))
 
 
 def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):
