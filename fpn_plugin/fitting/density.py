@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
+from fpn_plugin.errors import UserError
+
 from .ground_truth import GroundTruth
 from .recommendation import Recommendation, value_at
 
@@ -65,6 +67,9 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
     Args:
         cfg: the config.
         density: of its training data.
+
+    Raises:
+        UserError: a share of foreground samples that is not above 0.
     """
     crowded = density.crowded
     model = cfg.MODEL
@@ -77,14 +82,24 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
             proposals[f"MODEL.RPN.PRE_NMS_TOPK_{split}"] = _CANDIDATES_PER_OBJECT * crowded
             proposals[f"MODEL.RPN.POST_NMS_TOPK_{split}"] = _PROPOSALS_PER_OBJECT * crowded
         yield _room(cfg, "proposals", proposals, 100, crowded)
-        samples = {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model.RPN.POSITIVE_FRACTION}
+        samples = {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / _fraction(cfg, "RPN")}
         if model.META_ARCHITECTURE != "ProposalNetwork":
-            fraction = model.ROI_HEADS.POSITIVE_FRACTION
-            samples["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] = _SPARE * crowded / fraction
+            foreground = _SPARE * crowded / _fraction(cfg, "ROI_HEADS")
+            samples["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] = foreground
         yield _room(cfg, "samples", samples, 64, crowded)
     if model.META_ARCHITECTURE != "ProposalNetwork":
         keys = {"TEST.DETECTIONS_PER_IMAGE": _SPARE * crowded}
         yield _room(cfg, "detections", keys, 50, crowded, density)
+
+
+def _fraction(cfg: CfgNode, part: str) -> float:
+    given = cfg.MODEL[part].POSITIVE_FRACTION
+    if not given > 0:
+        raise UserError(
+            f"MODEL.{part}.POSITIVE_FRACTION is {given}, with which no object is ever sampled; "
+            "expected a share above 0 and up to 1, as 0.25"
+        )
+    return given
 
 
 _WANTED = {

@@ -158,7 +158,10 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
 
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    Pyramid.from_config(cfg)  # what is wrong with it is told before a long reading
+    # What is wrong with the config is told before a long reading.
+    Pyramid.from_config(cfg)
+    for training in (True, False):
+        ResizeRule.from_config(cfg, training)
     register_datasets(args.dataset)
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:

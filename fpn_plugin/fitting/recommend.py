@@ -22,8 +22,10 @@ _MANY = 0.05  # of boxes, that a level is added for
 _FINE_CELLS = 4.0  # shorter side, in cells of the next level, under which the finest is needed
 _LEAST_CELLS = 2.0  # shorter side, in cells of the finest level, under which a finer one is
 _FINEST = 2  # level of the finest stage that ResNets and most networks give
-_WORTH_MOVING = 0.02  # of mean best IoU, for anchors to be moved
-_WORTH_ADDING = 0.03  # the same, for a size more at each level
+_WORTH_CHANGING = 0.1  # of mean best IoU, for other anchors: 0.08 brought no AP, 0.2 did
+_WORTH_ADDING = 0.03  # the same, for a size more at each level instead of as many
+_WORTH_TELLING = 0.02  # the same, for other ratios
+_UNTRIED = "not tried by training"
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
 
 
@@ -56,51 +58,73 @@ def _levels(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     pyramid = Pyramid.from_config(cfg)
     finest = pyramid.stages[0]
     shorter = inputs.sides.min(axis=1)
-    needing = float((shorter < _FINE_CELLS * 2 ** (finest + 1)).mean())
-    lost = float((shorter < _LEAST_CELLS * 2**finest).mean())
-    figures = {"needing_finest": needing, "below_2_cells": lost}
+
+    def needing(level: int) -> float:
+        return float((shorter < _FINE_CELLS * 2 ** (level + 1)).mean())
+
+    def lost(level: int) -> float:
+        return float((shorter < _LEAST_CELLS * 2**level).mean())
+
+    figures = {"needing_finest": needing(finest), "below_2_cells": lost(finest)}
     keep_reason = (
-        f"{needing:.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
-        f"P{finest + 1} and need P{finest}; {lost:.1%} are narrower than {_LEAST_CELLS:.0f} cells "
-        f"of P{finest}."
+        f"{needing(finest):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
+        f"P{finest + 1} and need P{finest}; {lost(finest):.1%} are narrower than "
+        f"{_LEAST_CELLS:.0f} cells of P{finest}."
     )
     told = _unmovable(cfg, pyramid)
     if told:
         return Recommendation("levels", {}, keep_reason, f"Levels stay: {told}.", figures)
-    if needing < _FEW and len(pyramid.stages) > 2:
-        changes = _level_changes(cfg, pyramid, finest + 1)
-        kept = sum(0.25**level for level in pyramid.anchor_levels[1:])
-        share = kept / (kept + 0.25**finest)
+    # As many levels at once as the rules ask for, so that the fitted config asks for no more.
+    new = finest
+    while new < _coarsest_beginning(pyramid) and needing(new) < _FEW:
+        new += 1
+    while new <= finest and new > _FINEST and lost(new) > _MANY:
+        new -= 1
+    changes = _level_changes(cfg, pyramid, new)
+    levels = range(new, pyramid.anchor_levels[-1] + 1)
+    times = sum(0.25**level for level in levels)
+    times /= sum(0.25**level for level in pyramid.anchor_levels)
+    if new > finest:
         return Recommendation(
             "levels",
             changes,
-            f"Only {needing:.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
-            f"P{finest + 1}, so P{finest} is dropped.",
-            f"Cells of all levels, which the 3x3 convolutions of pyramid and RPN are paid for: "
-            f"{share:.0%} of what they were. Faster, at an AP that is about the same.",
-            figures | {"cells": share},
+            f"Only {needing(new - 1):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
+            f"P{new}, so {_listed(range(finest, new))} dropped.",
+            f"Cells of all levels, which the 3x3 convolutions of pyramid and heads on it are paid "
+            f"for: {times:.0%} of what they were. Faster; what becomes of AP is {_UNTRIED}.",
+            figures | {"cells": times},
         )
-    if lost > _MANY and finest > _FINEST:
-        changes = _level_changes(cfg, pyramid, finest - 1)
-        kept = sum(0.25**level for level in pyramid.anchor_levels)
-        times = (kept + 0.25 ** (finest - 1)) / kept
-        after = float((shorter < _LEAST_CELLS * 2 ** (finest - 1)).mean())
+    if new < finest:
+        after = lost(new)
         return Recommendation(
             "levels",
             changes,
-            f"{lost:.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of P{finest}, so "
-            f"P{finest - 1} is added.",
-            f"{after:.1%} are narrower than that many cells of P{finest - 1}. Cells of all levels, "
-            f"which convolutions are paid for: {times:.1f} times as many.",
+            f"{lost(finest):.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of "
+            f"P{finest}, so {_listed(range(new, finest))} added.",
+            f"{after:.1%} are narrower than that many cells of P{new}. Cells of all levels, which "
+            f"convolutions are paid for: {times:.1f} times as many. What becomes of AP is "
+            f"{_UNTRIED}.",
             figures | {"cells": times, "below_2_cells_after": after},
         )
     effect = "Nothing changes."
-    if lost > _MANY:
+    if lost(finest) > _MANY:
         effect += (
             " There is no finer stage to build on: a larger INPUT.MIN_SIZE is what helps objects "
             "this small (table of input sizes)."
         )
     return Recommendation("levels", {}, keep_reason, effect, figures)
+
+
+def _listed(levels: range) -> str:
+    names = [f"P{level}" for level in levels]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
+
+
+def _coarsest_beginning(pyramid: Pyramid) -> int:
+    """The level that a pyramid may begin at: two stages stay, and a level for all that read any."""
+    spare = [len(pyramid.stages) - 2, len(pyramid.anchor_levels) - 1]
+    spare += [len(pyramid.roi_levels) - 1] if pyramid.roi_levels else []
+    return pyramid.stages[0] + max(min(spare), 0)
 
 
 def _unmovable(cfg: CfgNode, pyramid: Pyramid) -> str:
@@ -116,25 +140,30 @@ def _unmovable(cfg: CfgNode, pyramid: Pyramid) -> str:
 
 
 def _level_changes(cfg: CfgNode, pyramid: Pyramid, finest: int) -> dict[str, Any]:
-    """The keys of a pyramid that begins at another level, a level finer or coarser."""
-    added = finest < pyramid.stages[0]
+    """The keys of a pyramid that begins at another level, finer or coarser."""
+    added = range(finest, pyramid.stages[0])
+    dropped = max(finest - pyramid.stages[0], 0)
 
     def moved(levels: tuple[int, ...]) -> tuple[int, ...]:
-        return (finest, *levels) if added else levels[1:]
+        return (*added, *levels[dropped:])
 
     def per_level(values: tuple[tuple[float, ...], ...], factor: float) -> list[list[float]]:
-        first = [[value * factor for value in values[0]]] if added else []
-        return first + [list(each) for each in values[0 if added else 1 :]]
+        first = [[value * factor ** (added.stop - k) for value in values[0]] for k in added]
+        return first + [list(each) for each in values[dropped:]]
 
     changes: dict[str, Any] = {
         "MODEL.FPN.IN_FEATURES": level_names(moved(pyramid.stages), "res"),
         f"{pyramid.node}.IN_FEATURES": level_names(moved(pyramid.anchor_levels)),
         "MODEL.ANCHOR_GENERATOR.SIZES": per_level(pyramid.sizes, 0.5),
     }
-    if len(set(pyramid.ratios)) > 1:
+    if len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS) > 1:  # a list for each level
         changes["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"] = per_level(pyramid.ratios, 1.0)
     if pyramid.roi_levels:
         changes["MODEL.ROI_HEADS.IN_FEATURES"] = level_names(moved(pyramid.roi_levels))
+    if added and cfg.MODEL.BACKBONE.NAME != "build_fpn_backbone":
+        # Detectron2's own backbones, unlike the plugin's, compute no stage that is not named.
+        names = [*level_names(added, "res"), *cfg.MODEL.RESNETS.OUT_FEATURES]
+        changes["MODEL.RESNETS.OUT_FEATURES"] = sorted(set(names))
     return changes
 
 
@@ -207,33 +236,36 @@ def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     # Fitted and told, not changed: on long thin objects they raised recall, and AP by nothing.
     by_ratios = measured["ratios_too"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
     ratios = ""
-    if by_ratios >= _WORTH_MOVING:
+    if by_ratios >= _WORTH_TELLING:
         named = ", ".join(f"{ratio:g}" for ratio in shaped.ratios[0])
         ratios = (
             f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
             "brought no AP where it was tried (docs/fitting.md)."
         )
-    if added >= _WORTH_ADDING:
+    adding = added >= _WORTH_ADDING
+    gain = gained + added if adding else gained
+    if gain < _WORTH_CHANGING:
+        return Recommendation(
+            "anchors",
+            {},
+            f"Fitted anchors would overlap objects by {gained:+.2f} of IoU, and with a size more "
+            f"a level by {gained + added:+.2f}; less than {_WORTH_CHANGING} brought no AP where "
+            "it was tried (docs/fitting.md).",
+            f"Nothing changes: {_told(before)}.{ratios}",
+            figures,
+        )
+    if adding:
         chosen, after = more, measured["more"]
         reason = (
             f"With {num_sizes + 1} sizes a level anchors overlap objects better than {num_sizes} "
             f"can, wherever {'it is' if num_sizes == 1 else 'they are'} set (mean best IoU "
             f"{after.mean_iou:.2f} against {measured['same'].mean_iou:.2f})."
         )
-    elif gained >= _WORTH_MOVING:
+    else:
         chosen, after = same, measured["same"]
         reason = (
             f"As many anchors, of other sizes, overlap objects better; a size more would add "
             f"{added:.2f} of IoU."
-        )
-    else:
-        return Recommendation(
-            "anchors",
-            {},
-            f"Fitted anchors would overlap objects by {gained:+.3f} of IoU, and with a size more "
-            f"a level by {gained + added:+.3f}.",
-            f"Nothing changes: {_told(before)}.{ratios}",
-            figures,
         )
     changes = {"MODEL.ANCHOR_GENERATOR.SIZES": [list(each) for each in chosen.sizes]}
     effect = f"Before: {_told(before)}. After: {_told(after)}."

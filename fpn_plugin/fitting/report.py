@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+from fvcore.common.config import BASE_KEY
 from tabulate import tabulate
+
+from fpn_plugin.errors import UserError
 
 from . import charts
 from .fit import Fit
@@ -35,9 +38,18 @@ def write_report(
 
     Returns:
         The text of report.md.
+
+    Raises:
+        UserError: the folder's fitted.yaml is what the config stands on.
     """
+    path = folder / "fitted.yaml"
+    if _stands_on(base, path):
+        raise UserError(
+            f"{base} stands on {path}, which would be overwritten by a config that stands on "
+            f"{base.name}: give another --output than {folder}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    config = write_fitted_config(fit, base, opts, folder / "fitted.yaml")
+    config = write_fitted_config(fit, base, opts, path)
     pictures = charts.draw(fit, folder)
     text = _text(fit, sources, base, config, pictures)
     (folder / "report.md").write_text(text)
@@ -92,6 +104,15 @@ def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -
     text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, width=100)
     path.write_text("# Written by tools/fit_pyramid.py.\n" + "\n".join(told) + "\n" + text)
     return path
+
+
+def _stands_on(config: Path, path: Path) -> bool:
+    """Whether a config that loads is a file, or has it among its bases at any depth."""
+    if config.resolve() == path.resolve():
+        return True
+    given = yaml.safe_load(config.read_text(encoding="utf-8")).get(BASE_KEY, [])
+    bases = given if isinstance(given, list) else [given]
+    return any(_stands_on(config.parent / Path(base).expanduser(), path) for base in bases)
 
 
 def _plain(value: Any) -> Any:

@@ -36,10 +36,11 @@ class ResizeRule:
         """The rule of MIN_SIZE_TRAIN, its SAMPLING and MAX_SIZE_TRAIN, or of their TEST siblings.
 
         Raises:
-            UserError: a range that is not two lengths.
+            UserError: a range that is not two lengths, or lengths that no image can have.
         """
         if not training:
-            return cls((int(cfg.INPUT.MIN_SIZE_TEST),), int(cfg.INPUT.MAX_SIZE_TEST))
+            edges = (int(cfg.INPUT.MIN_SIZE_TEST),)
+            return cls(edges, int(cfg.INPUT.MAX_SIZE_TEST))._checked("TEST")
         given = cfg.INPUT.MIN_SIZE_TRAIN
         edges = (given,) if isinstance(given, int) else tuple(given)
         if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not isinstance(given, int):
@@ -52,12 +53,31 @@ class ResizeRule:
             edges = tuple(int(edge) for edge in np.linspace(*edges, count).round())
         if not edges:
             raise UserError("INPUT.MIN_SIZE_TRAIN is empty: name at least one length")
-        return cls(edges, int(cfg.INPUT.MAX_SIZE_TRAIN))
+        return cls(edges, int(cfg.INPUT.MAX_SIZE_TRAIN))._checked("TRAIN")
+
+    def _checked(self, split: str) -> ResizeRule:
+        if min(self.short_edges) < 0:
+            raise UserError(
+                f"INPUT.MIN_SIZE_{split} has {min(self.short_edges)}; expected lengths in pixels "
+                "above 0, or 0 to leave images as they are"
+            )
+        if self.max_size <= 0 and self.resizes:
+            raise UserError(
+                f"INPUT.MAX_SIZE_{split} is {self.max_size}, which leaves no pixel of an image; "
+                "expected the most that the longer side may have, as 1333, or 100000 for no limit"
+            )
+        return self
+
+    @property
+    def resizes(self) -> bool:
+        """Whether any length is other than 0."""
+        return any(self.short_edges)
 
     def scaled(self, factor: float) -> ResizeRule:
         """The rule with all lengths multiplied by a factor."""
-        edges = tuple(round(edge * factor) for edge in self.short_edges)
-        return ResizeRule(edges, round(self.max_size * factor))
+        # Never down to 0, which would leave images as they are.
+        edges = tuple(max(round(edge * factor), 1) if edge else 0 for edge in self.short_edges)
+        return ResizeRule(edges, max(round(self.max_size * factor), 1))
 
     def output_shapes(self, shapes: np.ndarray, short_edge: np.ndarray) -> np.ndarray:
         """Shapes of images at the network's input.
@@ -77,7 +97,8 @@ class ResizeRule:
             ResizeShortestEdge.get_output_shape(h, w, edge, self.max_size) if edge else (h, w)
             for h, w, edge in keys[:, first].T.tolist()
         ]
-        return np.array(found, np.int64).reshape(-1, 2)[which]
+        # Detectron2 rounds a side of an image that is thousands of times as long down to 0.
+        return np.maximum(np.array(found, np.int64).reshape(-1, 2), 1)[which]
 
 
 @dataclass(frozen=True)

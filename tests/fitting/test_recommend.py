@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpn_plugin import UserError
 from fpn_plugin.engine import load_config
 from fpn_plugin.fitting import (
     GroundTruth,
@@ -95,17 +96,39 @@ def test_large_objects_drop_the_finest_level(mini_config, truth_of):
     sides = np.random.default_rng(0).uniform(100, 240, (300, 2))
     fit = fit_pyramid(cfg, truth_of(boxes_of(sides)))
     levels = by_subject(fit)["levels"]
+    # Narrower than 4 cells of P4, 64 px, is none either; two stages stay.
     assert levels.changes == {
-        "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
-        "MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6"],
-        "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[32.0], [64.0], [128.0], [256.0]],
+        "MODEL.FPN.IN_FEATURES": ["res4", "res5"],
+        "MODEL.RPN.IN_FEATURES": ["p4", "p5", "p6"],
+        "MODEL.ROI_HEADS.IN_FEATURES": ["p4", "p5"],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[64.0], [128.0], [256.0]],
     }
-    # Cells: (1 + 1/4 + 1/16 + 1/64) of 4 (1 + 1/4 + 1/16 + 1/64) + 1/64 of them.
-    assert levels.figures["cells"] == pytest.approx((85 / 64) / (4 * 85 / 64 + 1 / 64), rel=0.02)
+    assert "P2 and P3 are dropped" in levels.reason
+    # Cells, in those of P6: 1 + 4 + 16 of 1 + 4 + 16 + 64 + 256.
+    assert levels.figures["cells"] == pytest.approx(21 / 341)
     fitted = Pyramid.from_config(fit.fitted)
-    assert (fitted.stages, fitted.anchor_levels) == ((3, 4, 5), (3, 4, 5, 6))
+    assert (fitted.stages, fitted.anchor_levels) == ((4, 5), (4, 5, 6))
     assert fit.after.mean_iou > fit.before.mean_iou + 0.1
+    again = by_subject(fit_pyramid(fit.fitted, fit.truth))
+    assert again["levels"].keep and again["anchors"].keep
+
+
+def test_a_level_is_dropped_with_its_own_list_of_ratios(mini_config, truth_of):
+    """Objects of 50 px: those need P3, of which 4 cells are 32 px, and not P2."""
+    cfg = mini_config("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", str([[0.5, 1.0, 2.0]] * 5))
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 50.0))))
+    changes = by_subject(fit)["levels"].changes
+    assert changes["MODEL.FPN.IN_FEATURES"] == ["res3", "res4", "res5"]
+    assert changes["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"] == [[0.5, 1.0, 2.0]] * 4
+
+
+def test_anchors_of_one_level_are_fitted(truth_of):
+    cfg = load_config("paper/table1_f_P2.yaml", ["INPUT.MIN_SIZE_TRAIN", "(256,)"])
+    cfg.INPUT.MIN_SIZE_TEST = 256
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 24.0))))
+    assert Pyramid.from_config(fit.fitted).anchor_levels == (2,)
+    found = fit_anchors(fit.inputs, Pyramid.from_config(cfg), 2)
+    assert min(abs(size - 24) for size in found.sizes[0]) < 3
 
 
 def test_what_reads_the_finest_level_elsewhere_keeps_it(mini_config, truth_of):
@@ -126,14 +149,28 @@ def retinanet(**opts: str):
 
 
 def test_objects_too_small_for_p3_add_p2(truth_of):
-    fit = fit_pyramid(retinanet(), truth_of(boxes_of(np.full((60, 2), 12.0))))
+    fit = fit_pyramid(retinanet(), truth_of(boxes_of(np.full((120, 2), 12.0))))
     changes = by_subject(fit)["levels"].changes
     assert changes["MODEL.FPN.IN_FEATURES"] == ["res2", "res3", "res4", "res5"]
     assert changes["MODEL.RETINANET.IN_FEATURES"] == ["p2", "p3", "p4", "p5", "p6", "p7"]
     assert changes["MODEL.ANCHOR_GENERATOR.SIZES"][0] == pytest.approx([16, 20.16, 25.4], abs=0.01)
+    assert "MODEL.RESNETS.OUT_FEATURES" not in changes  # the plugin's backbone sees to it
     assert "canonical size" not in by_subject(fit)
     assert fit.before.below_cells(2) == 1
     assert fit.after.recall(0.5) > fit.before.recall(0.5)
+
+
+def test_levels_are_added_until_none_is_asked_for(truth_of):
+    cfg = retinanet(**{
+        "MODEL.FPN.IN_FEATURES": "['res4', 'res5']",
+        "MODEL.RETINANET.IN_FEATURES": "['p4', 'p5', 'p6', 'p7']",
+        "MODEL.ANCHOR_GENERATOR.SIZES": "[[64], [128], [256], [512]]",
+    })  # fmt: skip
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 12.0))))
+    changes = by_subject(fit)["levels"].changes
+    assert changes["MODEL.FPN.IN_FEATURES"] == ["res2", "res3", "res4", "res5"]
+    assert changes["MODEL.ANCHOR_GENERATOR.SIZES"][:3] == [[16.0], [32.0], [64.0]]
+    assert by_subject(fit_pyramid(fit.fitted, fit.truth))["levels"].keep
 
 
 def test_p2_is_the_finest_there_is(mini_config, truth_of):
@@ -197,6 +234,17 @@ def test_anchors_that_fit_are_kept(mini_config, truth_of):
     assert again.after is again.before
 
 
+@pytest.mark.parametrize(("side", "kept"), [(18.0, True), (36.0, True), (40.0, False)])
+def test_anchors_stay_where_fitted_ones_gain_little(mini_config, truth_of, side, kept):
+    """Less than 0.1 of IoU brought no AP on the default data of docs/fitting.md."""
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((80, 2), side))))
+    anchors = by_subject(fit)["anchors"]
+    gain = anchors.figures["more"]["mean_iou"] - anchors.figures["before"]["mean_iou"]
+    assert gain > 0.05
+    assert (gain < 0.1) == kept == anchors.keep
+    assert ("MODEL.ANCHOR_GENERATOR.SIZES" in anchors.changes) != kept
+
+
 def crowds(*counts: int) -> GroundTruth:
     image = np.repeat(np.arange(len(counts)), counts)
     boxes = np.tile([0.0, 0, 20, 20], (len(image), 1))
@@ -227,6 +275,13 @@ def test_dense_data_gets_room_for_each_object(mini_config):
     [detections] = [each for each in found if each.subject == "detections"]
     assert "66.7% before, 0.0% after" in detections.effect
     assert "100 detections an image" in detections.effect
+
+
+@pytest.mark.parametrize("part", ["RPN", "ROI_HEADS"])
+def test_a_sampler_that_takes_no_object_is_refused(mini_config, part):
+    cfg = mini_config(f"MODEL.{part}.POSITIVE_FRACTION", "0.0")
+    with pytest.raises(UserError, match=f"{part}.POSITIVE_FRACTION is 0.0, .*as 0.25"):
+        list(recommend_room(cfg, Density.of(crowds(5))))
 
 
 def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):

@@ -56,6 +56,35 @@ def test_a_range_is_stood_for_by_nine_lengths(mini_config):
         ResizeRule.from_config(mini_config(*opts, "(800, 640)"), True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("MAX_SIZE_TRAIN", "0", r"MAX_SIZE_TRAIN is 0, .*100000 for no limit"),
+        ("MAX_SIZE_TEST", "-1", r"MAX_SIZE_TEST is -1, .*100000 for no limit"),
+        ("MIN_SIZE_TRAIN", "(64, -5)", "MIN_SIZE_TRAIN has -5; .*0 to leave images"),
+        ("MIN_SIZE_TEST", "-5", "MIN_SIZE_TEST has -5; .*0 to leave images"),
+    ],
+)
+def test_lengths_that_no_image_can_have_are_refused(mini_config, key, value, told):
+    cfg = mini_config(f"INPUT.{key}", value)
+    with pytest.raises(UserError, match=told):
+        ResizeRule.from_config(cfg, training="TRAIN" in key)
+
+
+def test_no_side_is_resized_to_nothing(truth_of):
+    """1 px of 4000 would be a quarter of a pixel at 1000; boxes would have no area."""
+    truth = truth_of([[0, 0, 200, 1]], height=1, width=4000)
+    found = boxes_at_input(truth, ResizeRule((800,), 1000))
+    assert found.shapes.tolist() == [[1, 1000]]
+    assert found.sides.tolist() == [[50, 1]]
+    assert ResizeRule((0, 1), 1).scaled(0.25) == ResizeRule((0, 1), 1)
+
+
+def test_images_that_stay_as_they_are_need_no_max_size(mini_config):
+    cfg = mini_config("INPUT.MIN_SIZE_TRAIN", "(0,)", "INPUT.MAX_SIZE_TRAIN", "0")
+    assert not ResizeRule.from_config(cfg, training=True).resizes
+
+
 def test_many_boxes_are_dealt_out_among_the_lengths(monkeypatch):
     monkeypatch.setattr(resizing, "_MOST_BOXES", 10)
     shapes = np.full((30, 2), 100)

@@ -46,7 +46,7 @@ def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
 
     fitted = load_config("fit/fitted.yaml")
     assert fitted.SOLVER.MAX_ITER == 2  # options given beside the config hold in it
-    assert fitted.MODEL.RPN.IN_FEATURES == ["p3", "p4", "p5", "p6"]
+    assert fitted.MODEL.RPN.IN_FEATURES == ["p4", "p5", "p6"]
     train_main(["--config-file", "fit/fitted.yaml", "OUTPUT_DIR", "run"])
     assert "bbox" in json.loads(Path("run/results.json").read_text())
 
@@ -62,11 +62,28 @@ def test_the_base_of_a_config_in_the_same_folder_is_relative(tmp_path, monkeypat
     assert load_config("a/b/fitted.yaml").SEED == 5
 
 
-def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch):
+def test_a_fitted_config_is_not_overwritten_by_a_fit_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", "mini_small_train", "--config-file"]
+    fit_main([*args, CONFIG, "--output", "fit"])
+    before = Path("fit/fitted.yaml").read_text()
+    Path("own.yaml").write_text("_BASE_: [fit/fitted.yaml]\nSEED: 5\n")
+    for config in ("fit/fitted.yaml", "own.yaml"):
+        with pytest.raises(UserError, match="would be overwritten.* another --output than fit"):
+            fit_main([*args, config, "--output", "fit"])
+    assert Path("fit/fitted.yaml").read_text() == before
+    fit_main([*args, "fit/fitted.yaml", "--output", "again"])
+    assert load_config("again/fitted.yaml").MODEL.FPN == load_config("fit/fitted.yaml").MODEL.FPN
+
+
+@pytest.mark.parametrize("backbone", ["build_fpn_backbone", "build_retinanet_resnet_fpn_backbone"])
+def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch, backbone):
+    """The plugin's backbone, and Detectron2's, which has to be told of stages."""
     monkeypatch.chdir(tmp_path)
     opts = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
     opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.WEIGHTS", ""]
     opts += ["INPUT.MIN_SIZE_TRAIN", "(256,)", "MODEL.DEVICE", "cpu"]
+    opts += ["MODEL.BACKBONE.NAME", backbone]
     args = ["--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml", "--output", "fit"]
     fit_main([*args, "--data", "mini_small_train", *opts])
     cfg = load_config("fit/fitted.yaml")
