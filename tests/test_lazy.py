@@ -404,8 +404,7 @@ def test_pooled_sizes_and_hidden_layers_are_said_once():
         assert torch.isfinite(model.train()([example()])["loss_mask"])
 
 
-def test_a_node_of_its_own_is_built_from_what_stands_around_it():
-    # A batch norm of RetinaNet's head has statistics for each level.
+def test_batch_norms_of_retinanets_head_have_statistics_for_each_level():
     opts = ["MODEL.RETINANET.NORM", "BN", "MODEL.RETINANET.NUM_CLASSES", 5, "MODEL.DEVICE", "meta"]
     cfg = yacs_of("COCO-Detection/retinanet_R_50_FPN_1x", *opts)
     with torch.device("meta"):
@@ -558,7 +557,7 @@ def test_sigmoid_classification_is_carried_over():
 def test_a_detectron2_without_an_end_of_the_rate_has_its_schedules():
     for name, end in (("WarmupMultiStepLR", 1.0), ("WarmupCosineLR", 0.0)):
         cfg = yacs_of(FASTER, "SOLVER.LR_SCHEDULER_NAME", name)
-        del cfg.SOLVER["BASE_LR_END"]
+        cfg.SOLVER.pop("BASE_LR_END", None)
         assert instantiate(schedule_node(cfg))(0.99999) == pytest.approx(end, abs=1e-6)
 
 

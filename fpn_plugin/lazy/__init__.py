@@ -1,7 +1,7 @@
 """The packaged models as LazyConfig, made from their yacs configs so that the two cannot drift.
 
-Every node names the class that is built, with its arguments, so that a user can exchange or change
-any of them: ``cfg.model.backbone.out_channels = 128``.
+Every node names the class or function that makes it, with its arguments, so that a user can
+exchange or change any of them: ``cfg.model.backbone.out_channels = 128``.
 """
 
 from __future__ import annotations
