@@ -31,6 +31,7 @@ MORE_WAYS = [
     for rank in (0, 1)
     for where in ("train", "last", "evaluation")
     for death in ("kill", "raise", "refuse")
+    if death != "refuse" or where == "train"
 ]
 
 
