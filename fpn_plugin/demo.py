@@ -13,7 +13,7 @@ from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
 from fpn_plugin.data import read_image_or_say, register_datasets
-from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
+from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
@@ -72,6 +72,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     if args.ground_truth:
         truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", names)
     detector = Detector(cfg, optimize_dtype(args))
+    print_steps(detector.model)
     if not names:
         print(
             "category names are not known: --dataset NAME=JSON:IMAGES of DATASETS.TEST tells them"

@@ -19,12 +19,16 @@ import fpn_plugin
 
 from .timing import Comparison
 
-__all__ = ["environment", "write_report"]
+__all__ = ["LEAST_PAIRS", "environment", "one_line", "spread", "write_report"]
 
 _OURS, _THEIRS = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
 
 
-def environment(device: str, size: tuple[int, int]) -> dict[str, str]:
+LEAST_PAIRS = 7
+"""A comparison of fewer is a trial."""
+
+
+def environment(device: str, size: tuple[int, int], pairs: int) -> dict[str, str]:
     """What the figures depend on."""
     processor = platform.processor() or platform.machine()
     try:
@@ -40,6 +44,7 @@ def environment(device: str, size: tuple[int, int]) -> dict[str, str]:
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "image": f"{size[1]} x {size[0]} px",
+        "pairs": str(pairs) if pairs >= LEAST_PAIRS else f"{pairs}, a trial: below {LEAST_PAIRS}",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -55,7 +60,8 @@ def write_report(
 
     Args:
         folder: gets benchmark.json, benchmark.md and a chart a scaling.
-        content: by part: environment, differences, floor, memory, accuracy, scaling.
+        content: by part: environment, differences, first_calls, floor, profile, memory, accuracy,
+            agreement, scaling.
         comparisons: by part, comparisons, steps and training, in the order to list them in.
 
     Returns:
@@ -67,7 +73,7 @@ def write_report(
         for part, of_part in comparisons.items()
     }
     (folder / "benchmark.json").write_text(json.dumps({**content, **told}, indent=1))
-    parts = ["# Benchmark\n", _line(content["environment"])]
+    parts = ["# Benchmark\n", one_line(content["environment"])]
     if any(comparisons.values()):
         parts.append("Both sides in turn; medians, least and greatest in parentheses.\n")
     for part, title in _COMPARING.items():
@@ -76,6 +82,11 @@ def write_report(
     for name, title in _TITLES.items():
         if content.get(name):
             parts.append(f"## {title}\n\n{_table(content[name])}\n")
+    if content.get("profile"):
+        total = sum(content["profile"].values())
+        rows = [[name, ms, 100 * ms / total] for name, ms in content["profile"].items()]
+        table = tabulate(rows, ["operator", "ms", "%"], tablefmt="github", floatfmt=".1f")
+        parts.append(f"## Where one image's time goes, optimised float32\n\n{table}\n")
     if content.get("scaling"):
         parts.append("## How the cost grows\n\nSeconds a call, medians of three.\n")
     for what, points in content.get("scaling", {}).items():
@@ -101,12 +112,14 @@ _TITLES = {
     "differences": "Detections, stock against optimised float32",
     "accuracy": "AP on mini_val of a trained mini model (not COCO)",
     "agreement": "Detections of that model on mini_val, optimised float32 against the original",
+    "first_calls": "The first call of an optimised copy, and making it (seconds)",
     "floor": "What is not convolution (seconds)",
     "memory": "Peak memory (MB)",
 }
 
 
-def _line(values: dict[str, str]) -> str:
+def one_line(values: dict[str, str]) -> str:
+    """The environment, for people."""
     return ", ".join(f"{key}: {value}" for key, value in values.items()) + ".\n"
 
 
@@ -116,7 +129,8 @@ def _table(values: dict[str, Any]) -> str:
     )
 
 
-def _spread(values: list[float], digits: int) -> str:
+def spread(values: list[float], digits: int) -> str:
+    """Median, least and greatest."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
@@ -126,9 +140,9 @@ def _comparison_table(comparisons: list[Comparison]) -> str:
         [
             each.name,
             each.baseline,
-            _spread(each.baseline_seconds, 3),
-            _spread(each.seconds, 3),
-            _spread(each.ratios, 2),
+            spread(each.baseline_seconds, 3),
+            spread(each.seconds, 3),
+            spread(each.ratios, 2),
             "-" if each.target is None else f">= {each.target}",
         ]
         for each in comparisons

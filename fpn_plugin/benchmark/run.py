@@ -21,14 +21,14 @@ from fpn_plugin.errors import UserError
 
 from .measure import SCALINGS, Bench, memory, scaling
 from .models import photograph
-from .report import environment, write_report
+from .report import LEAST_PAIRS, environment, one_line, spread, write_report
 from .timing import Comparison
 
 __all__ = ["argument_parser", "benchmark_main"]
 
 # In this order: what training leaves in memory makes inference after it faster.
 _COMPARING = ("comparisons", "steps", "training")
-_PARTS = (*_COMPARING, "memory", "accuracy", "scaling")
+_PARTS = (*_COMPARING, "profile", "memory", "accuracy", "scaling")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,12 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", default="output/benchmark", help="folder to write to")
-    parser.add_argument("--pairs", type=int, default=7, help="timed pairs of each comparison")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=LEAST_PAIRS,
+        help=f"timed pairs of each comparison; fewer than {LEAST_PAIRS} are a trial",
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"))
     parser.add_argument("--image", help="a photograph; scikit-learn's by default")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
@@ -61,23 +66,29 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     if args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs}: at least one is needed")
+        raise UserError(
+            f"--pairs {args.pairs}: at least 1 is needed, and {LEAST_PAIRS} for figures to rely on"
+        )
     device = settled_device(args.device, True, 1, "--device")
     if args.threads:
         torch.set_num_threads(args.threads)
     folder, size = Path(args.output), tuple(args.size)
-    content: dict[str, Any] = {"environment": environment(device, size)}
+    content: dict[str, Any] = {"environment": environment(device, size, args.pairs)}
+    print(one_line(content["environment"]))
     done: dict[str, list[Comparison]] = {part: [] for part in _COMPARING}
-    if set(_COMPARING) & set(args.parts):
+    if {*_COMPARING, "profile"} & set(args.parts):
         bench = Bench(device, photograph(args.image, *size), args.pairs)
         content["differences"] = bench.differences()
+        content["first_calls"] = bench.first_calls
         for part in _COMPARING:
             for comparison in getattr(bench, part)() if part in args.parts else ():
                 done[part].append(comparison)
-                print(f"{comparison.name}, against {comparison.baseline}: {comparison.ratio:.2f}")
+                print(_told(comparison))
                 write_report(folder, content, done)
-        if "comparisons" in args.parts:
-            content["floor"] = bench.floor()
+            if part == "comparisons" and part in args.parts:
+                content["floor"] = bench.floor()
+            if part == "comparisons" and "profile" in args.parts:
+                content["profile"] = bench.profile()
         del bench
     if "memory" in args.parts:
         content["memory"] = memory(device, *size, args.image)
@@ -92,6 +103,15 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
             content["scaling"][what][value] = scaling(what, value, device, args.image)
             write_report(folder, content, done)
     print(f"report: {write_report(folder, content, done)}")
+
+
+def _told(comparison: Comparison) -> str:
+    """A comparison in a line: medians, least and greatest."""
+    theirs, ours = comparison.baseline_seconds, comparison.seconds
+    return (
+        f"{comparison.name}, against {comparison.baseline}: {spread(theirs, 3)} s and "
+        f"{spread(ours, 3)} s, {spread(comparison.ratios, 2)} times faster"
+    )
 
 
 def _accuracy(run: Path, device: str) -> tuple[dict[str, float], dict[str, float]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import nn
 
-__all__ = ["add_optimize_argument", "optimize_dtype"]
+from .optimize import dtype_of, steps_of
+
+__all__ = ["add_optimize_argument", "dtype_name", "optimize_dtype", "print_steps"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,3 +26,14 @@ def add_optimize_argument(parser: argparse.ArgumentParser) -> None:
 def optimize_dtype(args: argparse.Namespace) -> torch.dtype | None:
     """The dtype that was asked for; None for the model as it is."""
     return None if args.optimize is None else getattr(torch, args.optimize)
+
+
+def print_steps(model: nn.Module) -> None:
+    """Says what was done to an optimised model, and what was skipped; nothing of any other."""
+    if steps_of(model):
+        print(f"optimised, {dtype_name(model)}:", *steps_of(model), sep="\n  ")
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype that a model's backbone runs in, as "bfloat16"."""
+    return str(dtype_of(model)).removeprefix("torch.")

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
 from fpn_plugin.deploy import optimize_for_inference
-from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype
+from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.errors import UserError
 
 from .atomic import explained_full_disk, make_output_dir
@@ -108,6 +108,8 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
         if args.optimize:
             model = optimize_for_inference(model, dtype=optimize_dtype(args))
+            if comm.is_main_process():
+                print_steps(model)
         results = FPNTrainer.test(cfg, model)
     else:
         trainer = FPNTrainer(cfg)

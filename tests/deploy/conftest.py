@@ -3,6 +3,7 @@ since hardly any score or coordinate of theirs means a decision.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -101,3 +103,26 @@ def images() -> list[dict]:
     inputs = [scene_input(index, side=side) for index, side in enumerate((160, 256, 96))]
     inputs.append({"image": inputs[1]["image"][:, :120, :230]})
     return [{"image": each["image"]} for each in inputs]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> str:
+    """What --dataset takes to register four of the scenes that models are trained on."""
+    folder = tmp_path_factory.mktemp("scenes")
+    content = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i + 1, "name": f"kind {i}"} for i in range(14)]
+    for number in range(4):
+        scene = scene_input(number)
+        name, target = f"{number}.png", scene["instances"]
+        Image.fromarray(scene["image"].permute(1, 2, 0).numpy()[:, :, ::-1]).save(folder / name)
+        content["images"].append({"id": number, "file_name": name, "width": SIDE, "height": SIDE})
+        for (x0, y0, x1, y1), category in zip(
+            target.gt_boxes.tensor.tolist(), target.gt_classes.tolist(), strict=True
+        ):
+            content["annotations"].append(
+                {"id": len(content["annotations"]) + 1, "image_id": number, "iscrowd": 0,
+                 "category_id": category + 1, "bbox": [x0, y0, x1 - x0, y1 - y0],
+                 "area": (x1 - x0) * (y1 - y0)}
+            )  # fmt: skip
+    (folder / "scenes.json").write_text(json.dumps(content))
+    return f"scenes={folder / 'scenes.json'}:{folder}"

@@ -13,6 +13,7 @@ from fpn_plugin import UserError
 from fpn_plugin.benchmark.report import write_report
 from fpn_plugin.benchmark.timing import Comparison, compare
 from fpn_plugin.demo import demo_main
+from fpn_plugin.deploy import optimize
 from fpn_plugin.deploy.agreement import Agreement
 from fpn_plugin.deploy.trial import optimize_main
 from fpn_plugin.engine.training import train_main
@@ -31,7 +32,7 @@ def run(trained, config_of, images, tmp_path) -> list[str]:
     return ["--config-file", str(tmp_path / "config.yaml")]
 
 
-def test_the_demo_gives_the_same_detections_optimised(run, tmp_path):
+def test_the_demo_gives_the_same_detections_optimised(run, tmp_path, capsys):
     found = {}
     for name, opts in (("plain", []), ("fast", ["--optimize", "float32"])):
         demo_main(
@@ -39,6 +40,8 @@ def test_the_demo_gives_the_same_detections_optimised(run, tmp_path):
         )
         (only,) = json.loads((tmp_path / name / "detections.json").read_text())
         found[name] = only["detections"]
+        said = capsys.readouterr().out
+        assert ("optimised, float32:\n  folding: 20 batch norms" in said) == (name == "fast")
     assert len(found["plain"]) == len(found["fast"]) > 0
     for theirs, ours in zip(found["plain"], found["fast"], strict=True):
         np.testing.assert_allclose(ours["bbox"], theirs["bbox"], atol=0.02)
@@ -51,11 +54,22 @@ def test_optimize_says_that_detections_are_the_same(run, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "folding: 20 batch norms into their convolutions, 0 left" in said
     rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| float32")]
-    _, _, _, same, missing, extra, box, score = [cell.strip() for cell in rows[0]]
+    _, made, first, median, _, same, missing, extra, box, score = [c.strip() for c in rows[0]]
+    assert "first call (s)" in said
+    assert min(map(float, (made, first, median))) > 0
     assert int(same) > 0
     assert missing == extra == "0"
     assert float(box) < 0.02
     assert float(score) < 1e-4
+
+
+def test_optimize_names_a_row_by_what_ran(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(optimize, "can_fuse", lambda dtype: dtype == torch.float32)
+    optimize_main([*run, "--input", str(tmp_path / "0.png"), "--dtypes", "bfloat16"])
+    said = capsys.readouterr().out
+    assert "optimised, float32:" in said
+    assert "skipped torch.bfloat16: this CPU or this torch has no convolutions in it" in said
+    assert "| float32 (bfloat16 skipped) |" in said
 
 
 @pytest.mark.parametrize(
@@ -65,6 +79,20 @@ def test_optimize_names_images_that_are_not_there(run, tmp_path, path, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         optimize_main([*run, "--input", str(tmp_path / path)])
+
+
+def test_an_optimised_model_is_evaluated_to_the_same_ap(run, scenes, tmp_path, capsys):
+    """train_net.py --eval-only: COCOEvaluator takes the copy as it takes the original."""
+    opts = ["DATASETS.TEST", "('scenes',)", "INPUT.MIN_SIZE_TEST", "160", "DATASETS.TRAIN", "()"]
+    opts += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "out")]
+    results = {}
+    for dtype in (None, "float32"):
+        more = [] if dtype is None else ["--optimize", dtype]
+        train_main([*run, "--eval-only", "--dataset", scenes, *more, *opts])
+        results[dtype] = json.loads((tmp_path / "out" / "results.json").read_text())["bbox"]
+        assert ("optimised, float32:\n  folding: " in capsys.readouterr().out) == bool(dtype)
+    assert results[None]["AP"] > 10
+    assert results["float32"] == pytest.approx(results[None], abs=0.02, nan_ok=True)
 
 
 def test_an_optimised_model_is_not_trained(run):

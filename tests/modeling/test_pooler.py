@@ -240,15 +240,26 @@ class _Transfers(TorchDispatchMode):
 
 def test_the_host_waits_once(monkeypatch):
     monkeypatch.setattr(PyramidROIPooler, "_is_fast_on_cpu", lambda *_: False)  # as on a GPU
+    asked = []  # what brings values to the host, which the mode does not see on a CPU
+    for name in ("tolist", "cpu", "item", "numpy", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, original=original, name=name):
+            asked.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
     maps, box_lists = features(), [boxes(50), boxes(50)]
-    counts = []
+    counts, called = [], []
     for kind in (PyramidROIPooler, ROIPooler):
         pooler = kind(7, SCALES, 0, "ROIAlignV2")
         with _Transfers() as transfers:
             pooler(maps, box_lists)
         counts.append(transfers.count)
-    # tolist() is a copy, which the mode does not see: it is the one of ours.
+        called.append(list(asked))
+        asked.clear()
     assert counts == [0, 5]
+    assert called == [["tolist"], []]
 
 
 def test_it_has_no_state():
