@@ -252,9 +252,9 @@ NO_WEIGHTS = {
 
 
 def convert(path: Path) -> None:
-    convert_main(
-        ["--to", "torchvision", "--weights", str(path), "--output", str(path.parent / "o.pth")]
-    )
+    config = ["--config-file", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"]
+    output = ["--output", str(path.parent / "o.pth")]
+    convert_main(["--to", "torchvision", *config, "--weights", str(path), *output])
 
 
 @pytest.mark.parametrize("read", [read_linear, convert])

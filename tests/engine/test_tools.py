@@ -314,7 +314,10 @@ def test_bad_input_is_one_line_and_a_status(args, message, call):
         (["MODEL.WEIGHTS", "nowhere.pth"], "no weights file 'nowhere.pth'"),
         (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16]]"], "Detectron2 cannot build this model"),
-        (["MODEL.ROI_HEADS.NAME", "FPNROIHead"], "No object named 'FPNROIHead'"),
+        (
+            ["MODEL.ROI_HEADS.NAME", "FPNROIHead"],
+            "'FPNROIHead', which is not in the ROI_HEADS registry: did you mean FPNROIHeads",
+        ),
         (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlin"], "did you mean ROIAlign"),
         (["MODEL.ROI_HEADS.IN_FEATURES", "['p2','p4']"], "MODEL.ROI_HEADS.IN_FEATURES"),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "dataset 'own' has 1 categories: set it to 1"),

@@ -41,7 +41,8 @@ def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "fit" / f"{name}.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "fit" / "report.json").read_text())
     assert report["images"] == 12
-    assert report["after"]["recall_70"] > report["before"]["recall_70"]
+    # Levels that no object wants are dropped, and with them anchors that match none.
+    assert report["after"]["recall_70"] == report["before"]["recall_70"]
     assert report["recommendations"][0]["subject"] == "levels"
 
     fitted = load_config("fit/fitted.yaml")
