@@ -154,12 +154,13 @@ def _make(path: Path, depth: int, root: Path) -> None:
         torch.manual_seed(0)
         model = _Classifier(depth)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, Schedule.learning_rate, total_steps=Schedule.iterations
-    )
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer}
     partial = path.with_name(path.name + ".partial")
     done = _restore(partial, parts)
+    # Where the optimizer was restored, its rates are the schedule's state.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, Schedule.learning_rate, Schedule.iterations, last_epoch=done - 1
+    )
     model.train()
     bar = tqdm(total=Schedule.iterations, initial=done, unit="it", smoothing=0.02)
     bar.set_description(f"{MINI_WEIGHTS}R-{depth}.pth learns digits, once")

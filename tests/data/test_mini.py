@@ -149,6 +149,7 @@ def test_it_is_registered_and_loads(root, monkeypatch):
     made = Path(metadata.json_file).parent
     assert made.parent == Path(os.environ["DETECTRON2_DATASETS"])
     monkeypatch.setattr(mini, "SPLITS", FEW)  # the whole would take half a minute
+    shutil.rmtree(made, ignore_errors=True)  # of other sizes, where another test came first
     records = DatasetCatalog.get("mini_val")
     assert len(records) == FEW["val"]
     assert Path(records[0]["file_name"]).is_file()
