@@ -189,23 +189,25 @@ def _recommended(fit: Fit, command: str) -> str:
 
 
 def _concluded(fit: Fit, command: str) -> str:
-    if any(not each.keep for each in fit.recommendations):
-        told = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
-        return f"To train with all of it: `{command}`{told}"
-    found = fit.before
-    recall, lost = found.recall(0.5), found.below_cells(2)
+    told = []
+    changed = any(not each.keep for each in fit.recommendations)
+    recall, lost = fit.after.recall(0.5), fit.after.below_cells(2)
     if recall < _POOR_RECALL:
-        told = (
-            f"No change is known to help, but the config does not fit this data: an anchor "
-            f"overlaps {recall:.0%} of objects by 0.5, and {lost:.0%} are narrower than 2 cells of "
-            "their level. A larger input may help (table of input sizes)."
+        told.append(
+            f"{'Even so the' if changed else 'The'} config does not fit this data, and no change "
+            f"is known to help: an anchor overlaps {recall:.0%} of objects by 0.5, and {lost:.0%} "
+            "are narrower than 2 cells of their level. A larger input may (table of input sizes)."
         )
-        if np.median(found.size) < 1:
-            told += " Objects are smaller than a pixel: are boxes in pixels, not in shares of 1?"
-        return told
-    if fit.recommendations[0].subject == "levels":  # not so where objects are too few
-        return "Nothing is to change: the config fits this data as it is."
-    return ""
+        if np.median(fit.after.size) < 1:
+            told.append(
+                "Objects are smaller than a pixel: are boxes in pixels, not in shares of 1?"
+            )
+    elif not changed and fit.recommendations[0].subject == "levels":  # else objects are too few
+        told.append("Nothing is to change: the config fits this data as it is.")
+    if changed:
+        images = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
+        told.append(f"To train with all of it: `{command}`{images}")
+    return " ".join(told)
 
 
 def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config: Path) -> str:
