@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = ["draw"]
 # Okabe and Ito's palette; before and after are told apart by marker and line as well.
 _BEFORE, _AFTER, _PLAIN = "#D55E00", "#0072B2", "#999999"
 _FONT = {"font.size": 13}
+_MOST_TICKS = 8
 _POINTS = 4_000  # boxes in the scatter plot
 
 
@@ -51,15 +52,20 @@ def _changed(fit: Fit) -> bool:
     return any(not each.keep for each in fit.recommendations)
 
 
-def _log_pixels(axes: Axes, values: np.ndarray, which: str = "x") -> None:
-    """A logarithmic axis whose ticks are powers of two, over most of the values."""
-    low, high = np.percentile(values, (0.1, 99.9))
-    low, high = max(low, 0.5) / 1.3, high * 1.3
-    exponents = np.arange(np.floor(np.log2(low)), np.ceil(np.log2(high)) + 1)
+def _log_pixels(
+    axes: Axes, values: np.ndarray, which: str = "x", all_of: Iterable[float] = ()
+) -> None:
+    """A logarithmic axis with ticks at powers of two, over most of values and all of others."""
+    ends = [*np.percentile(values, (0.1, 99.9)), *all_of]
+    low, high = min(ends) / 1.3, max(ends) * 1.3
+    first, last = np.floor(np.log2(low)), np.ceil(np.log2(high))
+    exponents = np.arange(first, last + 1, max((last - first) // _MOST_TICKS, 1))
     axis = getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("log", base=2)
     axis.set_ticks(2.0**exponents)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.3g}" if value < 1 else f"{value:.0f}")
+    )
     axis.set_minor_formatter(NullFormatter())
     getattr(axes, f"set_{which}lim")(low, high)
 
@@ -72,7 +78,10 @@ def _levels(fit: Fit) -> Figure:
     figure = Figure(figsize=(9, 1.2 + 3.2 * len(rows)), dpi=120, layout="constrained")
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     sizes = fit.before.size
-    low, high = np.log2(np.maximum(np.percentile(sizes, (0.1, 99.9)), 0.5))
+    low, high = np.log2(np.percentile(sizes, (0.1, 99.9)))
+    anchors: list[float] = []
+    for _, _, cfg in rows:
+        anchors += [size for of_level in Pyramid.from_config(cfg).sizes for size in of_level]
     bins = np.exp2(np.arange(np.floor(low * 4) / 4, np.ceil(high * 4) / 4 + 0.25, 0.25))
     for axes, (name, found, cfg) in zip(all_axes, rows, strict=True):
         pyramid = Pyramid.from_config(cfg)
@@ -102,7 +111,7 @@ def _levels(fit: Fit) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylabel("objects")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        _log_pixels(axes, sizes)
+        _log_pixels(axes, sizes, all_of=anchors)
     all_axes[-1].set_xlabel("object size sqrt(w h), pixels of the input;  ▼ anchor sizes")
     return figure
 
@@ -120,11 +129,13 @@ def _shapes(fit: Fit) -> Figure:
     pairs = [("anchors as they are", fit.cfg, _BEFORE, "D")]
     if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
         pairs.append(("anchors fitted", fit.fitted, _AFTER, "o"))
+    all_shapes = []
     for label, cfg, color, marker in pairs:
         shapes = np.concatenate(Pyramid.from_config(cfg).anchor_shapes())
+        all_shapes.append(shapes)
         axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=label)
-    for which, values in (("x", sides[:, 0]), ("y", sides[:, 1])):
-        _log_pixels(axes, values, which)
+    for axis, which in enumerate("xy"):
+        _log_pixels(axes, sides[:, axis], which, np.concatenate(all_shapes)[:, axis])
     axes.set_xlabel("width, pixels of the input")
     axes.set_ylabel("height")
     axes.grid(alpha=0.3)
@@ -165,7 +176,8 @@ def _input_sizes(fit: Fit) -> Figure:
     """What the input size does to the config as it is."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    factors = [row["factor"] for row in fit.input_sizes]
+    rows = [row for row in fit.input_sizes if row["factor"] == row["max_factor"]]
+    factors = [row["factor"] for row in rows]
     series: Sequence[tuple[str, str, str, str]] = (
         ("recall_50", "anchor recall at IoU 0.5", "#009E73", "o"),
         ("recall_70", "anchor recall at IoU 0.7", "#0072B2", "s"),
@@ -174,7 +186,7 @@ def _input_sizes(fit: Fit) -> Figure:
         ("clamped_coarse", "above the coarsest", "#E69F00", "v"),
     )
     for key, label, color, marker in series:
-        values = [row[key] for row in fit.input_sizes]
+        values = [row[key] for row in rows]
         axes.plot(factors, values, marker=marker, color=color, label=label, ms=8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"x {factor:g}" for factor in factors])

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from fpn_plugin.errors import UserError
 
 from .ground_truth import GroundTruth
-from .recommendation import Recommendation, value_at
+from .recommendation import UNTRIED, Recommendation, value_at
 
 __all__ = ["Density", "recommend_room"]
 
@@ -105,9 +105,13 @@ def _fraction(cfg: CfgNode, part: str) -> float:
 _WANTED = {
     "proposals": f"{_PROPOSALS_PER_OBJECT} proposals and {_CANDIDATES_PER_OBJECT} candidates a "
     "level before NMS for each of them",
-    "samples": "a foreground sample for each of them, and half as many to spare, in RPN and heads",
+    "samples": "a foreground sample for each of them, and half as many to spare",
     "detections": "a detection for each of them, and half as many to spare",
 }
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("MODEL.")
 
 
 def _room(
@@ -124,12 +128,14 @@ def _room(
         for key, value in wanted.items()
         if has[key] < value
     }
+    parts = " and ".join(key.split(".")[1] for key in wanted)
+    where = f", in {parts}" if subject == "samples" else ""
     reason = (
-        f"99 of 100 images hold at most {crowded} objects; there should be {_WANTED[subject]}, "
-        f"and there {'is not' if changes else 'is'}."
+        f"99 of 100 images hold at most {crowded} objects; there should be "
+        f"{_WANTED[subject]}{where}, and there {'is not' if changes else 'is'}."
     )
     if not changes:
-        told = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in has.items())
+        told = ", ".join(f"{_short(key)} {value}" for key, value in has.items())
         return Recommendation(subject, {}, reason, f"Room enough: {told}.")
     if density is not None:
         [key] = wanted
@@ -141,8 +147,9 @@ def _room(
             )
     else:
         effect = "For each crowded object, before and after: " + ", ".join(
-            f"{key.rpartition('.')[2]} {has[key] / crowded:.1f} and {value / crowded:.1f}"
+            f"{_short(key)} {has[key] / crowded:.1f} and {value / crowded:.1f}"
             for key, value in changes.items()
         )
         effect += ". Costs time and memory in proportion in the part that it feeds."
+    effect += f" What becomes of AP is {UNTRIED}."
     return Recommendation(subject, changes, reason, effect)

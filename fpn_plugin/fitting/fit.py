@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .resizing import InputBoxes, ResizeRule, boxes_at_input
 __all__ = ["Fit", "argument_parser", "fit_main", "fit_pyramid"]
 
 _FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the config's input size
+_MAX_FACTOR = 2.0  # of MAX_SIZE alone
 # What other input sizes are measured on, at most.
 _SAMPLE_IMAGES, _SAMPLE = 20_000, 100_000
 
@@ -94,30 +95,45 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
         before=before,
         after=measure(inputs, Pyramid.from_config(fitted)) if changed else before,
         test=measure(testing.sample(_SAMPLE), pyramid),
-        input_sizes=[_at_input_size(few, rule, factor, pyramid) for factor in _FACTORS],
+        input_sizes=[
+            _at_input_size(few, rule, *factors, pyramid) for factors in _input_sizes(rule)
+        ],
         density=Density.of(truth),
         recommendations=recommendations,
     )
 
 
+def _input_sizes(rule: ResizeRule) -> list[tuple[float, float]]:
+    """Factors of MIN_SIZE and of MAX_SIZE to measure at."""
+    if not rule.resizes:
+        return [(1.0, 1.0)]
+    return [*((factor, factor) for factor in _FACTORS), (1.0, _MAX_FACTOR)]
+
+
 def _at_input_size(
-    truth: GroundTruth, rule: ResizeRule, factor: float, pyramid: Pyramid
+    truth: GroundTruth, rule: ResizeRule, factor: float, max_factor: float, pyramid: Pyramid
 ) -> dict[str, Any]:
     """The same pyramid where images are larger or smaller."""
-    scaled = rule.scaled(factor)
+    scaled = replace(rule.scaled(factor), max_size=rule.scaled(max_factor).max_size)
     inputs = boxes_at_input(truth, scaled)
-    found = measure(inputs.sample(_SAMPLE), pyramid).as_dict()
+    measured = measure(inputs.sample(_SAMPLE), pyramid)
+    found = measured.as_dict()
     keys = (
         "clamped_fine", "clamped_coarse", "below_1_cell", "below_2_cells", "recall_50", "recall_70",
         "mean_iou",
     )  # fmt: skip
     return {
         "factor": factor,
+        "max_factor": max_factor,
         "short_edges": list(scaled.short_edges),
         "max_size": scaled.max_size,
         "limited_by_max_size": inputs.limited,
         "pixels": inputs.pixels,
         "median_size": found["size_percentiles"]["50"],
+        "levels": {
+            level: float((measured.level == level).mean())
+            for level in pyramid.roi_levels or pyramid.anchor_levels
+        },
         **{key: found[key] for key in keys},
     }
 
@@ -170,7 +186,7 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     base = Path(find_config_file(args.config_file))
     folder = Path(args.output)
     try:
-        text = write_report(fit, sources, base, list(args.opts[::2]), folder)
+        text = write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     print(text)

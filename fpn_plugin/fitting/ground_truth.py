@@ -139,7 +139,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
     found = set()
     try:
         with (
-            path.open(encoding="utf-8") as stream,
+            path.open(encoding="utf-8-sig") as stream,  # some editors begin a file with its mark
             tqdm(
                 total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True
             ) as bar,

@@ -62,24 +62,36 @@ class Measures:
         return float((self.cells < cells).mean())
 
     def octaves(self) -> list[dict[str, Any]]:
-        """Boxes and anchors by octave of size: from 2^i to less than 2^(i+1) input pixels."""
-        octave = np.floor(np.log2(np.maximum(self.size, 1))).astype(int)
+        """Boxes and anchors by octave of size: from 2^i to less than 2^(i+1) input pixels.
+
+        Octaves without any box are left out.
+        """
+        octave = np.floor(np.log2(self.size)).astype(int)
         return [
-            {"from": 2**i, "to": 2 ** (i + 1), **self._group(octave == i)}
-            for i in range(octave.min(), octave.max() + 1)
+            {"from": 2.0**i, "to": 2.0 ** (i + 1), **self._group(octave == i)}
+            for i in np.unique(octave)
         ]
 
     def by_level(self) -> list[dict[str, Any]]:
-        """Boxes pooled from each level, and those whose best anchor is there."""
+        """Boxes pooled from each level, and those whose best anchor is there.
+
+        Those below 1 and 2 cells are shares of the boxes of ``level``.
+        """
         levels = sorted({*self.roi_levels, *self.anchor_levels})
         return [
             {
                 "level": level,
                 "pooled": float((self.level == level).mean()) if self.roi_levels else None,
+                "below_1_cell": self._below_at(level, 1),
+                "below_2_cells": self._below_at(level, 2),
                 **self._group(self.anchor_level == level),
             }
             for level in levels
         ]
+
+    def _below_at(self, level: int, cells: float) -> float | None:
+        here = self.cells[self.level == level]
+        return float((here < cells).mean()) if len(here) else None
 
     def _group(self, which: np.ndarray) -> dict[str, Any]:
         iou = self.best_iou[which]

@@ -11,11 +11,12 @@ from .density import Density, recommend_room
 from .ground_truth import GroundTruth
 from .measures import Measures, measure
 from .pyramid import Pyramid, level_names
-from .recommendation import Recommendation, applied
+from .recommendation import UNTRIED, Recommendation, applied
 from .resizing import InputBoxes
 
 __all__ = ["recommend"]
 
+_ENOUGH = 100  # objects, for anything to be changed
 _SAMPLE = 100_000  # boxes that candidates are measured on
 _FEW = 0.005  # of boxes, that a level is dropped for
 _MANY = 0.05  # of boxes, that a level is added for
@@ -25,7 +26,6 @@ _FINEST = 2  # level of the finest stage that ResNets and most networks give
 _WORTH_CHANGING = 0.1  # of mean best IoU, for other anchors: 0.08 brought no AP, 0.2 did
 _WORTH_ADDING = 0.03  # the same, for a size more at each level instead of as many
 _WORTH_TELLING = 0.02  # the same, for other ratios
-_UNTRIED = "not tried by training"
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
 
 
@@ -43,11 +43,21 @@ def recommend(
         The recommendations, those to keep things as they are among them, and the config with all
         of them applied.
     """
+    objects = len(truth.boxes)
+    if objects < _ENOUGH:
+        few = Recommendation(
+            "everything",
+            {},
+            f"{objects} {'object is' if objects == 1 else 'objects are'} too few to judge by: of "
+            f"fewer than {_ENOUGH}, a few others would say otherwise.",
+            "Nothing changes; figures below are of the objects there are.",
+        )
+        return [few], cfg.clone()
     inputs = inputs.sample(_SAMPLE)
     found = [_levels(cfg, inputs)]
     fitted = applied(cfg, found)
     if Pyramid.from_config(fitted).roi_levels:
-        found.append(_canonical(fitted, inputs))
+        found.append(_canonical(cfg, fitted, inputs))
         fitted = applied(cfg, found)
     found.append(_anchors(fitted, inputs))
     found += recommend_room(fitted, Density.of(truth))
@@ -91,7 +101,7 @@ def _levels(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
             f"Only {needing(new - 1):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
             f"P{new}, so {_listed(range(finest, new))} dropped.",
             f"Cells of all levels, which the 3x3 convolutions of pyramid and heads on it are paid "
-            f"for: {times:.0%} of what they were. Faster; what becomes of AP is {_UNTRIED}.",
+            f"for: {times:.0%} of what they were. Faster; what becomes of AP is {UNTRIED}.",
             figures | {"cells": times},
         )
     if new < finest:
@@ -103,7 +113,7 @@ def _levels(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
             f"P{finest}, so {_listed(range(new, finest))} added.",
             f"{after:.1%} are narrower than that many cells of P{new}. Cells of all levels, which "
             f"convolutions are paid for: {times:.1f} times as many. What becomes of AP is "
-            f"{_UNTRIED}.",
+            f"{UNTRIED}.",
             figures | {"cells": times, "below_2_cells_after": after},
         )
     effect = "Nothing changes."
@@ -167,27 +177,34 @@ def _level_changes(cfg: CfgNode, pyramid: Pyramid, finest: int) -> dict[str, Any
     return changes
 
 
-def _canonical(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
-    """Eq. (1) gives a region at the lower end of its level s0 / 2^k0 cells: 14 in the paper, two
+def _canonical(given: CfgNode, cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
+    """What to do with a config whose levels are settled, beside the one that was given.
+
+    Eq. (1) gives a region at the lower end of its level s0 / 2^k0 cells: 14 in the paper, two
     for each of 7 bins. Between one cell a bin and two, what data asks for is met by clamping.
     """
     pyramid = Pyramid.from_config(cfg)
     before = measure(inputs, pyramid)
+    first = Pyramid.from_config(given)
+    same_levels = first.roi_levels == pyramid.roi_levels
+    origin = before if same_levels else measure(inputs, first)
     s0, k0 = pyramid.canonical_size, pyramid.canonical_level
     bins = int(cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
     cells = s0 / 2**k0
     least, most = (bins * cells_per_bin for cells_per_bin in _CANONICAL_BINS)
     spread = _spread(before)
     figures = {"cells_at_lower_end": cells, "levels_before": spread}
-    shown = ", ".join(f"P{level} {share:.0%}" for level, share in spread.items())
+    shown = _shares(origin)
+    if same_levels:
+        stay = f"Regions stay at {shown}."
+    else:
+        stay = f"Regions are at {shown} before, and at {_shares(before)} by the change of levels."
     here = (
         f"s0 {s0:g} px at k0 {k0} gives a region at least {cells:.3g} cells of its level where one "
         f"is fine enough, for {bins} bins"
     )
     if least <= cells <= most:
-        return Recommendation(
-            "canonical size", {}, f"{here}, which is enough.", f"Regions stay at {shown}.", figures
-        )
+        return Recommendation("canonical size", {}, f"{here}, which is enough.", stay, figures)
     if not pyramid.canonical_keys:
         return Recommendation(
             "canonical size",
@@ -200,20 +217,25 @@ def _canonical(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     changes = {"MODEL.FPN.CANONICAL_BOX_SIZE": round(size)}
     fitted = applied(cfg, [Recommendation("", changes, "", "")])
     after = measure(inputs, Pyramid.from_config(fitted))
-    moved = float((before.level != after.level).mean())
-    then = ", ".join(f"P{level} {share:.0%}" for level, share in _spread(after).items())
+    moved = float((origin.level != after.level).mean())
+    cause = "" if same_levels else ", by the change of levels too"
     why = "less than a cell for each" if cells < least else "more than two cells for each"
     return Recommendation(
         "canonical size",
         changes,
         f"{here}, {why}; k0 stays, since it and s0 act as s0 / 2^k0 alone.",
-        f"{moved:.1%} of regions change their level: {shown} before, {then} after.",
+        f"{moved:.1%} of regions change their level{cause}: {shown} before, {_shares(after)} "
+        f"after. What becomes of AP is {UNTRIED}.",
         figures | {"moved": moved, "levels_after": _spread(after)},
     )
 
 
 def _spread(measures: Measures) -> dict[int, float]:
     return {level: float((measures.level == level).mean()) for level in measures.roi_levels}
+
+
+def _shares(measures: Measures) -> str:
+    return ", ".join(f"P{level} {share:.0%}" for level, share in _spread(measures).items())
 
 
 def _anchors(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:

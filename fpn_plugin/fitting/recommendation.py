@@ -8,7 +8,9 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-__all__ = ["Recommendation", "applied", "value_at"]
+__all__ = ["UNTRIED", "Recommendation", "applied", "value_at"]
+
+UNTRIED = "not tried by training"  # of an effect that docs/fitting.md has no run of
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from detectron2.config import CfgNode
 from fvcore.common.config import BASE_KEY
@@ -21,11 +22,19 @@ from .ground_truth import LEFT_OUT
 from .measures import PERCENTILES, Measures
 from .recommendation import value_at
 
+_SIZES_TOLD = "Sizes are sqrt(w h). In pixels of the input:"
+_POOR_RECALL = 0.5  # of anchors at IoU 0.5, below which no config fits
+
 __all__ = ["write_fitted_config", "write_report"]
 
 
 def write_report(
-    fit: Fit, sources: Sequence[str], base: Path, opts: Sequence[str], folder: Path
+    fit: Fit,
+    sources: Sequence[str],
+    base: Path,
+    opts: Sequence[str],
+    folder: Path,
+    registered: Sequence[str] = (),
 ) -> str:
     """Writes everything to a folder.
 
@@ -35,6 +44,7 @@ def write_report(
         base: the config file that was fitted.
         opts: config keys that were set beside it.
         folder: made where it is not there.
+        registered: the --dataset arguments that named datasets.
 
     Returns:
         The text of report.md.
@@ -51,7 +61,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     config = write_fitted_config(fit, base, opts, path)
     pictures = charts.draw(fit, folder)
-    text = _text(fit, sources, base, config, pictures)
+    command = _command(fit, sources, registered, config)
+    text = _text(fit, sources, base, command, pictures)
     (folder / "report.md").write_text(text)
     content = {
         "data": list(sources),
@@ -122,25 +133,32 @@ def _plain(value: Any) -> Any:
 
 
 def _text(
-    fit: Fit, sources: Sequence[str], base: Path, config: Path, pictures: Sequence[Path]
+    fit: Fit, sources: Sequence[str], base: Path, command: str, pictures: Sequence[Path]
 ) -> str:
+    has_regions = bool(fit.before.roi_levels)
+    where = "pooled from each level" if has_regions else "whose best anchor each level has"
+    its_level = "the level that it is pooled from" if has_regions else "that of its best anchor"
     parts = [
         f"# The pyramid of {base.name} for {', '.join(sources)}",
         _counted(fit),
         "## What to change",
-        _recommended(fit, config),
+        _recommended(fit, command),
         "## Objects at the network's input",
         _input_text(fit),
         _sizes_table(fit),
         "## Levels and anchors",
-        "Pooled: by Eq. (1), clamped to the levels there are. Best anchor: the level whose anchor "
-        "overlaps the object most, of all its places on the grid. Before and after what is to "
-        "change.",
+        ("Pooled: by Eq. (1), clamped to the levels there are. " if has_regions else "")
+        + "Best anchor: the level whose anchor overlaps the object most, of all its places on the "
+        "grid; IoU and recall are of those objects. Cells: the shorter side of an object, in "
+        f"cells of its level, which is {its_level}. Before and after what is to change.",
         _levels_table(fit),
         _octaves_table(fit),
         "## Other input sizes",
-        "The config as it is, with all lengths of INPUT.MIN_SIZE and MAX_SIZE multiplied. The cost "
-        "of a network's convolutions goes with the pixels.",
+        "The config as it is, with all lengths of INPUT.MIN_SIZE and MAX_SIZE multiplied, and with "
+        "MAX_SIZE alone. The cost of a network's convolutions goes with the pixels. P2 and so "
+        f"on: objects {where}."
+        if fit.rule.resizes
+        else "INPUT.MIN_SIZE_TRAIN is 0, so images stay as they are and none is measured.",
         _input_sizes_table(fit),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
     ]
@@ -160,17 +178,52 @@ def _counted(fit: Fit) -> str:
     )
 
 
-def _recommended(fit: Fit, config: Path) -> str:
+def _recommended(fit: Fit, command: str) -> str:
     rows = []
     for each in fit.recommendations:
         keys = "\n".join(f"`{key}` {_short(value)}" for key, value in each.changes.items())
         rows.append(f"**{each.subject}: {'keep' if each.keep else 'change'}.** {each.reason} ")
         rows[-1] += each.effect + (f"\n\n{_indented(keys)}" if keys else "")
-    if all(each.keep for each in fit.recommendations):
-        rows.append("The config fits this data as it is.")
-    else:
-        rows.append(f"To train with all of it: `tools/train_net.py --config-file {config}`")
-    return "\n\n".join(rows)
+    rows.append(_concluded(fit, command))
+    return "\n\n".join(filter(None, rows))
+
+
+def _concluded(fit: Fit, command: str) -> str:
+    told = []
+    changed = any(not each.keep for each in fit.recommendations)
+    recall, lost = fit.after.recall(0.5), fit.after.below_cells(2)
+    if recall < _POOR_RECALL:
+        told.append(
+            f"{'Even so the' if changed else 'The'} config does not fit this data, and no change "
+            f"is known to help: an anchor overlaps {recall:.0%} of objects by 0.5, and {lost:.0%} "
+            "are narrower than 2 cells of their level. A larger input may (table of input sizes)."
+        )
+        if np.median(fit.after.size) < 1:
+            told.append(
+                "Objects are smaller than a pixel: are boxes in pixels, not in shares of 1?"
+            )
+    elif not changed and fit.recommendations[0].subject == "levels":  # else objects are too few
+        told.append("Nothing is to change: the config fits this data as it is.")
+    if changed:
+        images = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
+        told.append(f"To train with all of it: `{command}`{images}")
+    return " ".join(told)
+
+
+def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config: Path) -> str:
+    """How to train with the fitted config on the data that it was fitted to."""
+    words = ["tools/train_net.py", "--config-file", str(config)]
+    names = []
+    for source in sources:
+        path = Path(source)
+        names.append(path.stem if path.is_file() else source)
+        if path.is_file():  # whose images were not asked for
+            words += ["--dataset", f"{path.stem}={source}:IMAGES"]
+    for given in registered:
+        words += ["--dataset", given]
+    if names != list(fit.cfg.DATASETS.TRAIN):
+        words += ["DATASETS.TRAIN", f"({', '.join(map(repr, names))},)"]
+    return " ".join(f'"{word}"' if set(word) & set(" '()") else word for word in words)
 
 
 def _indented(lines: str) -> str:
@@ -178,16 +231,24 @@ def _indented(lines: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return json.dumps(_plain(value)).replace('"', "'")
+    return json.dumps(_rounded(_plain(value))).replace('"', "'")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _input_text(fit: Fit) -> str:
     edges = fit.rule.short_edges
+    if not fit.rule.resizes:
+        return f"Images stay as they are (INPUT.MIN_SIZE_TRAIN 0). {_SIZES_TOLD}"
     shown = ", ".join(map(str, edges[:9]))
     how = "each image at one of them, dealt out" if fit.inputs.sampled else "each image at all"
     text = f"Shorter side of images {shown} px" + (f" ({how})" if len(edges) > 1 else "")
     text += f", longer side at most {fit.rule.max_size} px, which decides for "
-    text += f"{fit.inputs.limited:.1%} of them. Sizes are sqrt(w h). In pixels of the input:"
+    text += f"{fit.inputs.limited:.1%} of them. {_SIZES_TOLD}"
     if fit.cfg.INPUT.CROP.ENABLED:
         text = "INPUT.CROP is on and is not taken into account. " + text
     return text
@@ -215,15 +276,25 @@ def _levels_table(fit: Fit) -> str:
         name: {row["level"]: row for row in found.by_level()}
         for name, found in (("before", fit.before), ("after", fit.after))
     }
+    columns = [
+        ("below_1_cell", "< 1 cell"),
+        ("below_2_cells", "< 2 cells"),
+        ("share", "best anchor"),
+        ("mean_iou", "IoU"),
+        ("recall_50", "recall 0.5"),
+        ("recall_70", "recall 0.7"),
+    ]
+    if fit.before.roi_levels:
+        columns.insert(0, ("pooled", "pooled"))
     rows = []
     for level in sorted({*by_level["before"], *by_level["after"]}):
         row = [f"P{level}"]
-        for key in ("pooled", "share", "mean_iou", "recall_50", "recall_70"):
+        for key, _ in columns:
             for name in ("before", "after"):
                 row.append(_figure(by_level[name].get(level, {}).get(key), key == "mean_iou"))
         rows.append(row)
     headers = ["level"]
-    for name in ("pooled", "best anchor", "IoU", "recall 0.5", "recall 0.7"):
+    for _, name in columns:
         headers += [name, "after"]
     table = _table(rows, headers)
     return f"{table}\n\n{_ends(fit.before)} After: {_ends(fit.after)}"
@@ -238,7 +309,7 @@ def _ends(found: Measures) -> str:
             f"{found.clamped_coarse / total:.1%} above P{found.roi_levels[-1]}. "
         )
     return text + (
-        f"Shorter side below 1 cell of the level: {found.below_cells(1):.1%}, below 2 cells: "
+        f"Shorter side below 1 cell of its level: {found.below_cells(1):.1%}, below 2 cells: "
         f"{found.below_cells(2):.1%}."
     )
 
@@ -247,7 +318,7 @@ def _octaves_table(fit: Fit) -> str:
     after = {row["from"]: row for row in fit.after.octaves()}
     rows = []
     for row in fit.before.octaves():
-        cells = [f"{row['from']} to {row['to']}", f"{row['share']:.1%}"]
+        cells = [f"{row['from']:g} to {row['to']:g}", f"{row['share']:.1%}"]
         for key in ("mean_iou", "recall_50", "recall_70"):
             cells += [_figure(each[key], key == "mean_iou") for each in (row, after[row["from"]])]
         rows.append(cells)
@@ -265,17 +336,21 @@ def _octaves_table(fit: Fit) -> str:
 def _input_sizes_table(fit: Fit) -> str:
     keys = ("limited_by_max_size", "clamped_fine", "clamped_coarse", "below_1_cell")
     keys += ("below_2_cells", "recall_50", "recall_70")
-    unit = next(row["pixels"] for row in fit.input_sizes if row["factor"] == 1)
+    unit = next(row["pixels"] for row in fit.input_sizes if row["factor"] == row["max_factor"] == 1)
+    levels = list(fit.input_sizes[0]["levels"])
     rows = []
     for row in fit.input_sizes:
         edges = row["short_edges"]
         shown = f"{min(edges)}" if len(set(edges)) == 1 else f"{min(edges)} to {max(edges)}"
-        cells = [f"{shown} / {row['max_size']}", f"{row['pixels'] / unit:.2f}"]
-        cells += [f"{row['median_size']:.3g}", *(f"{row[key]:.1%}" for key in keys)]
+        size = f"{shown} / {row['max_size']}" if fit.rule.resizes else "as they are"
+        cells = [size, f"{row['pixels'] / unit:.2f}", f"{row['median_size']:.3g}"]
+        cells.append(" / ".join(f"{100 * row['levels'][level]:.0f}" for level in levels))
+        cells += [f"{row['mean_iou']:.2f}", *(f"{row[key]:.1%}" for key in keys)]
         rows.append(cells)
     headers = [
-        "MIN / MAX_SIZE", "pixels", "median size", "at MAX_SIZE", "below finest",
-        "above coarsest", "< 1 cell", "< 2 cells", "recall 0.5", "recall 0.7",
+        "MIN / MAX_SIZE", "pixels", "median size",
+        f"{' / '.join(f'P{level}' for level in levels)} (%)", "IoU", "at MAX_SIZE",
+        "below finest", "above coarsest", "< 1 cell", "< 2 cells", "recall 0.5", "recall 0.7",
     ]  # fmt: skip
     return _table(rows, headers)
 

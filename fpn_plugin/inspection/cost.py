@@ -16,8 +16,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from fpn_plugin.data import check_datasets, ensure_mini, register_datasets
-from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.data import check_datasets, ensure_mini_datasets, register_datasets
 from fpn_plugin.engine.level_hook import LevelStatistics
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.engine.trainer import FPNTrainer
@@ -64,8 +63,7 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
     period = cfg.MODEL.FPN.LEVEL_STATS_PERIOD or 20
     register_datasets(args.dataset)
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    if set(cfg.DATASETS.TRAIN) & set(MINI_NAMES):
-        ensure_mini()
+    ensure_mini_datasets(cfg.DATASETS.TRAIN)
     model = FPNTrainer.build_model(cfg)
     batches = itertools.islice(FPNTrainer.build_train_loader(cfg), args.pairs + _WARM_UP)
     shown = tqdm(batches, total=args.pairs + _WARM_UP, desc="timing", unit="pair")

@@ -14,8 +14,12 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from fpn_plugin.data import check_datasets, ensure_mini, read_image_or_say, register_datasets
-from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.data import (
+    check_datasets,
+    ensure_mini_datasets,
+    read_image_or_say,
+    register_datasets,
+)
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.metrics import level_rows, loss_rows
@@ -181,8 +185,7 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
         page.text(f"No detections: {results.name} is not in the run's folder inference.")
         return
     name = cfg.DATASETS.TEST[-1]  # the evaluation of each replaces the file of the one before
-    if name in MINI_NAMES:
-        ensure_mini()
+    ensure_mini_datasets([name])
     check_datasets([name], "DATASETS.TEST")
     metadata = MetadataCatalog.get(name)
     dataset = json.loads(Path(metadata.json_file).read_text())

@@ -13,8 +13,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 from tqdm import tqdm
 
-from fpn_plugin.data import ensure_mini, read_image_or_say, register_datasets
-from fpn_plugin.data.mini import MINI_NAMES
+from fpn_plugin.data import ensure_mini_datasets, read_image_or_say, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
@@ -85,8 +84,8 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
     if args.proposals < 1:
         raise UserError(f"--proposals is {args.proposals}; it must be 1 or more")
     register_datasets(args.dataset)
-    if args.ground_truth in MINI_NAMES:
-        ensure_mini()
+    if args.ground_truth:
+        ensure_mini_datasets([args.ground_truth])
     images = given_images(args)
     models = _models(args)
     labels = [model.label for model in models]
@@ -101,10 +100,18 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
             kept.append(one)
             one.features.update({level: maps[:0] for level, maps in one.features.items()})
     counted = [contributions(seen, args.threshold) for seen in seen_by]
-    draw_contributions(counted, labels, output / "contributions.png", len(images))
+    drawn = any(counted)  # nothing is without labels and RoI heads, as RetinaNet's
+    if drawn:
+        draw_contributions(counted, labels, output / "contributions.png", len(images))
     told = dict(zip(labels, counted, strict=True))
     (output / "contributions.json").write_text(json.dumps(told, indent=1))
-    print(f"pictures of {len(images)} images, contributions.png and .json in {output}")
+    if drawn:
+        print(f"pictures of {len(images)} images, contributions.png and .json in {output}")
+    else:
+        print(
+            f"pictures of {len(images)} images in {output}; no contributions.png: what each level "
+            "gave is known of a model with RoI heads, or with labels (--ground-truth)"
+        )
 
 
 def _models(args: argparse.Namespace) -> list[_Model]:

@@ -54,9 +54,11 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
             axes.barh(
                 row, end - start, left=start, height=0.72, color=level_color(level.name), alpha=0.75
             )
-            middle = math.sqrt(start * end)
             told = _range_text(bands[level.name].low, bands[level.name].high)
-            axes.text(middle, row - 0.19, told, ha="center", va="center", fontsize=11, color=INK)
+            # A bar of an octave is narrower than its label; before it there is room.
+            octave = start == bands[level.name].low and end == bands[level.name].high
+            at, align = (start / 1.06, "right") if octave else (math.sqrt(start * end), "center")
+            axes.text(at, row - 0.19, told, ha=align, va="center", fontsize=11, color=INK)
         if level.anchor_sizes:
             axes.plot(
                 level.anchor_sizes, [row + 0.14] * len(level.anchor_sizes), "D", ms=8,
@@ -67,7 +69,7 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
         for v in anatomy.levels
     ]
     axes.set_yticks(range(len(names)), names, fontsize=11)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)  # bars alone would not make room for a row without one
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)

@@ -61,7 +61,7 @@ def draw_contributions(
     """Draws what :func:`contributions` counted, a row for each model.
 
     Args:
-        counted: of each model.
+        counted: of each model; at least one has a figure.
         labels: the models' names.
         path: the file to write; its suffix says the format.
         images: how many were counted.

@@ -24,7 +24,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
 
     Args:
         errors: of a detector on a dataset.
-        levels: names, finest first.
+        levels: names, finest first; where there are none, errors are drawn by size alone.
         path: the file to write; its suffix says the format.
 
     Returns:
@@ -32,9 +32,13 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
     """
     from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES
 
-    figure = Figure(figsize=(12, 6.6), dpi=110, layout="constrained")
+    places = [(SIZES, 0, "size")]
+    if levels:
+        places.append((levels, 1, "level"))
+    figure = Figure(figsize=(12 if levels else 8, 6.6), dpi=110, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    grid = figure.subplots(2, 2, width_ratios=[3, max(len(levels), 1)])
+    ratios = [len(groups) for groups, _, _ in places]
+    grid = figure.subplots(2, len(places), width_ratios=ratios, squeeze=False)
     for row, (mistakes, wholes, kinds, title) in enumerate(
         (
             (errors.misses, errors.objects, MISS_KINDS, "objects missed"),
@@ -46,10 +50,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
             ),
         )
     ):
-        for axes, groups, place, name in (
-            (grid[row, 0], SIZES, 0, "size"),
-            (grid[row, 1], levels, 1, "level"),
-        ):
+        for axes, (groups, place, name) in zip(grid[row], places, strict=True):
             totals = [sum(n for key, n in wholes.items() if key[place] == g) for g in groups]
             counts = [
                 [sum(m.kind == kind and (m.size, m.level)[place] == g for m in mistakes)
@@ -59,7 +60,12 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
             _stack(axes, groups, counts, totals, kinds)
             axes.set_title(f"{title}, by {name}", fontsize=13)
         grid[row, 0].set_ylabel("share (%)", fontsize=12)
-        grid[row, 1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11, frameon=False)
+        # Column 0 has bars always.
+        handles, names = grid[row, 0].get_legend_handles_labels()
+        grid[row, -1].legend(
+            handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11,
+            frameon=False,
+        )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
     return path

@@ -9,7 +9,12 @@ from matplotlib.figure import Figure
 
 from fpn_plugin.metrics import loss_rows
 
+from .palette import CATEGORY_COLORS, INK
+
 __all__ = ["plot_losses"]
+
+# As many as make a colour and a line meet again only after 21 losses; dots are the rate's.
+_STYLES = ("-", "--", "-.")
 
 
 def plot_losses(metrics_file: Path, path: Path) -> Path:
@@ -25,22 +30,33 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
     rows = loss_rows(metrics_file)
     iterations = [row["iteration"] for row in rows]
     names = sorted({key for row in rows for key in row if "loss" in key})
-    figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
+    figure = Figure(figsize=(8, 5.2), dpi=140, layout="constrained")
     axes = figure.subplots()
+    parts = [name for name in names if name != "total_loss"]
     for name in names:
         values = [row.get(name, np.nan) for row in rows]
-        width = 2.2 if name == "total_loss" else 1.2
-        axes.plot(iterations, values, label=name, lw=width)
+        if name == "total_loss":
+            style = {"color": INK, "lw": 2.4}
+        else:
+            number = parts.index(name)
+            style = {
+                "color": CATEGORY_COLORS[number % len(CATEGORY_COLORS)],
+                "ls": _STYLES[number % len(_STYLES)],
+                "lw": 1.6,
+            }
+        axes.plot(iterations, values, label=name, **style)
     axes.set_yscale("log")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss (median of 20 iterations)")
+    axes.set_xlabel("iteration", fontsize=12)
+    axes.set_ylabel("loss (median of 20 iterations)", fontsize=12)
     axes.grid(alpha=0.3)
     rate_axes = axes.twinx()
     rates = [row.get("lr", np.nan) for row in rows]
-    rate_axes.plot(iterations, rates, color="gray", ls=":", lw=1)
-    rate_axes.set_ylabel("learning rate (dotted)", color="gray")
+    rate_axes.plot(iterations, rates, color="gray", ls=":", lw=1.2)
+    rate_axes.set_ylabel("learning rate (grey, dotted)", color="gray", fontsize=12)
     rate_axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    figure.legend(
+        *axes.get_legend_handles_labels(), fontsize=11, ncols=3, loc="outside lower center"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -196,3 +196,9 @@ def test_a_missing_file_and_an_unknown_name_are_told():
         UserError, match=r"'mini_trian', which is not registered: did you mean mini"
     ):
         read_ground_truth(["mini_trian"])
+
+
+def test_a_byte_order_mark_is_not_part_of_the_json(coco_json):
+    path = coco_json([[10, 10, 20, 30]])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_ground_truth([str(path)]).boxes.tolist() == [[10, 10, 30, 40]]

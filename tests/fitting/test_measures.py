@@ -184,3 +184,23 @@ def test_a_config_that_cannot_be_fitted_says_which_key(mini_config, opts, told):
 def test_a_dataset_at_two_input_sizes_is_measured_at_both(truth_of):
     inputs = boxes_at_input(truth_of([[0, 0, 50, 50]]), ResizeRule((256, 512), 1000))
     assert measure(inputs, PYRAMID).size.tolist() == [50, 100]
+
+
+def test_octaves_below_a_pixel_are_told_and_empty_ones_left_out(mini_config, truth_of):
+    inputs = boxes_at_input(truth_of([[0, 0, 0.02, 0.02], [0, 0, 50, 50]]), ResizeRule((0,), 1))
+    found = measure(inputs, Pyramid.from_config(mini_config()))
+    octaves = [(row["from"], row["to"], row["share"]) for row in found.octaves()]
+    assert octaves == [(1 / 64, 1 / 32, 0.5), (32, 64, 0.5)]
+
+
+def test_thin_objects_are_counted_at_their_level(mini_config, truth_of):
+    """At s0 112 and k0 4: 100 x 3 px and 100 x 6 px go to P2, cells of 4 px; 100 x 100 to P3."""
+    boxes = [[0, 0, 100, 3], [0, 0, 100, 6], [0, 0, 100, 100]]
+    found = measure(
+        boxes_at_input(truth_of(boxes), ResizeRule((256,), 512)),
+        Pyramid.from_config(mini_config()),
+    )
+    rows = {row["level"]: (row["below_1_cell"], row["below_2_cells"]) for row in found.by_level()}
+    assert rows[2] == (0.5, 1.0)
+    assert rows[3] == (0.0, 0.0)
+    assert rows[4] == (None, None)

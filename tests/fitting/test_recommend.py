@@ -132,7 +132,7 @@ def test_anchors_of_one_level_are_fitted(truth_of):
 
 
 def test_what_reads_the_finest_level_elsewhere_keeps_it(mini_config, truth_of):
-    sides = np.full((50, 2), 150.0)
+    sides = np.full((120, 2), 150.0)
     cfg = mini_config("MODEL.META_ARCHITECTURE", "PanopticFPN")
     found = recommended(cfg, truth_of, sides)["levels"]
     assert found.keep and "semantic head" in found.effect
@@ -174,7 +174,7 @@ def test_levels_are_added_until_none_is_asked_for(truth_of):
 
 
 def test_p2_is_the_finest_there_is(mini_config, truth_of):
-    found = recommended(mini_config(), truth_of, np.full((60, 2), 6.0))["levels"]
+    found = recommended(mini_config(), truth_of, np.full((120, 2), 6.0))["levels"]
     assert found.keep
     assert "INPUT.MIN_SIZE" in found.effect
 
@@ -197,7 +197,7 @@ def test_heads_that_do_not_read_the_canonical_size_are_told_of(mini_config, trut
     cfg = mini_config(
         "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "28"
     )
-    found = recommended(cfg, truth_of, np.full((20, 2), 50.0))["canonical size"]
+    found = recommended(cfg, truth_of, np.full((120, 2), 50.0))["canonical size"]
     assert found.keep
     assert "FPNROIHeads" in found.effect
 
@@ -227,9 +227,9 @@ def test_ratios_of_each_level_are_kept_as_they_are(mini_config):
 
 def test_anchors_that_fit_are_kept(mini_config, truth_of):
     cfg = mini_config()
-    first = fit_pyramid(cfg, truth_of(boxes_of(np.full((80, 2), 40.0))))
+    first = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 40.0))))
     assert not by_subject(first)["anchors"].keep
-    again = fit_pyramid(first.fitted, truth_of(boxes_of(np.full((80, 2), 40.0))))
+    again = fit_pyramid(first.fitted, truth_of(boxes_of(np.full((120, 2), 40.0))))
     assert by_subject(again)["anchors"].keep
     assert again.after is again.before
 
@@ -237,12 +237,59 @@ def test_anchors_that_fit_are_kept(mini_config, truth_of):
 @pytest.mark.parametrize(("side", "kept"), [(18.0, True), (36.0, True), (40.0, False)])
 def test_anchors_stay_where_fitted_ones_gain_little(mini_config, truth_of, side, kept):
     """Less than 0.1 of IoU brought no AP on the default data of docs/fitting.md."""
-    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((80, 2), side))))
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), side))))
     anchors = by_subject(fit)["anchors"]
     gain = anchors.figures["more"]["mean_iou"] - anchors.figures["before"]["mean_iou"]
     assert gain > 0.05
     assert (gain < 0.1) == kept == anchors.keep
     assert ("MODEL.ANCHOR_GENERATOR.SIZES" in anchors.changes) != kept
+
+
+def test_too_few_objects_change_nothing(mini_config, truth_of):
+    cfg = mini_config()
+    for count, told in ((1, "1 object is too few"), (99, "99 objects are too few")):
+        fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((count, 2), 150.0))))
+        assert [each.subject for each in fit.recommendations] == ["everything"]
+        assert told in fit.recommendations[0].reason
+        assert fit.fitted == cfg
+        assert fit.after is fit.before
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((100, 2), 150.0))))
+    assert not by_subject(fit)["levels"].keep
+
+
+def test_regions_of_a_dropped_level_are_told_where_they_were(mini_config, truth_of):
+    """50 px at s0 112 and k0 4 are read from P2; it is dropped, and P3 has them."""
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), 50.0))))
+    told = by_subject(fit)["canonical size"].effect
+    assert "at P2 100%, P3 0%, P4 0%, P5 0% before, and at P3 100%, P4 0%, P5 0% by" in told
+    opts = "MODEL.FPN.CANONICAL_BOX_SIZE", "448"
+    fit = fit_pyramid(mini_config(*opts), truth_of(boxes_of(np.full((120, 2), 50.0))))
+    told = by_subject(fit)["canonical size"].effect
+    assert "by the change of levels too: P2 100%" in told
+    assert "not tried by training" in told
+
+
+def test_effects_that_no_training_has_shown_are_told_as_such(mini_config, truth_of):
+    large = recommended(mini_config(), truth_of, np.full((120, 2), 150.0))["levels"]
+    small = by_subject(fit_pyramid(retinanet(), truth_of(boxes_of(np.full((120, 2), 12.0)))))
+    dense = list(recommend_room(mini_config(), Density.of(crowds(*[300] * 10))))
+    for each in (large, small["levels"], *dense):
+        assert each.changes and "not tried by training" in each.effect
+    kept = recommend_room(mini_config(), Density.of(crowds(5)))
+    assert not any("not tried" in each.effect for each in kept)
+
+
+def test_samples_are_told_by_what_takes_them(mini_config):
+    def told(*opts):
+        found = recommend_room(mini_config(*opts), Density.of(crowds(5)))
+        return next(each for each in found if each.subject == "samples")
+
+    both = told()
+    assert "in RPN and ROI_HEADS, and there is" in both.reason
+    sizes = [f"{part}.BATCH_SIZE_PER_IMAGE" for part in ("RPN", "ROI_HEADS")]
+    assert all(f" {name} " in both.effect for name in sizes)
+    alone = told("MODEL.META_ARCHITECTURE", "ProposalNetwork")
+    assert "in RPN, and there is" in alone.reason and "ROI_HEADS" not in alone.effect
 
 
 def crowds(*counts: int) -> GroundTruth:
@@ -287,7 +334,7 @@ def test_a_sampler_that_takes_no_object_is_refused(mini_config, part):
 def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):
     cfg = mini_config()
     before = cfg.dump()
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((40, 2), 150.0))))
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 150.0))))
     assert cfg.dump() == before
     assert fit.fitted.dump() != before
 
@@ -304,12 +351,31 @@ def test_a_padded_grid_reaches_beyond_the_image(mini_config):
 
 
 def test_other_input_sizes_are_measured(mini_config, truth_of):
-    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((30, 2), 10.0))))
-    rows = {row["factor"]: row for row in fit.input_sizes}
-    assert rows[2.0]["short_edges"] == [512]
-    assert rows[2.0]["pixels"] == 4 * rows[1.0]["pixels"]
-    assert rows[2.0]["median_size"] == pytest.approx(20)
-    assert rows[0.5]["below_2_cells"] == 1
+    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), 10.0))))
+    rows = {(row["factor"], row["max_factor"]): row for row in fit.input_sizes}
+    double, half, same = rows[2, 2], rows[0.5, 0.5], rows[1, 1]
+    assert double["short_edges"] == [512]
+    assert double["pixels"] == 4 * same["pixels"]
+    assert double["median_size"] == pytest.approx(20)
+    assert half["below_2_cells"] == 1
     again = boxes_at_input(fit.truth, ResizeRule((512,), 2666))
     found = measure(again, Pyramid.from_config(fit.cfg))
-    assert rows[2.0]["recall_50"] == found.recall(0.5)
+    assert double["recall_50"] == found.recall(0.5)
+    assert double["mean_iou"] == found.mean_iou
+    assert same["levels"] == {2: 1.0, 3: 0, 4: 0, 5: 0}
+
+
+def test_max_size_alone_is_measured_too(mini_config, truth_of):
+    """256 x 1024 px at (256, 512) are halved; at twice the MAX_SIZE they stay."""
+    cfg = mini_config("INPUT.MAX_SIZE_TRAIN", "512")
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 30.0)), 256, 1024))
+    rows = {(row["factor"], row["max_factor"]): row for row in fit.input_sizes}
+    assert rows[1, 1]["median_size"] == pytest.approx(15)
+    assert rows[1, 2]["median_size"] == pytest.approx(30)
+    assert (rows[1, 2]["short_edges"], rows[1, 2]["max_size"]) == ([256], 1024)
+
+
+def test_images_that_stay_as_they_are_have_no_other_size(mini_config, truth_of):
+    cfg = mini_config("INPUT.MIN_SIZE_TRAIN", "(0,)")
+    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 30.0))))
+    assert [row["pixels"] for row in fit.input_sizes] == [256 * 256]

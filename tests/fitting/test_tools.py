@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.data import MetadataCatalog
+from matplotlib.figure import Figure
 
 from fpn_plugin import UserError
 from fpn_plugin.data import ensure_mini
@@ -31,6 +32,7 @@ def data() -> None:
 
 def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fpn_plugin.fitting.recommend._ENOUGH", 10)  # 12 images have 13 objects
     opts = ["DATASETS.TRAIN", "('mini_large_train',)", "DATASETS.TEST", "('mini_large_val',)"]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "10", *TINY]
     fit_main(["--config-file", CONFIG, "--output", "fit", *opts])
@@ -41,8 +43,8 @@ def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "fit" / f"{name}.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "fit" / "report.json").read_text())
     assert report["images"] == 12
-    # Levels that no object wants are dropped, and with them anchors that match none.
-    assert report["after"]["recall_70"] == report["before"]["recall_70"]
+    assert [row["level"] for row in report["after"]["by_level"]] == [4, 5, 6]
+    assert report["after"]["mean_iou"] >= report["before"]["mean_iou"]
     assert report["recommendations"][0]["subject"] == "levels"
 
     fitted = load_config("fit/fitted.yaml")
@@ -97,6 +99,60 @@ def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch, bac
         for sizes in cfg.MODEL.ANCHOR_GENERATOR.SIZES
     ]
     assert len(shapes) == 6
+
+
+def _square_boxes(side: float, count: int = 120) -> list[list[float]]:
+    return [[1.0, 1.0, side, side]] * count
+
+
+def test_how_to_train_on_data_that_the_config_does_not_name_is_told(tmp_path, capsys):
+    small = MetadataCatalog.get("mini_small_train")
+    args = ["--config-file", CONFIG, "--output", str(tmp_path / "fit")]
+    fit_main([*args, "--data", small.json_file])
+    told = capsys.readouterr().out
+    expected = f"--dataset train={small.json_file}:IMAGES DATASETS.TRAIN \"('train',)\"` (IMAGES: "
+    assert f"fitted.yaml {expected}" in told
+    dataset = f"told_of={small.json_file}:{small.image_root}"
+    fit_main([*args, "--dataset", dataset, "--data", "told_of"])
+    told = capsys.readouterr().out
+    assert f"fitted.yaml --dataset {dataset} DATASETS.TRAIN \"('told_of',)\"`\n" in told
+    fit_main([*args, "DATASETS.TRAIN", "('mini_small_train',)"])
+    assert "fitted.yaml`\n" in capsys.readouterr().out
+
+
+def test_data_that_no_anchor_fits_is_told_and_drawn(coco_json, tmp_path, capsys, monkeypatch):
+    """Boxes in shares of the image, which are far below a pixel, read as pixels."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path: (figures.append(self), save(self, path))
+    )
+    args = ["--config-file", CONFIG, "--output", str(tmp_path / "fit")]
+    fit_main([*args, "--data", str(coco_json(_square_boxes(0.01)))])
+    told = capsys.readouterr().out
+    assert "fits this data as it is" not in told
+    assert "an anchor overlaps 0% of objects by 0.5" in told
+    assert "are boxes in pixels, not in shares of 1?" in told
+    size = 0.01 * 256 / 100
+    anchors = load_config(CONFIG).MODEL.ANCHOR_GENERATOR.SIZES
+    levels, shapes, curves, _ = figures
+    for axes in (levels.axes[0], shapes.axes[0]):
+        low, high = axes.get_xlim()
+        assert low < size and high > max(map(max, anchors))
+    assert curves.axes[0].get_xlim()[0] < size < curves.axes[0].get_xlim()[1]
+
+
+def test_images_that_stay_as_they_are_are_told_so(coco_json, tmp_path, capsys):
+    """And sizes of a RetinaNet, thirds of octaves, in few digits."""
+    args = ["--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml"]
+    args += ["--data", str(coco_json(_square_boxes(12))), "--output", str(tmp_path / "fit")]
+    fit_main([*args, "INPUT.MIN_SIZE_TRAIN", "(0,)"])
+    told = capsys.readouterr().out
+    assert "Images stay as they are (INPUT.MIN_SIZE_TRAIN 0)." in told
+    assert "| as they are      | 1.00 " in told
+    assert "[[16.0, 20.16, 25.4], [32.0, 40.32, 50.8]," in told
+    assert "cells of its level, which is that of its best anchor." in told
+    assert "Pooled" not in told
 
 
 def test_no_data_and_no_place_to_write_are_told(tmp_path):

@@ -188,3 +188,19 @@ def test_the_tool_draws_models_side_by_side(make_config, image, tmp_path):
     (tmp_path / "(d)" / "model_final.pth").unlink()
     with pytest.raises(UserError, match=r"'.*model_final.pth' is not there"):
         visualize_main(["--run", *runs, *given])
+
+
+def test_a_model_of_whose_levels_nothing_is_known_is_drawn(make_config, image, tmp_path, capsys):
+    """RetinaNet pools nothing, and without labels no anchors match."""
+    model, cfg = detector(make_config, "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+                          "INPUT.MIN_SIZE_TEST", 64)  # fmt: skip
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    given = ["--input", str(tmp_path / "photo.png"), "--output", str(out)]
+    visualize_main(["--run", f"it={tmp_path}", *given])
+    assert "no contributions.png" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["contributions.json", "photo"]
+    assert json.loads((out / "contributions.json").read_text()) == {"it": {}}
+    assert (out / "photo" / "features.png").is_file()

@@ -8,7 +8,11 @@ import pytest
 from PIL import Image
 
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.data import mini
+from fpn_plugin.engine import load_config
+from fpn_plugin.inspection.cost import cost_main
 from fpn_plugin.inspection.report import report_main
+from fpn_plugin.inspection.visualize import visualize_main
 from fpn_plugin.metrics import level_rows, loss_rows
 
 
@@ -114,3 +118,25 @@ def test_rows_of_levels_are_read_as_a_resumed_run_has_them(tmp_path):
     assert level_rows(path) == {"rois": {"p2": [(19, 1.0), (29, 4.0)]}}
     assert [row["iteration"] for row in loss_rows(path)] == [19, 39]
     assert level_rows(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("tool", ["report", "visualize", "cost"])
+def test_the_mini_dataset_that_is_named_is_made(tool, run, monkeypatch):
+    """Each kind is a dataset of its own, and making the default one takes half a minute."""
+
+    def made(splits=None, root=None, kind=""):
+        raise UserError(f"made {kind}")
+
+    monkeypatch.setattr(mini, "ensure_mini", made)
+    folder, _ = run
+    cfg = load_config(str(folder / "config.yaml"))
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN = ("mini_small_val",)
+    (folder / "config.yaml").write_text(cfg.dump())
+    config = ["--config-file", str(folder / "config.yaml")]
+    with pytest.raises(UserError, match="made small"):
+        if tool == "report":
+            report_main([str(folder)])
+        elif tool == "visualize":
+            visualize_main([*config, "--ground-truth", "mini_small_val"])
+        else:
+            cost_main(config)

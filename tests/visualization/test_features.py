@@ -57,21 +57,7 @@ def test_a_single_channel_is_drawn():
     assert colors.variance == pytest.approx(1)
 
 
-def simulated(color):
-    """What a deuteranope sees of sRGB (Machado, Oliveira and Fernandes 2009, severity 1)."""
-    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.array(
-        [
-            [0.367322, 0.860646, -0.227968],
-            [0.280085, 0.672501, 0.047413],
-            [-0.011820, 0.042940, 0.968881],
-        ]
-    )
-    return np.clip(seen @ linear, 0, 1) ** (1 / 2.2)
-
-
-def test_levels_have_colours_that_a_deuteranope_tells_apart():
+def test_levels_have_colours_that_a_deuteranope_tells_apart(simulated):
     shades = [simulated(level_color(f"p{k}")) for k in range(2, 8)]
     apart = [np.linalg.norm(a - b) for i, a in enumerate(shades) for b in shades[i + 1 :]]
     assert min(apart) > 0.15
