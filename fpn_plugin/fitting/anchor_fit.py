@@ -27,12 +27,12 @@ def fit_anchors(
 ) -> Pyramid:
     """Fits anchors to boxes: what is raised is the mean over boxes of the best IoU on the grid.
 
-    Sizes are free at each level, from 1 to 16 strides; ratios, where they are fitted, are shared
-    by all levels. Sizes and ratios are moved one at a time, by steps that shrink, wherever that
-    raises the mean; the best of several starts is kept: the config's own anchors where their
-    number is the one asked for, and k-means by IoU of the boxes' shapes. Boxes beyond 3,000 are
-    sampled. A level whose anchors fit hardly any box best gets the sizes of its neighbour an
-    octave on.
+    Sizes are free at each level, from 1 to 16 strides or as far as the config's reach; ratios,
+    where they are fitted, are shared by all levels. Sizes and ratios are moved one at a time, by
+    steps that shrink, wherever that raises the mean; the best of several starts is kept: the
+    config's own anchors where their number is the one asked for, and k-means by IoU of the boxes'
+    shapes. Boxes beyond 3,000 are sampled. A level whose anchors fit hardly any box best gets the
+    sizes of its neighbour an octave on.
 
     Args:
         inputs: the boxes as the network sees them.
@@ -73,7 +73,10 @@ class _Problem:
         self.levels = pyramid.anchor_levels
         self.given, self.ratios_too = pyramid, ratios_too
         strides = 2.0 ** np.array(self.levels)
-        self.low, self.high = np.log2(strides * _LEAST_STRIDES), np.log2(strides * _MOST_STRIDES)
+        # As far as the config's own reach: a pyramid of one level has all sizes there.
+        own = np.array(pyramid.sizes)
+        self.low = np.log2(np.minimum(strides * _LEAST_STRIDES, own.min(axis=1)))
+        self.high = np.log2(np.maximum(strides * _MOST_STRIDES, own.max(axis=1)))
 
     def iou(self, level: int, size: float, ratios: np.ndarray) -> np.ndarray:
         """Best IoU of each box with each anchor, ``(N, ratios)``; arguments are logarithms."""

@@ -129,6 +129,13 @@ def test_anchors_of_one_level_are_fitted(truth_of):
     assert Pyramid.from_config(fit.fitted).anchor_levels == (2,)
     found = fit_anchors(fit.inputs, Pyramid.from_config(cfg), 2)
     assert min(abs(size - 24) for size in found.sizes[0]) < 3
+    # Its five sizes are 8 to 128 strides: those of the fit are not held to 16.
+    size = np.geomspace(20, 250, 150)
+    inputs = inputs_of(boxes_of(np.column_stack([size, size])))
+    own = Pyramid.from_config(cfg)
+    fitted = fit_anchors(inputs, own, len(own.sizes[0]))
+    assert measure(inputs, fitted).mean_iou > measure(inputs, own).mean_iou
+    assert fitted.sizes[0][-1] > 100
 
 
 def test_what_reads_the_finest_level_elsewhere_keeps_it(mini_config, truth_of):
