@@ -26,6 +26,7 @@ _FINEST = 2  # level of the finest stage that ResNets and most networks give
 _WORTH_CHANGING = 0.1  # of mean best IoU, for other anchors: 0.08 brought no AP, 0.2 did
 _WORTH_ADDING = 0.03  # the same, for a size more at each level instead of as many
 _WORTH_TELLING = 0.02  # the same, for other ratios
+_TRIED_WITH_ANCHORS = "tried by training together with other anchors alone (docs/fitting.md)"
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
 
 
@@ -95,13 +96,14 @@ def _levels(cfg: CfgNode, inputs: InputBoxes) -> Recommendation:
     times = sum(0.25**level for level in levels)
     times /= sum(0.25**level for level in pyramid.anchor_levels)
     if new > finest:
+        tried = UNTRIED if new > finest + 1 else _TRIED_WITH_ANCHORS
         return Recommendation(
             "levels",
             changes,
             f"Only {needing(new - 1):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
             f"P{new}, so {_listed(range(finest, new))} dropped.",
             f"Cells of all levels, which the 3x3 convolutions of pyramid and heads on it are paid "
-            f"for: {times:.0%} of what they were. Faster; what becomes of AP is {UNTRIED}.",
+            f"for: {times:.0%} of what they were. Faster; what becomes of AP is {tried}.",
             figures | {"cells": times},
         )
     if new < finest:

@@ -280,6 +280,9 @@ def test_effects_that_no_training_has_shown_are_told_as_such(mini_config, truth_
     large = recommended(mini_config(), truth_of, np.full((120, 2), 150.0))["levels"]
     small = by_subject(fit_pyramid(retinanet(), truth_of(boxes_of(np.full((120, 2), 12.0)))))
     dense = list(recommend_room(mini_config(), Density.of(crowds(*[300] * 10))))
+    one = recommended(mini_config(), truth_of, np.full((120, 2), 50.0))["levels"]
+    assert "P2 is dropped" in one.reason and "together with other anchors" in one.effect
+    assert "not tried" not in one.effect
     for each in (large, small["levels"], *dense):
         assert each.changes and "not tried by training" in each.effect
     kept = recommend_room(mini_config(), Density.of(crowds(5)))
