@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import shutil
 
 import detectron2.modeling
 import numpy as np
@@ -11,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
@@ -164,6 +167,38 @@ def test_without_a_compiler_it_says_so_and_still_runs(trained, images, monkeypat
     assert "first call" in {step.name for step in steps_of(fast)}
     assert any(isinstance(module, FusedBlock) for module in fast.backbone.modules())
     assert_same_detections(detect(fast, images[0]), detect(model, images[0]))
+
+
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
+
+
+@needs_compiler
+def test_a_compiled_backbone_takes_other_sizes_without_compiling_again(trained):
+    model = trained("faster")
+    torch._dynamo.reset()
+    fast = optimize_for_inference(model, compile=True)
+    assert "compiling" in {step.name for step in steps_of(fast) if step.taken}
+    assert not any(isinstance(module, FusedConv2d) for module in fast.backbone.modules())
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    found = 0
+    # Not below 256 px, see docs/performance.md; wide, high, square; one image, two and more.
+    for count, height, width in [
+        (1, 320, 320), (1, 288, 800), (1, 800, 288), (2, 416, 300), (3, 512, 512), (4, 256, 256),
+    ]:  # fmt: skip
+        batch = [{"image": torch.rand(3, height, width) * 255} for _ in range(count)]
+        with torch.no_grad():
+            for ours, theirs in zip(fast(batch), model(batch), strict=True):
+                assert_same_detections(ours["instances"], theirs["instances"], least=0)
+                found += len(theirs["instances"])
+    assert found > 0
+    if not torch.__version__.startswith("2.3."):  # which compiles some of these again
+        assert counters["stats"]["unique_graphs"] == graphs
+    # A copy runs too, uncompiled and on its own.
+    assert_same_detections(detect(copy.deepcopy(fast), batch[0]), detect(model, batch[0]), least=0)
 
 
 BREAKING = [
