@@ -177,9 +177,8 @@ def _starts(problem: _Problem, num_sizes: int) -> Iterator[_Anchors]:
         centers = _kmeans(np.column_stack([-aspects / 2, aspects / 2]), ratios.shape[1])
         ratios = np.tile(centers[:, 1] - centers[:, 0], (levels, 1))
     log_sizes = np.log2(sides).mean(axis=1)
-    for fitted in range(
-        min(2, levels), levels + 1
-    ):  # finest levels share the boxes, coarser ones go on
+    # The finest levels share the boxes, coarser ones go on.
+    for fitted in range(min(2, levels), levels + 1):
         centers = _kmeans(np.column_stack([log_sizes, log_sizes]), fitted * num_sizes)[:, 0]
         centers = np.sort(centers).reshape(fitted, num_sizes)
         beyond = centers[-1] + np.arange(1, levels - fitted + 1)[:, None]

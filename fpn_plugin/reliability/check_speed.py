@@ -15,7 +15,7 @@ import numpy as np
 from fpn_plugin.arguments import at_least
 from fpn_plugin.data import Needs, check_dataset
 
-__all__ = ["big_dataset", "time_check_main"]
+__all__ = ["big_dataset", "time_check_main", "write_big_dataset"]
 
 _WIDTH, _HEIGHT = 640, 480
 _POINTS = 20  # of a polygon; fewer than COCO's have on average
@@ -51,6 +51,16 @@ def big_dataset(images: int, per_image: int) -> dict[str, Any]:
     }
 
 
+def write_big_dataset(folder: Path, images: int, per_image: int) -> Path:
+    """Writes a :func:`big_dataset` to a folder, and prints its size."""
+    file = folder / "big.json"
+    print("making the JSON", flush=True)
+    file.write_text(json.dumps(big_dataset(images, per_image)))
+    size = file.stat().st_size >> 20
+    print(f"{images} images, {images * per_image} annotations, {size} MiB", flush=True)
+    return file
+
+
 def time_check_main(argv: Sequence[str] | None = None) -> None:
     """Makes a JSON, checks it, and prints how long that took, reading included.
 
@@ -63,11 +73,7 @@ def time_check_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=at_least(1), default=3)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "big.json")
-        print("making the JSON", flush=True)
-        file.write_text(json.dumps(big_dataset(args.images, args.per_image)))
-        print(f"{args.images} images, {args.images * args.per_image} annotations, ", end="")
-        print(f"{file.stat().st_size >> 20} MiB", flush=True)
+        file = write_big_dataset(Path(folder), args.images, args.per_image)
         for _ in range(args.runs):
             begun, busy = time.perf_counter(), time.process_time()
             report = check_dataset(str(file), folder, look="none", needs=Needs(masks="polygon"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from fpn_plugin.arguments import at_least
 from fpn_plugin.errors import UserError
 
-from .check_speed import big_dataset
+from .check_speed import write_big_dataset
 
 __all__ = ["time_fit_main"]
 
@@ -43,11 +42,7 @@ def time_fit_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=at_least(1), default=3)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "big.json")
-        print("making the JSON", flush=True)
-        file.write_text(json.dumps(big_dataset(args.images, args.per_image)))
-        print(f"{args.images} images, {args.images * args.per_image} boxes, ", end="")
-        print(f"{file.stat().st_size >> 20} MiB", flush=True)
+        file = write_big_dataset(Path(folder), args.images, args.per_image)
         command = [sys.executable, "-c", _FIT, "--config-file", args.config_file]
         command += ["--data", str(file), "--output", str(Path(folder, "fit"))]
         for _ in range(args.runs):

@@ -53,5 +53,5 @@ def test_the_least_is_taken(capsys):
 def test_a_fit_is_timed_with_its_memory(capsys):
     time_fit_main(["--images", "30", "--per-image", "10", "--runs", "1"])
     told = capsys.readouterr().out
-    assert "30 images, 300 boxes" in told
+    assert "30 images, 300 annotations" in told
     assert re.search(r"^\d+\.\d s; peak memory [1-9][\d,]+ MiB$", told, re.MULTILINE)
