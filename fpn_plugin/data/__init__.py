@@ -7,6 +7,7 @@ from .coco import (
     check_datasets,
     check_proposal_files,
     check_records,
+    number_of_classes,
     register_datasets,
 )
 from .mapper import ReadableImageMapper, read_image_or_say
@@ -30,6 +31,7 @@ __all__ = [
     "ensure_mini",
     "ensure_mini_datasets",
     "ensure_mini_weights",
+    "number_of_classes",
     "read_image_or_say",
     "register_datasets",
     "register_mini",

@@ -23,6 +23,7 @@ __all__ = [
     "check_datasets",
     "check_proposal_files",
     "check_records",
+    "number_of_classes",
     "register_datasets",
 ]
 
@@ -118,12 +119,17 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
     if training:
         check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
     check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
-    key, classes = {
+    key, classes = number_of_classes(cfg)
+    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
+
+
+def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
+    """The config key of a model's number of classes, and its value; "", None where it has none."""
+    return {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
     }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
-    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
 
 
 def check_classes(names: Iterable[str], key: str, classes: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,12 @@ def run_tool(main: Callable[[], Any]) -> None:
     quiet_third_parties()
     try:
         main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _leave(0)
     except UserError as error:
         # torchrun's processes all come here before they are joined; one of them says why.
         if os.environ.get("RANK", "0") != "0":
-            sys.exit(_USER_ERROR_STATUS)
+            _leave(_USER_ERROR_STATUS)
         _exit_with(error)
     except ProcessExitedException as error:
         if error.exit_code >= 0:  # of a process that has said why
@@ -110,6 +113,8 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
     quiet_third_parties()
     try:
         worker(*worker_args)
+        if _is_spawned():
+            _leave(0)
     except UserError as error:
         _exit_with(error)
     except RuntimeError as error:
@@ -122,13 +127,36 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
         _exit_with(UserError(" ".join(told.split())))
 
 
-def _exit_with(error: UserError) -> None:
+def _exit_with(error: UserError) -> NoReturn:
     # A data loader's worker hands its error on wrapped in a traceback, as text.
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1].partition(f"{UserError.__name__}: ")[2] or text
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    sys.exit(_USER_ERROR_STATUS)
+    # Line and line end in one: other processes may write to the same place meanwhile.
+    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.flush()
+    _leave(_USER_ERROR_STATUS)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process; one of several does without the interpreter's own taking apart.
+
+    There gloo's threads have been seen to abort a process that had done its work, and launchers
+    to report that signal as the failure.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or _is_spawned():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _is_spawned() -> bool:
+    """Whether this is a process of Detectron2's launcher's."""
+    return comm.get_world_size() > 1 and multiprocessing.parent_process() is not None
 
 
 class _WithoutUserErrors(logging.Filter):

@@ -41,6 +41,7 @@ from fpn_plugin.proposal_files import proposals_read_as_arrays
 
 from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer
+from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .launch import launch
@@ -270,7 +271,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     cfg.optimizer.params.model = model
     optimizer = _built(cfg.optimizer, "optimizer")
     on_gpu = train.device.startswith("cuda")
-    model = create_ddp_model(model, **train.ddp, **({} if on_gpu else {"device_ids": None}))
+    model = (create_ddp_model if on_gpu else create_cpu_ddp_model)(model, **train.ddp)
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
     loader = train_stream(_built(cfg.dataloader.train, "dataloader.train"))
     trainer = kind(model, loader, optimizer)

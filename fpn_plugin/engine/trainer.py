@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import statistics
@@ -43,6 +42,7 @@ from fpn_plugin.visualization import plot_losses
 from .atomic import explained_full_disk, written_whole
 from .building import explained_build_errors
 from .checkpoint import FittingCheckpointer
+from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .level_hook import LevelStatistics
@@ -234,8 +234,7 @@ def _ddp_that_takes(device: str) -> Iterator[None]:
     if device.startswith("cuda"):
         yield
         return
-    on_cpu = functools.partial(defaults.create_ddp_model, device_ids=None)
-    with mock.patch.object(defaults, "create_ddp_model", on_cpu):
+    with mock.patch.object(defaults, "create_ddp_model", create_cpu_ddp_model):
         yield
 
 

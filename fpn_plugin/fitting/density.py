@@ -14,7 +14,7 @@ from fpn_plugin.errors import UserError
 from .ground_truth import GroundTruth
 from .recommendation import UNTRIED, Recommendation, value_at
 
-__all__ = ["Density", "recommend_room"]
+__all__ = ["Density", "check_sampling", "recommend_room"]
 
 _PROPOSALS_PER_OBJECT = 5  # most proposals of an object are near copies of each other
 _CANDIDATES_PER_OBJECT = 10  # before NMS
@@ -61,6 +61,27 @@ class Density:
         }
 
 
+def check_sampling(cfg: CfgNode) -> None:
+    """Refuses a config that never samples an object.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        UserError: a share of foreground samples that is not above 0.
+    """
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        return
+    heads = () if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork" else ("ROI_HEADS",)
+    for part in ("RPN", *heads):
+        given = cfg.MODEL[part].POSITIVE_FRACTION
+        if not given > 0:
+            raise UserError(
+                f"MODEL.{part}.POSITIVE_FRACTION is {given}, with which no object is ever "
+                "sampled; expected a share above 0 and up to 1, as 0.25"
+            )
+
+
 def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
     """Proposals, samples and detections per image for data this dense.
 
@@ -69,8 +90,9 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
         density: of its training data.
 
     Raises:
-        UserError: a share of foreground samples that is not above 0.
+        UserError: see :func:`check_sampling`.
     """
+    check_sampling(cfg)
     crowded = density.crowded
     model = cfg.MODEL
     if model.META_ARCHITECTURE == "RetinaNet":
@@ -82,24 +104,14 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
             proposals[f"MODEL.RPN.PRE_NMS_TOPK_{split}"] = _CANDIDATES_PER_OBJECT * crowded
             proposals[f"MODEL.RPN.POST_NMS_TOPK_{split}"] = _PROPOSALS_PER_OBJECT * crowded
         yield _room(cfg, "proposals", proposals, 100, crowded)
-        samples = {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / _fraction(cfg, "RPN")}
+        samples = {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model.RPN.POSITIVE_FRACTION}
         if model.META_ARCHITECTURE != "ProposalNetwork":
-            foreground = _SPARE * crowded / _fraction(cfg, "ROI_HEADS")
+            foreground = _SPARE * crowded / model.ROI_HEADS.POSITIVE_FRACTION
             samples["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] = foreground
         yield _room(cfg, "samples", samples, 64, crowded)
     if model.META_ARCHITECTURE != "ProposalNetwork":
         keys = {"TEST.DETECTIONS_PER_IMAGE": _SPARE * crowded}
         yield _room(cfg, "detections", keys, 50, crowded, density)
-
-
-def _fraction(cfg: CfgNode, part: str) -> float:
-    given = cfg.MODEL[part].POSITIVE_FRACTION
-    if not given > 0:
-        raise UserError(
-            f"MODEL.{part}.POSITIVE_FRACTION is {given}, with which no object is ever sampled; "
-            "expected a share above 0 and up to 1, as 0.25"
-        )
-    return given
 
 
 _WANTED = {

@@ -14,7 +14,7 @@ from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError
 
-from .density import Density
+from .density import Density, check_sampling
 from .ground_truth import GroundTruth, read_ground_truth
 from .measures import Measures, measure
 from .pyramid import Pyramid
@@ -170,7 +170,7 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: something given cannot be used.
     """
-    from .report import write_report  # matplotlib, which the library need not load
+    from .report import check_output, write_report  # matplotlib, which the library need not load
 
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
@@ -178,13 +178,14 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     Pyramid.from_config(cfg)
     for training in (True, False):
         ResizeRule.from_config(cfg, training)
+    check_sampling(cfg)
+    base, folder = Path(find_config_file(args.config_file)), Path(args.output)
+    check_output(base, folder)
     register_datasets(args.dataset)
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
     fit = fit_pyramid(cfg, read_ground_truth(sources))
-    base = Path(find_config_file(args.config_file))
-    folder = Path(args.output)
     try:
         text = write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset)
     except OSError as error:

@@ -41,6 +41,7 @@ class GroundTruth:
         shapes: int64 ``(M, 2)``, height and width of every image, those without boxes too.
         left_out: how many boxes were left out, by the names of :data:`LEFT_OUT`.
         clipped: how many of ``boxes`` reached beyond their image.
+        categories: how many each dataset has; None where they differ or do not say.
     """
 
     boxes: np.ndarray
@@ -48,6 +49,7 @@ class GroundTruth:
     shapes: np.ndarray
     left_out: dict[str, int]
     clipped: int
+    categories: int | None = None
 
     def sample(self, most_images: int) -> GroundTruth:
         """At most so many of the images that have boxes, drawn with a fixed seed, and their boxes.
@@ -95,6 +97,7 @@ class _Raw:
     def __init__(self) -> None:
         self.boxes, self.image, self.flags = array("d"), array("q"), array("b")
         self.shapes = array("q")
+        self.categories: set[int | None] = set()
 
     @property
     def num_images(self) -> int:
@@ -129,7 +132,8 @@ class _Raw:
             told = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
             raise UserError(f"{source} has no box to fit to" + (f": {told}" if told else ""))
         clipped = int((inside[kept] != corners[kept]).any(axis=1).sum())
-        return GroundTruth(inside[kept], image[kept], shapes, left_out, clipped)
+        [categories] = self.categories if len(self.categories) == 1 else [None]
+        return GroundTruth(inside[kept], image[kept], shapes, left_out, clipped, categories)
 
 
 def _read_json(path: Path, raw: _Raw) -> None:
@@ -137,6 +141,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
     index: dict[Any, int] = {}
     image_ids: list[Any] = []  # of boxes; images may come after them
     found = set()
+    categories = None
     try:
         with (
             path.open(encoding="utf-8-sig") as stream,  # some editors begin a file with its mark
@@ -150,6 +155,8 @@ def _read_json(path: Path, raw: _Raw) -> None:
                     _read_images(path, parts.items(), index, raw)
                 elif key == "annotations":
                     _read_annotations(path, parts.items(), image_ids, raw)
+                elif key == "categories":
+                    categories = sum(1 for _ in parts.items())
                 found.add(key)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -162,6 +169,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
             raise UserError(
                 f"{path} is not COCO: it has no list {key!r}; it has {', '.join(sorted(found))}"
             )
+    raw.categories.add(categories)
     try:
         raw.image.extend([index[image_id] for image_id in image_ids])
     except KeyError as error:
@@ -224,3 +232,5 @@ def _read_records(name: str, raw: _Raw) -> None:
             raw.image.append(raw.num_images)
             raw.flags.append(1 if label.get("iscrowd") else 2 if label.get("ignore") else 0)
         raw.shapes.extend((record["height"], record["width"]))
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    raw.categories.add(None if classes is None else len(classes))

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from fvcore.common.config import BASE_KEY
 from tabulate import tabulate
 
+from fpn_plugin.data import number_of_classes
 from fpn_plugin.errors import UserError
 
 from . import charts
@@ -25,7 +26,7 @@ from .recommendation import value_at
 _SIZES_TOLD = "Sizes are sqrt(w h). In pixels of the input:"
 _POOR_RECALL = 0.5  # of anchors at IoU 0.5, below which no config fits
 
-__all__ = ["write_fitted_config", "write_report"]
+__all__ = ["check_output", "write_fitted_config", "write_report"]
 
 
 def write_report(
@@ -52,14 +53,9 @@ def write_report(
     Raises:
         UserError: the folder's fitted.yaml is what the config stands on.
     """
-    path = folder / "fitted.yaml"
-    if _stands_on(base, path):
-        raise UserError(
-            f"{base} stands on {path}, which would be overwritten by a config that stands on "
-            f"{base.name}: give another --output than {folder}"
-        )
+    check_output(base, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = write_fitted_config(fit, base, opts, path)
+    config = write_fitted_config(fit, base, opts, folder / "fitted.yaml")
     pictures = charts.draw(fit, folder)
     command = _command(fit, sources, registered, config)
     text = _text(fit, sources, base, command, pictures)
@@ -84,6 +80,24 @@ def write_report(
     }
     (folder / "report.json").write_text(json.dumps(content, indent=1))
     return text
+
+
+def check_output(base: Path, folder: Path) -> None:
+    """Refuses a folder whose fitted.yaml cannot be written over.
+
+    Args:
+        base: the config file that is to be fitted.
+        folder: of the output.
+
+    Raises:
+        UserError: the folder's fitted.yaml is what the config stands on.
+    """
+    path = folder / "fitted.yaml"
+    if _stands_on(base, path):
+        raise UserError(
+            f"{base} stands on {path}, which would be overwritten by a config that stands on "
+            f"{base.name}: give another --output than {folder}"
+        )
 
 
 def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> Path:
@@ -171,11 +185,15 @@ def _counted(fit: Fit) -> str:
         f"{count} {name} ({LEFT_OUT[name]})" for name, count in truth.left_out.items() if count
     )
     return (
-        f"{len(truth.boxes)} objects in {len(truth.shapes)} images, "
+        f"{_count(len(truth.boxes), 'object')} in {_count(len(truth.shapes), 'image')}, "
         f"{density['images_without_objects']} of which have none; {density['mean']:.1f} in an "
         f"image that has any, at most {density['percentile_99']} in 99 of 100, {density['most']} "
         f"at most. Left out: {left_out or 'none'}. Clipped to their image: {truth.clipped}."
     )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _recommended(fit: Fit, command: str) -> str:
@@ -207,6 +225,8 @@ def _concluded(fit: Fit, command: str) -> str:
     if changed:
         images = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
         told.append(f"To train with all of it: `{command}`{images}")
+        if command.endswith('DATASETS.TEST "()"'):
+            told.append("It evaluates nothing; name data to evaluate on in DATASETS.TEST.")
     return " ".join(told)
 
 
@@ -223,6 +243,10 @@ def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config
         words += ["--dataset", given]
     if names != list(fit.cfg.DATASETS.TRAIN):
         words += ["DATASETS.TRAIN", f"({', '.join(map(repr, names))},)"]
+        key, classes = number_of_classes(fit.cfg)
+        if key and fit.truth.categories not in (None, classes):
+            words += [key, str(fit.truth.categories)]
+        words += ["DATASETS.TEST", "()"]  # the config's is of other data
     return " ".join(f'"{word}"' if set(word) & set(" '()") else word for word in words)
 
 

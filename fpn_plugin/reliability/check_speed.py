@@ -6,59 +6,71 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from fpn_plugin.arguments import at_least
 from fpn_plugin.data import Needs, check_dataset
 
-__all__ = ["big_dataset", "time_check_main", "write_big_dataset"]
+__all__ = ["time_check_main", "write_big_dataset"]
 
 _WIDTH, _HEIGHT = 640, 480
 _POINTS = 20  # of a polygon; fewer than COCO's have on average
 
 
-def big_dataset(images: int, per_image: int) -> dict[str, Any]:
-    """A COCO-format dataset without problems: random boxes, each with a polygon in it."""
+def write_big_dataset(folder: Path, images: int, per_image: int) -> Path:
+    """Writes a COCO-format JSON without problems to a folder, and prints its size.
+
+    Boxes are random, each with a polygon in it. They are written a part at a time, so that what is
+    started after it is not measured with this process's memory.
+
+    Args:
+        folder: to write to.
+        images: how many.
+        per_image: annotations of each.
+    """
+    file = folder / "big.json"
+    print("making the JSON", flush=True)
     rng = np.random.default_rng(0)
-    count = images * per_image
-    low = rng.uniform(0, [_WIDTH - 60, _HEIGHT - 60], (count, 2)).round(2)
-    extent = rng.uniform(4, 60, (count, 2)).round(2)
-    outlines = (low[:, None] + rng.uniform(0, 1, (count, _POINTS, 2)) * extent[:, None]).round(2)
-    categories = rng.integers(1, 81, count).tolist()
-    rows = zip(low.tolist(), extent.tolist(), outlines.reshape(count, -1).tolist(), strict=True)
-    return {
-        "images": [
-            {"id": i, "file_name": f"{i:012d}.jpg", "width": _WIDTH, "height": _HEIGHT}
-            for i in range(images)
-        ],
-        "categories": [{"id": i, "name": f"category {i}"} for i in range(1, 81)],
-        "annotations": [
-            {
-                "id": i + 1,
-                "image_id": i // per_image,
-                "category_id": categories[i],
+    with file.open("w") as stream:
+        stream.write('{"images": [')
+        for number in range(images):
+            record = {"id": number, "file_name": f"{number:012d}.jpg"}
+            _write_record(stream, number, {**record, "width": _WIDTH, "height": _HEIGHT})
+        categories = [{"id": i, "name": f"category {i}"} for i in range(1, 81)]
+        stream.write(f'], "categories": {json.dumps(categories)}, "annotations": [')
+        for number, record in enumerate(_annotations(rng, images, per_image)):
+            _write_record(stream, number, {"id": number + 1, **record})
+        stream.write("]}")
+    size = file.stat().st_size >> 20
+    print(f"{images} images, {images * per_image} annotations, {size} MiB", flush=True)
+    return file
+
+
+def _write_record(stream: TextIO, number: int, record: dict[str, Any]) -> None:
+    stream.write(("\n" if number == 0 else ",\n") + json.dumps(record))
+
+
+def _annotations(rng: np.random.Generator, images: int, per_image: int) -> Iterator[dict[str, Any]]:
+    for image in range(images):
+        low = rng.uniform(0, [_WIDTH - 60, _HEIGHT - 60], (per_image, 2)).round(2)
+        extent = rng.uniform(4, 60, (per_image, 2)).round(2)
+        outlines = low[:, None] + rng.uniform(0, 1, (per_image, _POINTS, 2)) * extent[:, None]
+        outlines = outlines.round(2).reshape(per_image, -1).tolist()
+        categories = rng.integers(1, 81, per_image).tolist()
+        rows = zip(low.tolist(), extent.tolist(), outlines, categories, strict=True)
+        for corner, sides, outline, category in rows:
+            yield {
+                "image_id": image,
+                "category_id": category,
                 "bbox": [*corner, *sides],
                 "area": sides[0] * sides[1],
                 "iscrowd": 0,
                 "segmentation": [outline],
             }
-            for i, (corner, sides, outline) in enumerate(rows)
-        ],
-    }
-
-
-def write_big_dataset(folder: Path, images: int, per_image: int) -> Path:
-    """Writes a :func:`big_dataset` to a folder, and prints its size."""
-    file = folder / "big.json"
-    print("making the JSON", flush=True)
-    file.write_text(json.dumps(big_dataset(images, per_image)))
-    size = file.stat().st_size >> 20
-    print(f"{images} images, {images * per_image} annotations, {size} MiB", flush=True)
-    return file
 
 
 def time_check_main(argv: Sequence[str] | None = None) -> None:

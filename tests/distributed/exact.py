@@ -14,7 +14,7 @@ from detectron2.utils.env import seed_all_rng
 
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, load_config
-from fpn_plugin.engine.launch import launch
+from fpn_plugin.engine.launch import launch, run_tool
 from fpn_plugin.reliability.tiny import tiny_options
 
 LENGTH = 5
@@ -69,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

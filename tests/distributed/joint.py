@@ -26,7 +26,7 @@ from torchvision.ops import boxes as box_ops
 
 from fpn_plugin import model_zoo
 from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, load_config
-from fpn_plugin.engine.launch import launch
+from fpn_plugin.engine.launch import launch, run_tool
 
 SIDE, IMAGES = 64, 4
 SUMS = 4096  # that are kept of a gradient
@@ -285,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

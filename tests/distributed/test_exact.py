@@ -24,10 +24,11 @@ def resumed_as(dataset: str, folder: Path, *opts: str) -> FPNTrainer:
 @pytest.mark.parametrize(
     ("how", "processes"),
     [
-        ("launch", 2),
+        # With three or more the order of summation is a matter of its own.
+        ("launch", 4),
         *(
             pytest.param(*way, marks=pytest.mark.processes)
-            for way in (("torchrun", 2), ("launch", 4), ("torchrun", 4))
+            for way in (("torchrun", 4), ("launch", 2), ("torchrun", 2))
         ),
     ],
 )

@@ -91,6 +91,22 @@ def test_what_is_left_out_is_counted_by_name(tmp_path):
     }  # fmt: skip
 
 
+def test_categories_are_counted_where_all_datasets_have_as_many(coco_json, tmp_path):
+    def json_of(name, **categories):
+        path = coco_json([[1, 1, 5, 5]], **categories)
+        return str(path.rename(tmp_path / name))
+
+    one, other = json_of("one.json"), json_of("other.json")
+    assert read_ground_truth([one, other]).categories == 1
+    two = json_of("two.json", categories=[{"id": 1}, {"id": 2}])
+    assert read_ground_truth([two]).categories == 2
+    assert read_ground_truth([one, two]).categories is None
+    content = json.loads((tmp_path / "one.json").read_text())
+    del content["categories"]
+    (tmp_path / "none.json").write_text(json.dumps(content))
+    assert read_ground_truth([str(tmp_path / "none.json")]).categories is None
+
+
 def test_a_sample_keeps_images_whole():
     image = np.repeat([0, 2, 3, 5], [3, 1, 2, 4])
     boxes = np.arange(40.0).reshape(10, 4)

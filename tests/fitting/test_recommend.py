@@ -19,7 +19,7 @@ from fpn_plugin.fitting import (
     measure,
 )
 from fpn_plugin.fitting.anchor_fit import fit_anchors
-from fpn_plugin.fitting.density import Density, recommend_room
+from fpn_plugin.fitting.density import Density, check_sampling, recommend_room
 from fpn_plugin.fitting.recommendation import applied
 
 
@@ -339,6 +339,15 @@ def test_a_sampler_that_takes_no_object_is_refused(mini_config, part):
     cfg = mini_config(f"MODEL.{part}.POSITIVE_FRACTION", "0.0")
     with pytest.raises(UserError, match=f"{part}.POSITIVE_FRACTION is 0.0, .*as 0.25"):
         list(recommend_room(cfg, Density.of(crowds(5))))
+    check_sampling(mini_config(f"MODEL.{part}.POSITIVE_FRACTION", "0.01"))
+
+
+def test_only_the_samplers_that_a_model_has_are_looked_at(mini_config):
+    never = ["MODEL.RPN.POSITIVE_FRACTION", "0.0", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.0"]
+    check_sampling(mini_config("MODEL.META_ARCHITECTURE", "RetinaNet", *never))
+    check_sampling(mini_config("MODEL.META_ARCHITECTURE", "ProposalNetwork", *never[2:]))
+    with pytest.raises(UserError, match=r"RPN\.POSITIVE"):
+        check_sampling(mini_config("MODEL.META_ARCHITECTURE", "ProposalNetwork", *never))
 
 
 def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):

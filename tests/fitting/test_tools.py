@@ -1,6 +1,8 @@
 """tools/fit_pyramid.py and compare_fitted.py: files, and that what they write trains."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -70,11 +72,13 @@ def test_a_fitted_config_is_not_overwritten_by_a_fit_of_it(tmp_path, monkeypatch
     args = ["--data", "mini_small_train", "--config-file"]
     fit_main([*args, CONFIG, "--output", "fit"])
     before = Path("fit/fitted.yaml").read_text()
+    monkeypatch.setattr("fpn_plugin.fitting.fit.read_ground_truth", None)  # it is told before
     Path("own.yaml").write_text("_BASE_: [fit/fitted.yaml]\nSEED: 5\n")
     for config in ("fit/fitted.yaml", "own.yaml"):
         with pytest.raises(UserError, match="would be overwritten.* another --output than fit"):
             fit_main([*args, config, "--output", "fit"])
     assert Path("fit/fitted.yaml").read_text() == before
+    monkeypatch.setattr("fpn_plugin.fitting.fit.read_ground_truth", read_ground_truth)
     fit_main([*args, "fit/fitted.yaml", "--output", "again"])
     assert load_config("again/fitted.yaml").MODEL.FPN == load_config("fit/fitted.yaml").MODEL.FPN
 
@@ -110,12 +114,16 @@ def test_how_to_train_on_data_that_the_config_does_not_name_is_told(tmp_path, ca
     args = ["--config-file", CONFIG, "--output", str(tmp_path / "fit")]
     fit_main([*args, "--data", small.json_file])
     told = capsys.readouterr().out
-    expected = f"--dataset train={small.json_file}:IMAGES DATASETS.TRAIN \"('train',)\"` (IMAGES: "
-    assert f"fitted.yaml {expected}" in told
+    data = f"--dataset train={small.json_file}:IMAGES DATASETS.TRAIN \"('train',)\""
+    others = 'MODEL.ROI_HEADS.NUM_CLASSES 10 DATASETS.TEST "()"'  # where the config has 14
+    assert f"fitted.yaml {data} {others}` (IMAGES: the folder of its images) It evaluates" in told
     dataset = f"told_of={small.json_file}:{small.image_root}"
     fit_main([*args, "--dataset", dataset, "--data", "told_of"])
     told = capsys.readouterr().out
-    assert f"fitted.yaml --dataset {dataset} DATASETS.TRAIN \"('told_of',)\"`\n" in told
+    assert f"fitted.yaml --dataset {dataset} DATASETS.TRAIN \"('told_of',)\" {others}` " in told
+    [command] = re.findall(r"`tools/train_net.py (.*)`", told)
+    train_main([*shlex.split(command), *TINY, "OUTPUT_DIR", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "model_final.pth").is_file()
     fit_main([*args, "DATASETS.TRAIN", "('mini_small_train',)"])
     assert "fitted.yaml`\n" in capsys.readouterr().out
 
