@@ -124,7 +124,14 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
-    """The config key of a model's number of classes, and its value; "", None where it has none."""
+    """The config key of a model's number of classes, and its value.
+
+    Args:
+        cfg: the config; its META_ARCHITECTURE decides.
+
+    Returns:
+        Both, or ``("", None)`` for a model without classes, as one that gives proposals alone.
+    """
     return {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
         "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),

@@ -22,7 +22,9 @@ def create_cpu_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
 
     Args:
         model: returned as it is where there is one process.
-        kwargs: of :class:`torch.nn.parallel.DistributedDataParallel`.
+        kwargs: of Detectron2's ``create_ddp_model``: those of
+            :class:`torch.nn.parallel.DistributedDataParallel`, and ``fp16_compression``, which
+            has a way of its own to send gradients and is left as it is.
     """
     wrapped = create_ddp_model(model, **{**kwargs, "device_ids": None})
     if wrapped is not model and dist.get_world_size() > 2 and not kwargs.get("fp16_compression"):
