@@ -106,6 +106,8 @@ def comparable() -> Iterator[None]:
     # Detectron2's boxes are float32; where operators want boxes and maps of one kind, these are.
     for_pooling = poolers.convert_boxes_to_pooler_format
     for_nms = box_ops.batched_nms
+    # Its result has its targets' kind, which are float32: so would the losses be.
+    for_classes = nn.functional.binary_cross_entropy_with_logits
     with (
         EventStorage(),
         mock.patch(
@@ -115,6 +117,11 @@ def comparable() -> Iterator[None]:
         mock.patch.object(box_ops, "batched_nms", lambda box, *more: for_nms(box.double(), *more)),
         mock.patch.object(
             poolers, "convert_boxes_to_pooler_format", lambda boxes: for_pooling(boxes).double()
+        ),
+        mock.patch.object(
+            nn.functional,
+            "binary_cross_entropy_with_logits",
+            lambda given, target, **more: for_classes(given, target.to(given.dtype), **more),
         ),
     ):
         yield

@@ -64,6 +64,7 @@ def furthest(ours: dict, theirs: dict) -> float:
     largest = 0.0
     for kind in ("losses", "gradients"):
         for name, expected in theirs[kind].items():
+            assert expected.dtype == torch.float64, f"{name}: rounded to 1e-7, whatever is compared"
             difference = (ours[kind][name] - expected).abs().max().item()
             scale = expected.abs().max().item()
             assert math.isfinite(difference), name
