@@ -21,15 +21,15 @@ from tabulate import tabulate
 import fpn_plugin
 from fpn_plugin.errors import UserError
 
-from .runs import CODE, Outcome, RunFolder, code_version
+from .runs import CODE, PARTS, Outcome, RunFolder, code_version
 from .tables import TABLES, Row, Table
 
 __all__ = ["Summary", "read_runs", "summarize", "write_report"]
 
 _MINI = (
     "**These are runs on the mini dataset: 256 px drawings, ResNet-18 of a quarter of the paper's "
-    "width, from scratch, a few minutes each. They are not COCO results. Compare the differences "
-    "between rows with the paper's, never the figures themselves.**"
+    "width, a few minutes each. They are not COCO results. Compare the differences between rows "
+    "with the paper's, never the figures themselves.**"
 )
 _PAPER = "Runs on COCO, trained on train2017 and evaluated on val2017 (trainval35k and minival)."
 # Okabe and Ito's palette, as in the other pictures.
@@ -45,6 +45,7 @@ class Summary:
     spread: dict[str, float]
     groups: dict[str, float]
     groups_spread: dict[str, float]
+    losses: list[float]
     seconds_per_iteration: float
     seconds_per_image: float
 
@@ -69,6 +70,8 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
         spread={name: spread(values) for name, values in columns.items()},
         groups={name: statistics.mean(values) for name, values in groups.items()},
         groups_spread={name: spread(values) for name, values in groups.items()},
+        # None where a seed tells none.
+        losses=[statistics.mean(part) for part in zip(*(o.losses for o in every), strict=False)],
         seconds_per_iteration=statistics.median(o.seconds_per_iteration for o in every),
         seconds_per_image=statistics.median(o.seconds_per_image for o in every),
     )
@@ -232,6 +235,12 @@ def _section(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -
         parts.append(
             tabulate(body, headers=["row", *groups], tablefmt="github", disable_numparse=True)
         )
+    told = [row for row in rows if row.key in summaries and summaries[row.key].losses]
+    if told:
+        parts.append("Total loss, mean over each eighth of the training, one after the other:")
+        body = [[row.title, *(f"{x:.3f}" for x in summaries[row.key].losses)] for row in told]
+        headers = ["row", *(f"{part}/{PARTS}" for part in range(1, PARTS + 1))]
+        parts.append(tabulate(body, headers=headers, tablefmt="github", disable_numparse=True))
     words = _in_words(table, rows, summaries)
     return [*parts, words] if words else parts
 

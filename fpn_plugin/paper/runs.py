@@ -8,7 +8,7 @@ import io
 import json
 import statistics
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from fpn_plugin.unpickling import load_arrays
 
 from .tables import Run
 
-__all__ = ["CODE", "Outcome", "RunFolder", "code_version"]
+__all__ = ["CODE", "PARTS", "Outcome", "RunFolder", "code_version"]
 
 _MADE_BY = "made_by.json"
 _GROUPS = "groups.json"
 # What a training reads; a change elsewhere leaves finished runs what they are.
 CODE = ("config.py", "proposals.py", "modeling", "data", "engine")
+PARTS = 8  # of a training, whose losses tell whether it had come to rest
 
 
 @functools.cache
@@ -59,6 +60,8 @@ class Outcome:
         seconds_per_iteration: median over the training.
         seconds_per_image: median over the evaluation, one image a call.
         made_by: config, code and versions that made it.
+        losses: mean total loss over each eighth of the training; nothing where one of them
+            logged none.
     """
 
     metrics: dict[str, float]
@@ -66,6 +69,7 @@ class Outcome:
     seconds_per_iteration: float
     seconds_per_image: float
     made_by: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ class RunFolder:
         """
         results = json.loads((self.path / "results.json").read_text())
         speed = json.loads((self.path / "inference" / "speed.json").read_text())
-        times = [row["time"] for row in loss_rows(self.path / "metrics.json") if "time" in row]
+        rows = loss_rows(self.path / "metrics.json")
+        times = [row["time"] for row in rows if "time" in row]
         groups = self.path / _GROUPS
         if not groups.is_file():
             groups.write_text(json.dumps(_by_group(self, results, task)))
@@ -210,6 +215,7 @@ class RunFolder:
             seconds_per_iteration=statistics.median(times) if times else float("nan"),
             seconds_per_image=speed["median_seconds_per_call"],
             made_by=json.loads((self.path / _MADE_BY).read_text()),
+            losses=_by_part(rows, self.config().SOLVER.MAX_ITER),
         )
 
 
@@ -218,6 +224,15 @@ def _config(name: str, opts: tuple[str, ...], seed: int) -> CfgNode:
     cfg = load_config(name, [*opts, "SEED", str(seed)])
     cfg.freeze()
     return cfg
+
+
+def _by_part(rows: list[dict[str, float]], iterations: int) -> list[float]:
+    """Mean total loss over each eighth of a training; nothing where an eighth has no row."""
+    parts: list[list[float]] = [[] for _ in range(PARTS)]
+    for row in rows:
+        part = int(row["iteration"]) * PARTS // iterations
+        parts[part].append(row["total_loss"])
+    return [statistics.mean(part) for part in parts] if all(parts) else []
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """tools/reproduce.py: what runs, what is refused, and what the report says of it."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -17,7 +18,7 @@ from fpn_plugin.data import ensure_mini
 from fpn_plugin.paper import runs
 from fpn_plugin.paper.report import read_runs, summarize, write_report
 from fpn_plugin.paper.reproduce import reproduce_main
-from fpn_plugin.paper.runs import Outcome, RunFolder
+from fpn_plugin.paper.runs import Outcome, RunFolder, _by_part
 from fpn_plugin.paper.scheduler import _gpus_of, _visible_gpus, tasks_for
 from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
 
@@ -155,7 +156,7 @@ def test_only_visible_gpus_are_used(monkeypatch):
 def outcome(scale: float, groups: bool = True) -> Outcome:
     metrics = dict.fromkeys(["AR@100", "AR@1000", "ARs@1000", "ARm@1000", "ARl@1000"], scale)
     by_group = {"digit": scale, "disc": scale + 1} if groups else {}
-    return Outcome(metrics, by_group, 0.5, 0.25, {})
+    return Outcome(metrics, by_group, 0.5, 0.25, {}, [scale / part for part in range(1, 9)])
 
 
 def test_seeds_are_put_together_by_mean_and_standard_deviation():
@@ -163,7 +164,18 @@ def test_seeds_are_put_together_by_mean_and_standard_deviation():
     assert summary.mean["AR1k"] == 53
     assert summary.spread["AR1k"] == 3
     assert summary.groups == {"digit": 53, "disc": 54}
+    assert summary.losses[:2] == [53, 26.5]
     assert summarize({0: outcome(50)}, TABLES[1].metrics).spread["AR1k"] == 0
+    without = dataclasses.replace(outcome(53), losses=[])
+    assert summarize({0: outcome(50), 1: without}, TABLES[1].metrics).losses == []
+
+
+def test_losses_are_told_by_eighths_of_the_training():
+    rows = [{"iteration": i, "total_loss": float(i // 100)} for i in range(19, 800, 20)]
+    assert _by_part(rows, 800) == list(range(8))
+    assert _by_part(rows, 801)[-1] == 7  # also where the parts do not come out even
+    assert _by_part(rows[:-5], 800) == []  # none of the last eighth
+    assert _by_part([], 800) == []
 
 
 def test_the_report_sets_rows_beside_the_papers(tmp_path):
@@ -178,7 +190,7 @@ def test_the_report_sets_rows_beside_the_papers(tmp_path):
     text = write_report({1: rows}, outcomes, tmp_path / "mini").read_text()
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in text.splitlines()
+        for line in text.partition("Total loss")[0].splitlines()
         if line.startswith("| (")
     }
     assert "They are not COCO results" in text
@@ -186,6 +198,8 @@ def test_the_report_sets_rows_beside_the_papers(tmp_path):
     head = next(line for line in text.splitlines() if line.startswith("| (a) C4"))
     assert "| 0,1     | 51.0 ± 1.4 (-11.0) | 36.1 (-7.9)" in head
     assert "48.3 (-8.0)" in head  # AR1k of the paper, and its difference
+    losses = text[text.index("Total loss, mean over each eighth") :]
+    assert "| (a) C4                | 51.000 | 25.500 | 17.000 " in losses
     missing = next(line for line in text.splitlines() if line.startswith("| (d)"))
     assert "| -" in missing and "49.5 (-6.8)" in missing
     assert "By AR1k, here: 1f 63.0 > 1c 62.0 > 1a 51.0. Paper: 1c 56.3 > 1f 51.3 > 1a 48.3." in text
