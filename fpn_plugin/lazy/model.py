@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, naming_keys, near_names
 from fpn_plugin.modeling import (
     FeaturePyramidNetwork,
     FPNCascadeROIHeads,
@@ -162,13 +162,14 @@ def build_pyramid(
     shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
     # Stages that are not there are reported by FeaturePyramidNetwork, with what is.
     if isinstance(top_block, str) and coarsest in shapes:
-        top_block = build_top_block(
-            top_block,
-            coarsest_stage=coarsest,
-            coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-            in_channels=shapes[coarsest].channels,
-            out_channels=out_channels,
-        )
+        with naming_keys({"name": "`top_block`"}):
+            top_block = build_top_block(
+                top_block,
+                coarsest_stage=coarsest,
+                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+                in_channels=shapes[coarsest].channels,
+                out_channels=out_channels,
+            )
     neck = FeaturePyramidNetwork(
         bottom_up,
         in_features,
