@@ -25,6 +25,8 @@ from fpn_plugin.engine import launch
 from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.inspection import flops
+from fpn_plugin.lazy import keys, model_node
+from fpn_plugin.lazy import model as lazy_model
 from fpn_plugin.lazy.training import dataloader_node, train_node
 from fpn_plugin.modeling import neck
 
@@ -137,3 +139,19 @@ def test_the_precision_of_float32_is_carried_over():
     assert "float32_precision" not in train_node(cfg)
     cfg.FLOAT32_PRECISION = "high"
     assert train_node(cfg).float32_precision == "high"
+
+
+def test_a_key_that_detectron2_gets_some_day_is_named_by_the_lazy_form(monkeypatch):
+    newest = get_cfg()
+    newest.MODEL.RPN.SOME_DAY = 1
+    monkeypatch.setattr(keys, "get_cfg", lambda: newest)
+    monkeypatch.setattr(lazy_model, "get_cfg", newest.clone)
+    assert keys.newer_keys.__wrapped__() == ("MODEL.RPN.SOME_DAY",)
+    monkeypatch.setattr(lazy_model, "newer_keys", keys.newer_keys.__wrapped__)
+    monkeypatch.setattr(lazy_model, "_unchanged", lazy_model._unchanged.__wrapped__)
+    cfg = narrow("mini/faster_rcnn_R_18_FPN.yaml")
+    cfg.MODEL.RPN.SOME_DAY = 1
+    model_node(cfg)
+    cfg.MODEL.RPN.SOME_DAY = 2
+    with pytest.raises(UserError, match="^MODEL.RPN.SOME_DAY 2 has no lazy form here: leave it 1"):
+        model_node(cfg)

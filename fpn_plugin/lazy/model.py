@@ -47,6 +47,8 @@ from fpn_plugin.modeling import (
 from fpn_plugin.modeling.bottom_up import frozen
 from fpn_plugin.modeling.neck import build_top_block
 
+from .keys import newer_keys
+
 __all__ = [
     "build_network",
     "build_per_level_head",
@@ -200,6 +202,7 @@ def model_node(cfg: CfgNode) -> DictConfig:
         "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT",
         "MODEL.PANOPTIC_FPN.COMBINE.ENABLED",
         "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+        *newer_keys(),
     )
     kinds = {
         "GeneralizedRCNN": _rcnn,
