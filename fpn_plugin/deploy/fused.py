@@ -21,7 +21,14 @@ from fpn_plugin.modeling import FeaturePyramidNetwork
 
 from .convolution import FusedConv2d
 
-__all__ = ["FusedNeck", "as_plugin_pyramid", "fuse_resnets", "fuse_rpn_heads", "select_first"]
+__all__ = [
+    "FusedNeck",
+    "SelectingRPN",
+    "as_plugin_pyramid",
+    "fuse_resnets",
+    "fuse_rpn_heads",
+    "select_first",
+]
 
 
 class FusedBlock(nn.Module):
@@ -194,7 +201,7 @@ def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
     return count
 
 
-class _SelectingRPN(RPN):
+class SelectingRPN(RPN):
     """An RPN that decodes the candidates it selects, where RPN selects among all it decoded.
 
     Which those are depends on their logits alone, so proposals are the same.
@@ -235,4 +242,4 @@ class _SelectingRPN(RPN):
 def select_first(rpn: RPN) -> None:
     """Makes an RPN decode what it selects, in place."""
     # By its class, not by a method of its own: copies are independent and can be saved.
-    rpn.__class__ = _SelectingRPN
+    rpn.__class__ = SelectingRPN
