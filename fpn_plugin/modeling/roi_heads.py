@@ -11,6 +11,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 
 from fpn_plugin.errors import UserError, near_names
 
+from .levels import raise_non_finite
 from .pooler import PyramidROIPooler
 
 __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
@@ -41,6 +42,13 @@ class _PyramidPooling:
             head = cfg.MODEL.ROI_KEYPOINT_HEAD
             parts["keypoint_pooler"] = _pyramid_pooler(cfg, head, input_shape)
         return parts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        # On a GPU poolers do not wait to say so. In inference what they found has come by now; in
+        # training a loss is NaN.
+        raise_non_finite()
+        return output
 
 
 @ROI_HEADS_REGISTRY.register()
