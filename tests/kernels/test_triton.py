@@ -335,12 +335,12 @@ def test_the_poolers_memory_is_not_above_stocks():
     boxes = Boxes(torch.cat([corner, corner + 150], dim=1).to(device))
     features = [level.detach() for level in maps(256, torch.float16, True, 1, 800, 1216)]
     peaks = []
-    for kind, given in ((PyramidROIPooler, features), (ROIPooler, features)):
+    for kind in (PyramidROIPooler, ROIPooler):
         pooler = kind(7, SCALES, 0, "ROIAlignV2")
-        pooler(given, [boxes])
+        pooler(features, [boxes])
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        pooler(given, [boxes])
+        pooler(features, [boxes])
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] <= peaks[1]
