@@ -11,6 +11,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 
 from fpn_plugin.errors import UserError, near_names
 
+from .batched_parts import BatchedSampling
 from .levels import raise_non_finite
 from .pooler import PyramidROIPooler
 
@@ -52,7 +53,7 @@ class _PyramidPooling:
 
 
 @ROI_HEADS_REGISTRY.register()
-class FPNROIHeads(_PyramidPooling, StandardROIHeads):
+class FPNROIHeads(_PyramidPooling, BatchedSampling, StandardROIHeads):
     """StandardROIHeads whose box, mask and keypoint poolers read MODEL.FPN.CANONICAL_LEVEL (k0)
     and MODEL.FPN.CANONICAL_BOX_SIZE.
 
@@ -62,7 +63,7 @@ class FPNROIHeads(_PyramidPooling, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
+class FPNCascadeROIHeads(_PyramidPooling, BatchedSampling, CascadeROIHeads):
     """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
 
 

@@ -7,10 +7,10 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
 from fpn_plugin import model_zoo
-from fpn_plugin.modeling.cpu_training import (
+from fpn_plugin.modeling.fast_training import (
     FrozenNormConv2d,
     fold_frozen_norms,
-    optimize_for_cpu_training,
+    optimize_for_training,
 )
 
 
@@ -71,7 +71,7 @@ def test_a_bias_and_an_activation_are_kept():
 def test_a_model_trains_channels_last_and_evaluates_as_before():
     model = model_zoo.get("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", device="cpu")
     other = copy.deepcopy(model)
-    optimize_for_cpu_training(model)
+    optimize_for_training(model)
     assert list(model.state_dict()) == list(other.state_dict())
     x = torch.randn(1, 3, 64, 64)
     trained, expected = model.backbone.train()(x), other.backbone.train()(x)
