@@ -235,8 +235,9 @@ class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
         foreground = ((gt_classes >= 0) & (gt_classes < self.num_classes))[:, None]
         if pred_deltas.shape[1] != proposal_boxes.shape[1]:  # of each class
             of_class = gt_classes.clamp(0, self.num_classes - 1)[:, None, None]
-            pred_deltas = pred_deltas.view(len(gt_classes), self.num_classes, -1)
-            pred_deltas = pred_deltas.gather(1, of_class.expand(-1, -1, pred_deltas.shape[2]))[:, 0]
+            box_dim = proposal_boxes.shape[1]
+            pred_deltas = pred_deltas.view(-1, self.num_classes, box_dim)
+            pred_deltas = pred_deltas.gather(1, of_class.expand(-1, -1, box_dim))[:, 0]
         # Background predicts a box of one pixel to be where it is.
         pixel = torch.arange(4, device=gt_boxes.device).div(2, rounding_mode="floor").to(gt_boxes)
         loss = _dense_box_regression_loss(

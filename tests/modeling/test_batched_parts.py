@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpn_plugin import model_zoo
+from fpn_plugin.inspection.level_observer import observed_levels
 from fpn_plugin.kernels import nms_fixpoint, proposals, pyramid_roi_align_by_level
 from fpn_plugin.modeling import pooler
 from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
@@ -98,6 +99,18 @@ def test_a_step_is_stock_detectron2s(name, opts):
         torch.testing.assert_close(my_gradients[key] / scale, gradient / scale, rtol=0, atol=1e-4)
     assert my_logged == pytest.approx(logged)
     assert torch.equal(my_drawn, drawn)
+
+
+def test_level_statistics_are_those_of_stock_parts():
+    sums = []
+    for model in pair(FASTER):
+        with observed_levels(model) as tally:
+            step(model, batch())
+        sums.append(tally.sums())
+    theirs, mine = sums
+    assert mine.keys() == theirs.keys() and len(mine) == 10
+    for key, value in theirs.items():
+        assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
 def test_a_batch_without_objects():
