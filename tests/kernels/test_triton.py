@@ -31,7 +31,7 @@ if INTERPRETED or torch.cuda.is_available():
     from fpn_plugin.kernels import nms_triton, roi_align_triton
 
 SCALES = (1 / 4, 1 / 8, 1 / 16)
-EXAMPLES = 8 if INTERPRETED else 60
+EXAMPLES = 5 if INTERPRETED else 60
 
 
 def maps(channels=3, dtype=torch.float32, last=True, images=2, height=48, width=64):
@@ -86,12 +86,12 @@ ROWS = [
     [
         (torch.float32, True, 0, True, 3, (2, 3)),
         (torch.float32, False, 0, True, 3, (2, 3)),
-        (torch.float32, True, 0, False, 5, (1, 1)),
+        (torch.float32, True, 0, False, 5, (4, 5)),
         (torch.float32, False, 2, False, 5, (3, 2)),
         (torch.float16, True, 0, True, 8, (2, 2)),
         (torch.float16, False, 1, True, 3, (2, 3)),
         (torch.bfloat16, True, 2, True, 3, (2, 3)),
-        (torch.bfloat16, False, 0, False, 3, (1, 2)),
+        (torch.bfloat16, False, 0, False, 3, (3, 4)),
     ],
 )
 def test_roi_align(dtype, last, ratio, aligned, channels, size):
@@ -121,8 +121,8 @@ def test_roi_align_of_any_boxes(rows):
 
 
 def test_more_channels_and_cells_than_a_program_takes():
-    for last in (True, False):
-        check(maps(300, last=last, images=1), *boxes_of(ROWS[:1]), (9, 9))
+    check(maps(300, last=True, images=1), *boxes_of(ROWS[:1]), (5, 1))
+    check(maps(20, last=False, images=1), *boxes_of(ROWS[:1]), (13, 5))
 
 
 def test_maps_of_mixed_or_no_layout():
@@ -132,7 +132,7 @@ def test_maps_of_mixed_or_no_layout():
     ]
     rois, level_of = boxes_of(ROWS[:3])
     results = [
-        roi_align_triton.pyramid_roi_align(m, rois, level_of, SCALES, (2, 2), 0, True)
+        roi_align_triton.pyramid_roi_align(m, rois, level_of, SCALES, (2, 3), 0, True)
         for m in (mixed, [level.mT.contiguous().mT for level in mixed], maps())
     ]
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
@@ -145,7 +145,7 @@ def test_a_box_that_is_not_finite_gives_nan(column, aligned):
     rois, level_of = boxes_of(ROWS[:3])
     rois[1, column] = torch.nan if column % 2 else torch.inf
     levels = maps()
-    pooled = check(levels, rois, level_of, (2, 2), 0, aligned)
+    pooled = check(levels, rois, level_of, (2, 3), 0, aligned)
     assert pooled.isnan().flatten(1).all(dim=1).tolist() == [False, True, False]
     assert not pooled[[0, 2]].isnan().any()
 
@@ -153,10 +153,10 @@ def test_a_box_that_is_not_finite_gives_nan(column, aligned):
 def test_one_level_six_levels_and_int32():
     six = [maps()[0]] * 6
     rois, level_of = boxes_of(ROWS[:1] * 6)
-    one = roi_align_triton.pyramid_roi_align(six[:1], rois, level_of, [1 / 4], (1, 1), 0, True)
+    one = roi_align_triton.pyramid_roi_align(six[:1], rois, level_of, [1 / 4], (2, 3), 0, True)
     level_of = torch.arange(6, dtype=torch.int32, device=device)
     scaled = [level * (1 + i) for i, level in enumerate(six)]
-    each = roi_align_triton.pyramid_roi_align(scaled, rois, level_of, [1 / 4] * 6, (1, 1), 0, True)
+    each = roi_align_triton.pyramid_roi_align(scaled, rois, level_of, [1 / 4] * 6, (2, 3), 0, True)
     torch.testing.assert_close(each, one * torch.arange(1, 7, device=device)[:, None, None, None])
 
 
@@ -224,8 +224,10 @@ cuda_only = pytest.mark.skipif(INTERPRETED, reason="of CUDA alone")
 
 
 @cuda_only
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "last"),
+    [(torch.float32, True), (torch.float32, False), (torch.float16, True)],
+)
 def test_roi_align_at_full_size(dtype, last):
     generator = torch.Generator().manual_seed(1)
     corner = torch.rand(1000, 2, generator=generator) * torch.tensor([1000, 600])
