@@ -11,6 +11,8 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 
 from fpn_plugin.errors import UserError, near_names
 
+from .batched_parts import BatchedSampling
+from .levels import raise_non_finite
 from .pooler import PyramidROIPooler
 
 __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
@@ -42,9 +44,16 @@ class _PyramidPooling:
             parts["keypoint_pooler"] = _pyramid_pooler(cfg, head, input_shape)
         return parts
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        # On a GPU poolers do not wait to say so. In inference what they found has come by now; in
+        # training a loss is NaN.
+        raise_non_finite()
+        return output
+
 
 @ROI_HEADS_REGISTRY.register()
-class FPNROIHeads(_PyramidPooling, StandardROIHeads):
+class FPNROIHeads(_PyramidPooling, BatchedSampling, StandardROIHeads):
     """StandardROIHeads whose box, mask and keypoint poolers read MODEL.FPN.CANONICAL_LEVEL (k0)
     and MODEL.FPN.CANONICAL_BOX_SIZE.
 
@@ -54,7 +63,7 @@ class FPNROIHeads(_PyramidPooling, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
+class FPNCascadeROIHeads(_PyramidPooling, BatchedSampling, CascadeROIHeads):
     """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
 
 
