@@ -150,6 +150,8 @@ class FusedNeck(FeaturePyramidNetwork):
 
     def _upsampled(self, coarser: Tensor, level: int) -> Tensor:
         size = 4 * coarser.numel()
+        if coarser.is_cuda:  # torch keeps a GPU's memory itself
+            return F.interpolate(coarser, scale_factor=2.0, mode="nearest")
         is_read_once = level == self._coarsest_first[-1] and hasattr(self, f"fpn_output{level}")
         if not is_read_once or size * coarser.element_size() <= _LARGE:
             return F.interpolate(coarser, scale_factor=2.0, mode="nearest")
@@ -214,6 +216,7 @@ class SelectingRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
+        """See the base class."""
         chosen_logits, boxes = [], []
         most = self.pre_nms_topk[self.training]
         for of_level, logits, deltas in zip(

@@ -283,13 +283,13 @@ class Graphs:
         results = []
         for number, output in enumerate(outputs):
             count = int(host[number, 0])
-            device_fields, regions = _fields(packed[number], count, room)
+            device_fields, _ = _fields(packed[number], count, room)
             host_fields, host_regions = _fields(host[number], count, room)
             if is_rpn:
                 names = {"proposal_boxes": "pred_boxes", "objectness_logits": "scores"}
             else:
                 names = {name: name for name in ("pred_boxes", "scores", "pred_classes")}
-            if self.record_levels and found.levels is not None and not is_rpn:
+            if self.record_levels and not is_rpn:
                 names["pyramid_level"] = "pyramid_level"
             instances = HostInstances(output)
             for name, of in names.items():
@@ -323,7 +323,7 @@ def _fields(row: Tensor, count: int, room: int) -> tuple[dict[str, Any], Tensor]
 
 
 def _padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
-    """Height and width that Detectron2 pads a batch to, so that values at the edges are the same."""
+    """Height and width that Detectron2 pads a batch to: values next to the padding are the same."""
     backbone = model.backbone
     constraints = backbone.padding_constraints
     square = constraints.get("square_size", 0)

@@ -415,7 +415,7 @@ def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _levels(pooler: PyramidROIPooler, boxes: Tensor) -> Tensor:
-    """k of Eq. (1) of ``(N, M, 4)`` boxes."""
+    """Levels, k of Eq. (1), of ``(N, M, 4)`` boxes."""
     levels = levels_of(
         boxes.flatten(0, 1),
         pooler.min_level,
@@ -436,8 +436,8 @@ def _pool(pooler: PyramidROIPooler, features: list[Tensor], boxes: Tensor) -> Te
         features,
         rois.flatten(0, 1),
         (_levels(pooler, boxes) - pooler.min_level).flatten(),
-        align.output_size,
         [each.spatial_scale for each in pooler.level_poolers],
+        align.output_size,
         align.sampling_ratio,
         align.aligned,
     )
