@@ -73,11 +73,7 @@ class FusedConv2d(nn.Module):
 
     def _convolved(self, x: Tensor, then: str) -> Tensor:
         if self.weight.is_cuda:
-            weight, bias, padding, stride, dilation, groups = self._what()
-            x = self._input(x)
-            if then == "none":
-                return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+            return self._on_gpu(x, then == "relu")
         return torch.ops.mkldnn._convolution_pointwise(self._input(x), *self._what(), then, [], "")
 
     def add_to(self, other: Tensor, x: Tensor) -> Tensor:
@@ -89,16 +85,38 @@ class FusedConv2d(nn.Module):
         """
         other = other.contiguous(memory_format=torch.channels_last)
         if self.weight.is_cuda:
-            weight, bias, padding, stride, dilation, groups = self._what()
-            x = self._input(x)
-            if not self.relu:
-                return F.conv2d(x, weight, bias, stride, padding, dilation, groups).add_(other)
-            return torch.cudnn_convolution_add_relu(
-                x, weight, other, 1.0, bias, stride, padding, dilation, groups
-            )
+            return self._added_on_gpu(other, x)
         relu = "relu" if self.relu else None
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             other, self._input(x), *self._what(), "add", 1.0, relu, [], None
+        )
+
+    def _on_gpu(self, x: Tensor, relu: bool) -> Tensor:
+        weight, bias, padding, stride, dilation, groups = self._what()
+        x = self._input(x)
+        if relu:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        if self._is_product():  # cuBLAS adds the bias on the way, cuDNN's convolution does not
+            cells = F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias)
+            return cells.permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def _added_on_gpu(self, other: Tensor, x: Tensor) -> Tensor:
+        if self.relu:
+            weight, bias, *geometry = self._what()
+            padding, stride, dilation, groups = geometry
+            return torch.cudnn_convolution_add_relu(
+                self._input(x), weight, other, 1.0, bias, stride, padding, dilation, groups
+            )
+        return self._on_gpu(x, relu=False).add_(other)
+
+    def _is_product(self) -> bool:
+        """Whether it is a matrix product of half precision; one of float32 has other roundings."""
+        return (
+            self.weight.dtype != torch.float32
+            and self.kernel_size == self.stride == (1, 1)
+            and self.padding == (0, 0)
+            and self.groups == 1
         )
 
     def _what(self) -> tuple[Tensor, Tensor | None, list[int], list[int], list[int], int]:

@@ -43,6 +43,12 @@ class FusedBlock(nn.Module):
         )
         self.convs = nn.ModuleList(FusedConv2d(getattr(block, n), dtype, relu=True) for n in names)
         self.shortcut = None if block.shortcut is None else FusedConv2d(block.shortcut, dtype)
+        last = self.convs[-1]
+        if self.shortcut is not None and None not in (last.bias, self.shortcut.bias):
+            # One addition of a whole map less, where a convolution does not add its own bias.
+            both = [block.shortcut.bias, getattr(block, names[-1]).bias]
+            last.bias.copy_(sum(bias.detach().float() for bias in both))
+            self.shortcut.bias = None
         self.stride = block.stride
         # The input of a stage's first block may be read by others; later ones' by the block alone.
         self._first = first
@@ -143,15 +149,16 @@ class FusedNeck(FeaturePyramidNetwork):
         plain = coarser is None or not self._top_down or self._match_lateral_size
         if plain or not isinstance(lateral, FusedConv2d):
             return super()._merge(stage, level, coarser)
-        upsampled = self._upsampled(coarser, level)
-        self._check_fits(upsampled, stage)
-        merged = lateral.add_to(upsampled, stage)
+        if stage.is_cuda:
+            merged = _plus_upsampled(lateral(stage), coarser)
+        else:
+            upsampled = self._upsampled(coarser, level)
+            self._check_fits(upsampled, stage)
+            merged = lateral.add_to(upsampled, stage)
         return merged.div_(2) if self._fuse_type == "avg" else merged
 
     def _upsampled(self, coarser: Tensor, level: int) -> Tensor:
         size = 4 * coarser.numel()
-        if coarser.is_cuda:  # torch keeps a GPU's memory itself
-            return F.interpolate(coarser, scale_factor=2.0, mode="nearest")
         is_read_once = level == self._coarsest_first[-1] and hasattr(self, f"fpn_output{level}")
         if not is_read_once or size * coarser.element_size() <= _LARGE:
             return F.interpolate(coarser, scale_factor=2.0, mode="nearest")
@@ -167,6 +174,15 @@ class FusedNeck(FeaturePyramidNetwork):
         out = block[:size].view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
         sides = [2 * height, 2 * width]
         return torch.ops.aten.upsample_nearest2d.out(coarser, sides, 2.0, 2.0, out=out)
+
+
+def _plus_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
+    """Adds to a map, in place, one of half its sides: each cell to four, none written apart."""
+    images, channels, height, width = coarser.shape
+    # A view where maps are channels last.
+    cells = finer.permute(0, 2, 3, 1).view(images, height, 2, width, 2, channels)
+    cells += coarser.permute(0, 2, 3, 1)[:, :, None, :, None]
+    return finer
 
 
 class FusedRPNHead(nn.Module):

@@ -133,10 +133,7 @@ class _Graph:
 
     def _run(self, pipeline: StaticDetector) -> tuple[FixedDetections, Tensor]:
         found = pipeline(self._device_images, Geometry.of(self._device_geometry))
-        numbers = torch.stack([found.counts, found.exact.long()], dim=1)
-        columns = (numbers, found.boxes, found.scores, found.classes, found.levels, found.regions)
-        # As float32, which holds whole numbers up to 16 million.
-        return found, torch.cat([column.flatten(1).float() for column in columns], dim=1)
+        return found, packed(found)
 
     def put(self, images: Sequence[Tensor], geometry: Tensor) -> None:
         """Sends images and their geometry to the device."""
@@ -213,29 +210,21 @@ class Graphs:
             return f"more than {self.limits.images} images at once"
         dtypes = {image.dtype for image in images}
         dtype = dtypes.pop() if dtypes == {torch.uint8} else torch.float32
-        shape = (len(images), images[0].shape[0], *_padded_size(model, images))
+        shape = (len(images), images[0].shape[0], *padded_size(model, images))
         tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
         key = _Key(shape, dtype, tf32, next(model.parameters()).data_ptr())
         graph = self._graphs.get(key) or self._captured(model, key, device)
         if isinstance(graph, str):
             return graph
         self._graphs.move_to_end(key)
-        sizes = [tuple(image.shape[-2:]) for image in images]
-        outputs = [
-            (each.get("height", height), each.get("width", width))
-            for each, (height, width) in zip(inputs, sizes, strict=True)
-        ]
-        geometry = [
-            [height, width, *output, output[1] / width, output[0] / height]
-            for (height, width), output in zip(sizes, outputs, strict=True)
-        ]
         if self._last is not None:  # of another stream, perhaps
             torch.cuda.current_stream(device).wait_event(self._last)
-        graph.put(images, torch.tensor(geometry))
-        packed, host = graph.replay()
+        rows = geometry(inputs)
+        graph.put(images, torch.tensor(rows))
+        device_row, host = graph.replay()
         if not host[:, 1].all():
             return "a fixed bound was not enough"
-        found = self._instances(model, graph.found, packed, host, outputs, geometry)
+        found = instances_of(model, graph.found, device_row, host, rows, self.record_levels)
         self._last = torch.cuda.current_stream(device).record_event()
         return found
 
@@ -269,60 +258,89 @@ class Graphs:
         )
         return graph
 
-    def _instances(
-        self,
-        model: nn.Module,
-        found: FixedDetections,
-        packed: Tensor,
-        host: Tensor,
-        outputs: list[tuple[int, int]],
-        geometry: list[list[float]],
-    ) -> list[HostInstances]:
-        room = found.scores.shape[1]
-        is_rpn = isinstance(model, ProposalNetwork)
-        results = []
-        for number, output in enumerate(outputs):
-            count = int(host[number, 0])
-            device_fields, _ = _fields(packed[number], count, room)
-            host_fields, host_regions = _fields(host[number], count, room)
-            if is_rpn:
-                names = {"proposal_boxes": "pred_boxes", "objectness_logits": "scores"}
-            else:
-                names = {name: name for name in ("pred_boxes", "scores", "pred_classes")}
-            if self.record_levels and not is_rpn:
-                names["pyramid_level"] = "pyramid_level"
-            instances = HostInstances(output)
-            for name, of in names.items():
-                instances.set(name, device_fields[of])
-            instances.keep(**{name: host_fields[of] for name, of in names.items()})
-            if found.masks is not None:
-                masks = ROIMasks(found.masks[number, :count])
-                instances.pred_masks = masks.to_bitmasks(instances.pred_boxes, *output, 0.5).tensor
-            if found.heatmaps is not None:
-                heatmaps = found.heatmaps[number, :count].clone()
-                # Sizes are read on the host, box by box.
-                keypoints = heatmaps_to_keypoints(heatmaps, host_regions)[:, :, [0, 1, 3]]
-                keypoints[:, :, 0] *= geometry[number][4]
-                keypoints[:, :, 1] *= geometry[number][5]
-                instances.pred_keypoints = keypoints
-                instances.pred_keypoint_heatmaps = heatmaps
-            results.append(instances)
-        return results
+
+def geometry(inputs: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Rows of :class:`.static.Geometry`: size, output size, and x and y of the one by the other."""
+    rows = []
+    for each in inputs:
+        height, width = each["image"].shape[-2:]
+        output = [each.get("height", height), each.get("width", width)]
+        rows.append([height, width, *output, output[1] / width, output[0] / height])
+    return rows
 
 
-def _fields(row: Tensor, count: int, room: int) -> tuple[dict[str, Any], Tensor]:
-    """Fields of one image's detections, and their boxes in pixels of the network's input."""
+def packed(found: FixedDetections) -> Tensor:
+    """Detections but for masks and heatmaps as a row of numbers for each image.
+
+    As float32, which holds whole numbers up to 16 million.
+    """
+    numbers = torch.stack([found.counts, found.exact.long()], dim=1)
+    columns = (numbers, found.boxes, found.scores, found.classes, found.levels, found.regions)
+    return torch.cat([column.flatten(1).float() for column in columns], dim=1)
+
+
+def instances_of(
+    model: nn.Module,
+    found: FixedDetections,
+    on_device: Tensor,
+    on_host: Tensor,
+    rows: list[list[float]],
+    record_levels: bool = False,
+) -> list[HostInstances]:
+    """Detectron2's instances, or proposals, of each image.
+
+    Args:
+        model: that found them.
+        found: for its masks and heatmaps.
+        on_device: all else, see :func:`packed`.
+        on_host: a copy of it.
+        rows: as :func:`geometry` gives them.
+        record_levels: whether they get ``pyramid_level``.
+    """
+    room = found.scores.shape[1]
+    if isinstance(model, ProposalNetwork):
+        names = {"proposal_boxes": "boxes", "objectness_logits": "scores"}
+    else:
+        names = {"pred_boxes": "boxes", "scores": "scores", "pred_classes": "classes"}
+        if record_levels:
+            names["pyramid_level"] = "levels"
+    results = []
+    for number, (*_, height, width, scale_x, scale_y) in enumerate(rows):
+        count = int(on_host[number, 0])
+        fields, host_fields = (_fields(each[number], count, room) for each in (on_device, on_host))
+        instances = HostInstances((int(height), int(width)))
+        for name, of in names.items():
+            instances.set(name, fields[of])
+        instances.keep(**{name: host_fields[of] for name, of in names.items()})
+        if found.masks is not None:
+            masks = ROIMasks(found.masks[number, :count])
+            boxes = instances.pred_boxes
+            instances.pred_masks = masks.to_bitmasks(boxes, int(height), int(width), 0.5).tensor
+        if found.heatmaps is not None:
+            heatmaps = found.heatmaps[number, :count].clone()
+            # Sizes of boxes are read on the host, one by one.
+            keypoints = heatmaps_to_keypoints(heatmaps, host_fields["regions"])[:, :, [0, 1, 3]]
+            keypoints[:, :, 0] *= scale_x
+            keypoints[:, :, 1] *= scale_y
+            instances.pred_keypoints = keypoints
+            instances.pred_keypoint_heatmaps = heatmaps
+        results.append(instances)
+    return results
+
+
+def _fields(row: Tensor, count: int, room: int) -> dict[str, Any]:
+    """One image's detections out of their row."""
     boxes, scores, classes, levels, regions = row[2:].split([4 * room, room, room, room, 4 * room])
-    fields = {
-        "pred_boxes": Boxes(boxes.view(-1, 4)[:count]),
+    return {
+        "boxes": Boxes(boxes.view(-1, 4)[:count]),
         "scores": scores[:count],
-        "pred_classes": classes[:count].long(),
-        "pyramid_level": levels[:count].long(),
+        "classes": classes[:count].long(),
+        "levels": levels[:count].long(),
+        "regions": regions.view(-1, 4)[:count],
     }
-    return fields, regions.view(-1, 4)[:count]
 
 
-def _padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
+def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
     """Height and width that Detectron2 pads a batch to: values next to the padding are the same."""
     backbone = model.backbone
     constraints = backbone.padding_constraints

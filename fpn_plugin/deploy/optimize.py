@@ -79,6 +79,12 @@ def optimize_for_inference(
         compile: compile the backbone with torch.compile, for batches of one image and of more, of
             any size. On a CPU this replaces fusing it. What is compiled is not copied: a deep or
             saved copy runs uncompiled. See docs/performance.md for what compiles again.
+        graphs: on a GPU, how much may be kept for CUDA graphs, which hold the model from image to
+            detections, one for each padded size and number of images, captured on first use;
+            None for no graphs. ``model.graphs.counts`` says how often they served.
+        tf32: on a GPU, whether float32 may be rounded to TF32 in convolutions and products; None
+            leaves it to torch's settings, which allow it in convolutions. See
+            docs/performance.md for what that does to detections.
         example: an image, ``(3, H, W)`` in the model's channel order, values 0 to 255, for a
             first call, which takes longer than later ones; its time is logged.
 

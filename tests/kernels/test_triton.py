@@ -39,7 +39,7 @@ def maps(channels=3, dtype=torch.float32, last=True, images=2, height=48, width=
     layout = torch.channels_last if last else torch.contiguous_format
     return [
         torch.randn(images, channels, int(height * s), int(width * s), generator=generator)
-        .to(dtype, memory_format=layout)
+        .to(device, dtype, memory_format=layout)
         .requires_grad_()
         for s in SCALES
     ]
