@@ -9,7 +9,7 @@ __all__ = ["add_fpn_config"]
 
 def add_fpn_config(cfg: CfgNode) -> None:
     """Adds the plugin's keys, with their defaults, to ``cfg.MODEL``: most to its FPN node, and
-    those of networks from elsewhere as TIMM and TORCHVISION.
+    those of networks from elsewhere as TIMM and TORCHVISION; and SOLVER.AMP.DTYPE.
 
     Detectron2's own keys (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they are. Calling
     it again changes nothing, so values that were set in between are kept.
@@ -45,6 +45,8 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # Every so many iterations of a training, log what each level does; 0: never. 20 is the
         # period in which Detectron2 writes.
         "LEVEL_STATS_PERIOD": 0,
+        # True: train with the bottom-up pathway compiled by torch.compile, on any device.
+        "COMPILE": False,
     }
     timm = {
         # Of build_timm_backbone: any model of timm that offers features_only.
@@ -68,6 +70,9 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         "NORM": "FrozenBN",
     }
+    # What mixed precision computes in: "float16", or "bfloat16", which has no gradients to scale.
+    if "DTYPE" not in cfg.SOLVER.AMP:
+        cfg.SOLVER.AMP.DTYPE = "float16"
     for name, keys in (("FPN", defaults), ("TIMM", timm), ("TORCHVISION", torchvision)):
         if name not in cfg.MODEL:
             cfg.MODEL[name] = CfgNode()

@@ -94,6 +94,9 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
         yield
         return
     inference = predictor.inference
+    graphs = getattr(model, "graphs", None)  # do not call it; they know levels themselves
+    if graphs is not None:
+        graphs.record_levels = True
 
     def inference_with_levels(
         predictions: Any, proposals: list[Instances]
@@ -114,6 +117,8 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del predictor.inference
+        if graphs is not None:
+            graphs.record_levels = False
 
 
 def class_names(cfg: CfgNode) -> list[str]:

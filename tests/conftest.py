@@ -1,12 +1,15 @@
 """Every test works in folders of its own: no user's files, no checkout, no network."""
 
 import os
+import sys
 import tempfile
 
 # Detectron2 and the plugin read it when they are imported.
 _DATASETS = tempfile.TemporaryDirectory(prefix="fpn-plugin-tests-")
 os.environ["DETECTRON2_DATASETS"] = _DATASETS.name
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests are of the CPU, whatever the machine has; those marked gpu are asked for by pytest -m gpu.
+if "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

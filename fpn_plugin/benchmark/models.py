@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fpn_plugin import model_zoo
 from fpn_plugin.data import read_image_or_say
 from fpn_plugin.errors import UserError
-from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.modeling.fast_training import optimize_for_training
 
 __all__ = [
     "photograph",
@@ -103,8 +103,7 @@ def plugin_model(stock: nn.Module, device: str, **opts: Any) -> nn.Module:
     cfg = _set(model_zoo.get_config(FASTER_R50), device, _keys(opts))
     model = build_model(cfg)
     model.load_state_dict(stock.state_dict())
-    if device == "cpu":
-        optimize_for_cpu_training(model)
+    optimize_for_training(model)
     return model.eval()
 
 

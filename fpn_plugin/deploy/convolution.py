@@ -1,4 +1,4 @@
-"""Convolutions and linear layers on a CPU, with the ReLU or the sum after them in the same pass."""
+"""Convolutions and linear layers with the ReLU or the sum after them in the same pass."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn_plugin.modeling.cpu_training import FrozenNormConv2d
+from fpn_plugin.modeling.fast_training import FrozenNormConv2d
 
 __all__ = ["FusedConv2d", "can_fuse", "fuse_convolutions", "fuse_linears"]
 
 
-def can_fuse(dtype: torch.dtype) -> bool:
-    """Whether this torch, on this CPU, has the operators that :class:`FusedConv2d` calls."""
+def can_fuse(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch has the operators that :class:`FusedConv2d` calls on a device."""
+    if device.type == "cuda":
+        return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
     supported = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
@@ -34,7 +36,7 @@ def can_fuse(dtype: torch.dtype) -> bool:
 
 
 class FusedConv2d(nn.Module):
-    """A convolution for inference on a CPU, by oneDNN, channels last.
+    """A convolution for inference, by oneDNN on a CPU and cuDNN on a GPU, channels last.
 
     A ReLU or a sum after a convolution reads and writes the whole map again; here it is done
     while an output is still in a register. Input sizes may vary from call to call.
@@ -70,6 +72,8 @@ class FusedConv2d(nn.Module):
         return self._convolved(x, "none")
 
     def _convolved(self, x: Tensor, then: str) -> Tensor:
+        if self.weight.is_cuda:
+            return self._on_gpu(x, then == "relu")
         return torch.ops.mkldnn._convolution_pointwise(self._input(x), *self._what(), then, [], "")
 
     def add_to(self, other: Tensor, x: Tensor) -> Tensor:
@@ -80,9 +84,39 @@ class FusedConv2d(nn.Module):
             x: the input.
         """
         other = other.contiguous(memory_format=torch.channels_last)
+        if self.weight.is_cuda:
+            return self._added_on_gpu(other, x)
         relu = "relu" if self.relu else None
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             other, self._input(x), *self._what(), "add", 1.0, relu, [], None
+        )
+
+    def _on_gpu(self, x: Tensor, relu: bool) -> Tensor:
+        weight, bias, padding, stride, dilation, groups = self._what()
+        x = self._input(x)
+        if relu:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        if self._is_product():  # cuBLAS adds the bias on the way, cuDNN's convolution does not
+            cells = F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias)
+            return cells.permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def _added_on_gpu(self, other: Tensor, x: Tensor) -> Tensor:
+        if self.relu:
+            weight, bias, *geometry = self._what()
+            padding, stride, dilation, groups = geometry
+            return torch.cudnn_convolution_add_relu(
+                self._input(x), weight, other, 1.0, bias, stride, padding, dilation, groups
+            )
+        return self._on_gpu(x, relu=False).add_(other)
+
+    def _is_product(self) -> bool:
+        """Whether it is a matrix product of half precision; one of float32 has other roundings."""
+        return (
+            self.weight.dtype != torch.float32
+            and self.kernel_size == self.stride == (1, 1)
+            and self.padding == (0, 0)
+            and self.groups == 1
         )
 
     def _what(self) -> tuple[Tensor, Tensor | None, list[int], list[int], list[int], int]:

@@ -21,7 +21,14 @@ from fpn_plugin.modeling import FeaturePyramidNetwork
 
 from .convolution import FusedConv2d
 
-__all__ = ["FusedNeck", "as_plugin_pyramid", "fuse_resnets", "fuse_rpn_heads", "select_first"]
+__all__ = [
+    "FusedNeck",
+    "SelectingRPN",
+    "as_plugin_pyramid",
+    "fuse_resnets",
+    "fuse_rpn_heads",
+    "select_first",
+]
 
 
 class FusedBlock(nn.Module):
@@ -36,6 +43,12 @@ class FusedBlock(nn.Module):
         )
         self.convs = nn.ModuleList(FusedConv2d(getattr(block, n), dtype, relu=True) for n in names)
         self.shortcut = None if block.shortcut is None else FusedConv2d(block.shortcut, dtype)
+        last = self.convs[-1]
+        if self.shortcut is not None and None not in (last.bias, self.shortcut.bias):
+            # One addition of a whole map less, where a convolution does not add its own bias.
+            both = [block.shortcut.bias, getattr(block, names[-1]).bias]
+            last.bias.copy_(sum(bias.detach().float() for bias in both))
+            self.shortcut.bias = None
         self.stride = block.stride
         # The input of a stage's first block may be read by others; later ones' by the block alone.
         self._first = first
@@ -136,8 +149,11 @@ class FusedNeck(FeaturePyramidNetwork):
         plain = coarser is None or not self._top_down or self._match_lateral_size
         if plain or not isinstance(lateral, FusedConv2d):
             return super()._merge(stage, level, coarser)
-        upsampled = self._fitting(self._upsampled(coarser, level), stage)
-        merged = lateral.add_to(upsampled, stage)
+        if stage.is_cuda:
+            merged = _plus_upsampled(lateral(stage), coarser)
+        else:
+            upsampled = self._fitting(self._upsampled(coarser, level), stage)
+            merged = lateral.add_to(upsampled, stage)
         return merged.div_(2) if self._fuse_type == "avg" else merged
 
     def _upsampled(self, coarser: Tensor, level: int) -> Tensor:
@@ -157,6 +173,15 @@ class FusedNeck(FeaturePyramidNetwork):
         out = block[:size].view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
         sides = [2 * height, 2 * width]
         return torch.ops.aten.upsample_nearest2d.out(coarser, sides, 2.0, 2.0, out=out)
+
+
+def _plus_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
+    """Adds to a map, in place, one of half its sides: each cell to four, none written apart."""
+    images, channels, height, width = coarser.shape
+    # A view where maps are channels last.
+    cells = finer.permute(0, 2, 3, 1).view(images, height, 2, width, 2, channels)
+    cells += coarser.permute(0, 2, 3, 1)[:, :, None, :, None]
+    return finer
 
 
 class FusedRPNHead(nn.Module):
@@ -193,7 +218,7 @@ def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
     return count
 
 
-class _SelectingRPN(RPN):
+class SelectingRPN(RPN):
     """An RPN that decodes the candidates it selects, where RPN selects among all it decoded.
 
     Which those are depends on their logits alone, so proposals are the same.
@@ -206,6 +231,7 @@ class _SelectingRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
+        """See the base class."""
         chosen_logits, boxes = [], []
         most = self.pre_nms_topk[self.training]
         for of_level, logits, deltas in zip(
@@ -234,4 +260,4 @@ class _SelectingRPN(RPN):
 def select_first(rpn: RPN) -> None:
     """Makes an RPN decode what it selects, in place."""
     # By its class, not by a method of its own: copies are independent and can be saved.
-    rpn.__class__ = _SelectingRPN
+    rpn.__class__ = SelectingRPN

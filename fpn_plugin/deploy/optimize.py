@@ -29,6 +29,7 @@ from .fused import (
     fuse_rpn_heads,
     select_first,
 )
+from .graphs import GraphLimits, use_graphs
 
 __all__ = ["Step", "dtype_of", "optimize_for_inference", "steps_of"]
 
@@ -60,6 +61,8 @@ def optimize_for_inference(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     example: Tensor | None = None,
+    graphs: GraphLimits | None = GraphLimits(),  # noqa: B008  # frozen
+    tf32: bool | None = None,
 ) -> nn.Module:
     """Makes a fast copy of a trained detector, which gives the original's detections.
 
@@ -76,6 +79,12 @@ def optimize_for_inference(
         compile: compile the backbone with torch.compile, for batches of one image and of more, of
             any size. On a CPU this replaces fusing it. What is compiled is not copied: a deep or
             saved copy runs uncompiled. See docs/performance.md for what compiles again.
+        graphs: on a GPU, how much may be kept for CUDA graphs, which hold the model from image to
+            detections, one for each padded size and number of images, captured on first use;
+            None for no graphs. ``model.graphs.counts`` says how often they served.
+        tf32: on a GPU, whether float32 may be rounded to TF32 in convolutions and products; None
+            leaves it to torch's settings, which allow it in convolutions. See
+            docs/performance.md for what that does to detections.
         example: an image, ``(3, H, W)`` in the model's channel order, values 0 to 255, for a
             first call, which takes longer than later ones; its time is logged.
 
@@ -100,14 +109,14 @@ def optimize_for_inference(
     work.attempt("folding what no module order shows", fold_observed)
     for name, action in PLUGIN_STEPS.items():
         work.attempt(name, action)
-    if on_cpu and dtype != torch.float32 and not can_fuse(dtype):
+    if on_cpu and dtype != torch.float32 and not can_fuse(dtype, device):
         work.say(str(dtype), "this CPU or this torch has no convolutions in it; float32", False)
         dtype = torch.float32
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         work.attempt(name, partial(_set_dtypes, dtype=dtype))
         dtype = dtype_of(work.model)
-    fusable = on_cpu and can_fuse(dtype)
+    fusable = can_fuse(dtype, device)
     if fusable:
         work.attempt("fusing heads", partial(fuse_heads, dtype=dtype))
     elif on_cpu:
@@ -117,6 +126,8 @@ def optimize_for_inference(
         if fusable:
             work.attempt("fusing the backbone", partial(fuse_backbone, dtype=dtype))
         work.attempt("channels last", _set_layout)
+    if not on_cpu and graphs is not None:
+        work.attempt("CUDA graphs", partial(_use_graphs, limits=graphs, tf32=tf32))
     model = work.model
     model.optimization_steps = work.steps
     if example is not None:
@@ -283,7 +294,7 @@ def fuse_heads(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
     linears = sum(
         fuse_linears(module, dtype)
         for module in list(model.modules())
-        if isinstance(module, FastRCNNConvFCHead)
+        if isinstance(module, FastRCNNConvFCHead) and not next(module.parameters()).is_cuda
     )
     others = f"{convs} other convolutions, {linears} linear layers"
     say("fusing heads", f"{heads} RPN heads, {others}")
@@ -330,6 +341,12 @@ def _set_dtypes(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
             head.layers = partial(_layers_in, type(head).layers, head, dtype)
     detail = "backbone and heads; box arithmetic in float32"
     say(str(dtype).removeprefix("torch."), detail)
+
+
+def _use_graphs(model: nn.Module, say: _Say, *, limits: GraphLimits, tf32: bool | None) -> None:
+    """Makes the model run by CUDA graphs, in place."""
+    use_graphs(model, limits, tf32)
+    say("CUDA graphs", f"of up to {limits.graphs} sizes and {limits.gigabytes:g} GiB")
 
 
 def _first_channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

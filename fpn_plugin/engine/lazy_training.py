@@ -36,7 +36,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.lazy.checking import check_arguments, check_override_keys, check_override_types
-from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.modeling.fast_training import optimize_for_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
 
 from .atomic import explained_full_disk, make_output_dir
@@ -46,6 +46,7 @@ from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .launch import launch
 from .level_hook import LevelStatistics
+from .precision import settle_precision
 from .settings import check_mixed_precision, check_number, check_seed, settled_device
 from .trainer import LossCurve, save_results
 from .training import argument_parser
@@ -250,8 +251,7 @@ def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     device = cfg.train.device
     model = _built(cfg.model, "model").to(device)
-    if not device.startswith("cuda"):
-        optimize_for_cpu_training(model)
+    optimize_for_training(model, cfg.train.get("compile", False))
     if args.eval_only:
         FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
             cfg.train.init_checkpoint, resume=args.resume
@@ -275,6 +275,9 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
     loader = train_stream(_built(cfg.dataloader.train, "dataloader.train"))
     trainer = kind(model, loader, optimizer)
+    if train.amp.enabled:
+        settle_precision(trainer, train.amp.get("dtype", "float16"), "train.amp.dtype")
+    scales = train.amp.enabled and trainer.grad_scaler.is_enabled()
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
     watch = LossWatch(model)
     main = comm.is_main_process()
@@ -288,7 +291,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
         [
             ExactResume(train.get("seed", -1), loader, train.output_dir),
             watch,
-            SkippedSteps(optimizer, trainer.grad_scaler) if train.amp.enabled else None,
+            SkippedSteps(optimizer, trainer.grad_scaler) if scales else None,
             LevelStatistics(model, period) if (period := train.get("level_stats_period")) else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=_built(cfg.lr_multiplier, "lr_multiplier")),

@@ -37,7 +37,7 @@ from torch import nn
 from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.lazy.training import dataset_node
-from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
+from fpn_plugin.modeling.fast_training import optimize_for_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
 from fpn_plugin.visualization import plot_losses
 
@@ -48,6 +48,7 @@ from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
 from .level_hook import LevelStatistics
+from .precision import settle_precision
 from .settings import check_mixed_precision
 from .watch import LossWatch, SkippedSteps
 
@@ -86,8 +87,10 @@ class FPNTrainer(DefaultTrainer):
         ]
         hooks.insert(0, ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR))
         if isinstance(self._trainer, AMPTrainer):
-            # Before the checkpointer, which keeps the count.
-            hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
+            settle_precision(self._trainer, self.cfg.SOLVER.AMP.DTYPE, "SOLVER.AMP.DTYPE")
+            if self._trainer.grad_scaler.is_enabled():
+                # Before the checkpointer, which keeps the count.
+                hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
         self._watch = LossWatch(self._trainer.model)
         self._trainer.register_hooks([self._watch])
         if comm.is_main_process():
@@ -113,15 +116,14 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The config's model, made to train fast where that is on a CPU.
+        """The config's model, made to train fast.
 
         Raises:
             UserError: a key that Detectron2 only asserts on, or a level that is not there.
         """
         with explained_build_errors(cfg):
             model = super().build_model(cfg)
-        if not cfg.MODEL.DEVICE.startswith("cuda"):
-            optimize_for_cpu_training(model)
+        optimize_for_training(model, cfg.MODEL.FPN.COMPILE)
         return model
 
     @classmethod

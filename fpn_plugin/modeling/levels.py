@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -97,6 +100,49 @@ def check_finite(boxes: Tensor) -> None:
         f"{bad[0]}: {first}. Eq. (1) names no level for them; training that diverged (try a lower "
         "learning rate) and broken annotations are the usual causes"
     )
+
+
+class _Unread(threading.local):
+    """Sums of boxes on their way from a GPU, oldest first."""
+
+    def __init__(self) -> None:
+        self.sums: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+
+
+_unread = _Unread()
+
+
+def check_finite_soon(boxes: Tensor) -> None:
+    """:func:`check_finite` that does not wait for a GPU: boxes there are checked by a later call,
+    of this or of :func:`raise_non_finite`, and in a CUDA graph not at all.
+
+    Args:
+        boxes: ``(N, 4)`` or ``(N, 5)``.
+
+    Raises:
+        NonFiniteError: a coordinate of these is not finite or, on a GPU, of those of earlier calls.
+    """
+    if not boxes.is_cuda:
+        check_finite(boxes)
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    raise_non_finite()
+    total = boxes.detach().sum().to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(boxes.device).record_event()
+    _unread.sums.append((arrived, total, boxes.detach()))
+
+
+def raise_non_finite() -> None:
+    """Checks what :func:`check_finite_soon` was given, as far as it is known without a wait.
+
+    Raises:
+        NonFiniteError: a coordinate is NaN or infinite.
+    """
+    while _unread.sums and _unread.sums[0][0].query():
+        _, total, boxes = _unread.sums.popleft()
+        if not math.isfinite(total.item()):  # or so large that their sum is not
+            check_finite(boxes)
 
 
 def _concatenate(boxes: Sequence[Boxes] | Sequence[RotatedBoxes]) -> Tensor:

@@ -12,9 +12,9 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.kernels import pays, pyramid_roi_align
 
-from .levels import check_finite, levels_of
-from .roi_align import pyramid_roi_align
+from .levels import check_finite, check_finite_soon, levels_of
 
 __all__ = ["PyramidROIPooler"]
 
@@ -25,14 +25,17 @@ class PyramidROIPooler(ROIPooler):
     """Pools each box from one level of a feature pyramid; may stand wherever ROIPooler does.
 
     Same constructor and call as :class:`detectron2.modeling.poolers.ROIPooler`, same values and
-    gradients, on a CPU up to the order of summation. Beyond it:
+    gradients up to the order of summation. Beyond it:
 
-    * ROIAlign on a CPU is vectorised and uses all threads, see :mod:`.roi_align`;
+    * ROIAlign is one kernel over all levels on a GPU, where nothing waits for the device, and on
+      a CPU vectorised, see :mod:`fpn_plugin.kernels`;
     * non-square output over several levels;
     * box coordinates are never rounded to the features' dtype: where features are float16 or
-      bfloat16, pooling is done in float32 and its result returned in the features' dtype;
-    * NaN and infinite coordinates are an error, not a row of zeros; in a trace and in an exported
-      program, which cannot raise one, a row of NaN.
+      bfloat16, sums are float32 and the result is returned in the features' dtype;
+    * NaN and infinite coordinates are an error, not a row of zeros. On a GPU they give a row of
+      NaN, and the error comes as soon as it is known without a wait: from the plugin's RoI heads
+      at the end of the same inference, else from the next call. In a trace, an exported program
+      and a CUDA graph, which cannot raise one, it stays at the row of NaN.
 
     Args:
         output_size: height and width of the pooled region, in cells; one int for both.
@@ -119,23 +122,21 @@ class PyramidROIPooler(ROIPooler):
         if len(box_lists) != x[0].shape[0]:
             raise UserError(f"got boxes of {len(box_lists)} images and features of {x[0].shape[0]}")
         dtype = x[0].dtype
-        # Half precision would move a corner by up to a pixel, bfloat16 by four.
-        x = [level.to(torch.promote_types(level.dtype, torch.float32)) for level in x]
         if len(box_lists) == 0:
-            return x[0].new_zeros((0, x[0].shape[1], *self.output_size), dtype=dtype)
-
-        rois = _with_image_indices([boxes.tensor for boxes in box_lists]).to(x[0].dtype)
+            return x[0].new_zeros((0, x[0].shape[1], *self.output_size))
+        # Half precision would move a corner by up to a pixel, bfloat16 by four.
+        exact = torch.promote_types(dtype, torch.float32)
+        rois = _with_image_indices([boxes.tensor for boxes in box_lists]).to(exact)
+        if isinstance(self.level_poolers[0], ROIAlign) and pays(x, len(rois)):
+            return self._pool_at_once(x, rois)
         if len(x) == 1:
             check_finite(rois[:, 1:])
             levels = rois.new_zeros(len(rois), dtype=torch.int64)
             counts = [len(rois)]
         else:
             levels, counts = self._levels_and_counts(rois)
-        if self._is_fast_on_cpu(x, len(rois)):
-            pooled = self._pool_on_cpu(x, rois, levels)
-        else:
-            pooled = self._pool_by_level(x, rois, levels, counts)
-        return pooled.to(dtype)
+        x = [level.to(exact) for level in x]
+        return self._pool_by_level(x, rois, levels, counts).to(dtype)
 
     def _pool_in_a_graph(self, x: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """For scripts, traces and exported programs: nothing of it is decided in Python."""
@@ -155,16 +156,31 @@ class PyramidROIPooler(ROIPooler):
             pooled = pooled.index_put((of_level,), pool(x[i], rois[of_level]))
         return pooled.to(dtype)
 
-    def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
-        """Indices of levels, and how many boxes each has: one transfer from the device."""
-        levels = levels_of(
+    def _pool_at_once(self, x: list[Tensor], rois: Tensor) -> Tensor:
+        check_finite_soon(rois[:, 1:])
+        align = self.level_poolers[0]
+        return pyramid_roi_align(
+            x,
+            rois,
+            self._levels(rois) - self.min_level,
+            [pool.spatial_scale for pool in self.level_poolers],
+            align.output_size,
+            align.sampling_ratio,
+            align.aligned,
+        )
+
+    def _levels(self, rois: Tensor) -> Tensor:
+        return levels_of(
             rois[:, 1:],
             self.min_level,
             self.max_level,
             self.canonical_box_size,
             self.canonical_level,
         )
-        levels -= self.min_level
+
+    def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
+        """Indices of levels, and how many boxes each has: one transfer from the device."""
+        levels = self._levels(rois) - self.min_level
         indices = torch.arange(len(self.level_poolers), device=levels.device)
         per_level = (levels[:, None] == indices).sum(dim=0)
         finite = torch.isfinite(rois[:, 1:]).all()
@@ -172,27 +188,6 @@ class PyramidROIPooler(ROIPooler):
         if not all_finite:
             check_finite(rois[:, 1:])
         return levels, counts
-
-    def _is_fast_on_cpu(self, x: list[Tensor], boxes: int) -> bool:
-        if x[0].device.type != "cpu" or not isinstance(self.level_poolers[0], ROIAlign):
-            return False
-        if all(level.is_contiguous(memory_format=torch.channels_last) for level in x):
-            return True
-        # Maps in the usual layout are copied first, which takes as long per 500 to 1,000 cells as
-        # torchvision's operator takes for a box.
-        return boxes * 500 >= sum(level[:, 0].numel() for level in x)
-
-    def _pool_on_cpu(self, x: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
-        align = self.level_poolers[0]
-        return pyramid_roi_align(
-            x,
-            rois,
-            levels,
-            align.output_size,
-            [pool.spatial_scale for pool in self.level_poolers],
-            align.sampling_ratio,
-            align.aligned,
-        )
 
     def _pool_by_level(
         self, x: list[Tensor], rois: Tensor, levels: Tensor, counts: list[int]

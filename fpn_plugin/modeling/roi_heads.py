@@ -1,5 +1,7 @@
 """RoI heads that pool by Eq. (1) with the config's k0 and canonical size (paper, section 4.2)."""
 
+import copy
+from types import MethodType
 from typing import Any, Final
 
 from detectron2.config import CfgNode
@@ -7,9 +9,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from omegaconf import DictConfig
+from torch import nn
 
 from fpn_plugin.errors import UserError, naming_keys, near_names
 
+from .batched_parts import BatchedSampling
+from .levels import raise_non_finite
 from .pooler import PyramidROIPooler
 
 __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
@@ -46,9 +51,22 @@ class _PyramidPooling:
             parts["keypoint_pooler"] = _pyramid_pooler(cfg, "ROI_KEYPOINT_HEAD", input_shape)
         return parts
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        # On a GPU poolers do not wait to say so. In inference what they found has come by now; in
+        # training a loss is NaN.
+        raise_non_finite()
+        return output
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # TorchScript has no super(); it has a check of its own.
+        plain = copy.copy(self)
+        plain.forward = MethodType(super().forward.__func__, plain)
+        return plain
+
 
 @ROI_HEADS_REGISTRY.register()
-class FPNROIHeads(_PyramidPooling, StandardROIHeads):
+class FPNROIHeads(_PyramidPooling, BatchedSampling, StandardROIHeads):
     """StandardROIHeads whose box, mask and keypoint poolers read MODEL.FPN.CANONICAL_LEVEL (k0)
     and MODEL.FPN.CANONICAL_BOX_SIZE.
 
@@ -63,7 +81,7 @@ class FPNROIHeads(_PyramidPooling, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
+class FPNCascadeROIHeads(_PyramidPooling, BatchedSampling, CascadeROIHeads):
     """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
 
 

@@ -8,33 +8,35 @@ from detectron2.structures import Boxes
 
 from fpn_plugin import PyramidROIPooler
 from fpn_plugin.errors import NonFiniteError
+from fpn_plugin.modeling import levels
+from fpn_plugin.modeling.levels import check_finite
 
 NAN, INF = float("nan"), float("inf")
 BAD = [(NAN, 0, 50, 50), (0, 0, INF, 50), (0, -INF, 50, 50), (NAN, NAN, NAN, NAN), (INF,) * 4]
 GOOD = (4.0, 4, 60, 60)
 
 
-def pyramid(levels: int, memory_format=torch.contiguous_format) -> list[torch.Tensor]:
+def pyramid(count: int, memory_format=torch.contiguous_format) -> list[torch.Tensor]:
     return [
-        torch.rand(2, 8, 64 >> i, 64 >> i).to(memory_format=memory_format) for i in range(levels)
+        torch.rand(2, 8, 64 >> i, 64 >> i).to(memory_format=memory_format) for i in range(count)
     ]
 
 
 @pytest.mark.parametrize("box", BAD)
-@pytest.mark.parametrize("levels", [1, 4])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("kind", ["ROIAlign", "ROIAlignV2", "ROIPool"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_each_path_refuses_them(box, levels, kind, layout):
-    pooler = PyramidROIPooler(7, [1 / (4 << i) for i in range(levels)], 0, kind)
+def test_each_path_refuses_them(box, count, kind, layout):
+    pooler = PyramidROIPooler(7, [1 / (4 << i) for i in range(count)], 0, kind)
     boxes = [Boxes(torch.tensor([GOOD])), Boxes(torch.tensor([GOOD, box]))]
     with pytest.raises(NonFiniteError, match=r"1 of 3 boxes .* the first is box 2"):
-        pooler(pyramid(levels, layout), boxes)
+        pooler(pyramid(count, layout), boxes)
 
 
-@pytest.mark.parametrize("levels", [1, 4])
-def test_a_trace_gives_nan_for_them_and_values_for_others(levels):
-    pooler = PyramidROIPooler(7, [1 / (4 << i) for i in range(levels)], 0, "ROIAlignV2")
-    features = pyramid(levels)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_trace_gives_nan_for_them_and_values_for_others(count):
+    pooler = PyramidROIPooler(7, [1 / (4 << i) for i in range(count)], 0, "ROIAlignV2")
+    features = pyramid(count)
 
     def pool(boxes: torch.Tensor, *maps: torch.Tensor) -> torch.Tensor:
         return pooler(list(maps), [Boxes(boxes), Boxes(boxes[:0])])
@@ -47,3 +49,57 @@ def test_a_trace_gives_nan_for_them_and_values_for_others(levels):
     pooled = traced(boxes, *features)
     torch.testing.assert_close(pooled[[0, -1]], pool(good, *features))
     assert pooled[1:-1].isnan().all()
+
+
+class _Sums:
+    """In place of boxes on a GPU: their sum comes to the host when told to."""
+
+    def __init__(self, box):
+        self.boxes = torch.tensor([GOOD, box])
+        self.is_cuda, self.device = True, "cuda:0"
+        self.arrived = False
+
+    def detach(self):
+        return self
+
+    def sum(self):
+        return self.boxes.sum()
+
+    def record_event(self):
+        return self
+
+    def query(self):
+        return self.arrived
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(levels.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(levels, "check_finite", lambda sums: check_finite(sums.boxes))
+    monkeypatch.setattr(levels, "_unread", levels._Unread())
+
+    def give(box):
+        sums = _Sums(box)
+        monkeypatch.setattr(levels.torch.cuda, "current_stream", lambda device: sums)
+        levels.check_finite_soon(sums)
+        return sums
+
+    return give
+
+
+@pytest.mark.parametrize("box", BAD)
+def test_on_a_gpu_they_are_refused_once_known(gpu, box):
+    first, bad = gpu(GOOD), gpu(box)
+    levels.raise_non_finite()  # nothing is known yet
+    bad.arrived = True
+    levels.raise_non_finite()  # in order
+    first.arrived = True
+    with pytest.raises(NonFiniteError, match=r"1 of 2 boxes .* the first is box 1"):
+        gpu(GOOD)
+    gpu(GOOD)  # is told once
+
+
+def test_a_sum_too_large_for_float32_is_no_fault_of_a_box(gpu):
+    large = gpu((3e38, 3e38, 3e38, 3e38))
+    large.arrived = True
+    levels.raise_non_finite()

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import MultiScaleRoIAlign
 
 from fpn_plugin import PyramidROIPooler, UserError
+from fpn_plugin.kernels import pyramid_roi_align_by_level
+from fpn_plugin.modeling import pooler as pooler_module
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 TYPES = ["ROIAlign", "ROIAlignV2", "ROIPool"]
@@ -239,8 +241,15 @@ class _Transfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_once(monkeypatch):
-    monkeypatch.setattr(PyramidROIPooler, "_is_fast_on_cpu", lambda *_: False)  # as on a GPU
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    # What is to be checked is summed on the device, and read when the sum has come.
+    [(False, ["tolist"]), (True, [])],
+)
+def test_the_host_waits_once_and_with_kernels_never(monkeypatch, kernels, expected):
+    monkeypatch.setattr(pooler_module, "pays", lambda *_: kernels)  # as on a GPU
+    monkeypatch.setattr(pooler_module, "pyramid_roi_align", pyramid_roi_align_by_level)
+    monkeypatch.setattr(pooler_module, "check_finite_soon", torch.sum)
     asked = []  # what brings values to the host, which the mode does not see on a CPU
     for name in ("tolist", "cpu", "item", "numpy", "__bool__", "__int__", "__float__"):
         original = getattr(torch.Tensor, name)
@@ -260,7 +269,7 @@ def test_the_host_waits_once(monkeypatch):
         called.append(list(asked))
         asked.clear()
     assert counts == [0, 5]
-    assert called == [["tolist"], []]
+    assert called == [expected, []]
 
 
 def test_it_has_no_state():

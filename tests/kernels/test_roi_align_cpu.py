@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
-from fpn_plugin.modeling import roi_align as module
-from fpn_plugin.modeling.roi_align import pyramid_roi_align
+from fpn_plugin.kernels import roi_align_cpu as module
+from fpn_plugin.kernels.roi_align_cpu import pyramid_roi_align
 
 SCALES = (1 / 4, 1 / 8, 1 / 16)
 

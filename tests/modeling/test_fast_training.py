@@ -1,16 +1,18 @@
 """Frozen norms folded in training: Detectron2's values and gradients in float64."""
 
 import copy
+from unittest import mock
 
+import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
 from fpn_plugin import model_zoo
-from fpn_plugin.modeling.cpu_training import (
+from fpn_plugin.modeling.fast_training import (
     FrozenNormConv2d,
     fold_frozen_norms,
-    optimize_for_cpu_training,
+    optimize_for_training,
 )
 
 
@@ -71,7 +73,7 @@ def test_a_bias_and_an_activation_are_kept():
 def test_a_model_trains_channels_last_and_evaluates_as_before():
     model = model_zoo.get("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", device="cpu")
     other = copy.deepcopy(model)
-    optimize_for_cpu_training(model)
+    optimize_for_training(model)
     assert list(model.state_dict()) == list(other.state_dict())
     x = torch.randn(1, 3, 64, 64)
     trained, expected = model.backbone.train()(x), other.backbone.train()(x)
@@ -86,3 +88,37 @@ def test_a_model_trains_channels_last_and_evaluates_as_before():
 
 def test_norms_that_train_are_left_alone():
     assert fold_frozen_norms(resnet("BN")) == 0
+
+
+def test_the_bottom_up_pathway_is_compiled_and_hooks_still_see_the_maps():
+    compiled, seen = [], []
+
+    class Pyramid(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bottom_up = torch.nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.bottom_up(x)
+
+    model = torch.nn.Module()
+    model.backbone = Pyramid()
+    model.backbone.bottom_up.compile = lambda **options: compiled.append(options)
+    with mock.patch.object(torch, "compile", lambda function: function):
+        optimize_for_training(model, compile=True)
+    assert compiled == [{"dynamic": True}]
+    model.backbone.register_forward_hook(lambda *_: seen.append(1))
+    model.backbone(torch.zeros(1, 3, 2, 2))
+    assert seen
+
+
+def test_without_a_compiler_training_goes_on_and_says_so():
+    def fails(*_, **__):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    model = torch.nn.Module()
+    model.backbone = torch.nn.Conv2d(3, 4, 1)
+    model.backbone.compile = fails
+    told = r"on cpu, training goes on uncompiled \(RuntimeError: no C\+\+ compiler and a long"
+    with mock.patch.object(torch, "compile", fails), pytest.warns(UserWarning, match=told):
+        optimize_for_training(model, compile=True)

@@ -1,0 +1,412 @@
+"""Detectors that run as CUDA graphs: one for each padded size of images and number of images.
+
+A graph replays what was launched when it was captured, from normalisation to detections, without
+the host, which launching kernel by kernel keeps waiting. Images go up in one transfer; detections
+come down in another, which is the one time that the host waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, RetinaNet
+from detectron2.modeling.roi_heads.keypoint_head import heatmaps_to_keypoints
+from detectron2.structures import Boxes, Instances, ROIMasks
+from torch import Tensor, nn
+
+from .static import FixedDetections, Geometry, StaticDetector, static_detector
+
+__all__ = ["GraphLimits", "Graphs", "use_graphs"]
+
+logger = logging.getLogger(__name__)
+
+_WARM_UPS = 3  # calls before a capture: kernels are compiled and chosen, anchors made
+_USES = 10  # of a size that has no graph, before it takes the place of one that has
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """How much may be kept for CUDA graphs.
+
+    Attributes:
+        graphs: sizes of images, and numbers of images in a batch, that have a graph at a time;
+            when there are more, the one that was not used for longest is dropped. 0: no graphs.
+        gigabytes: memory of the GPU that all graphs together may hold.
+        images: largest batch that gets a graph.
+    """
+
+    graphs: int = 32
+    gigabytes: float = 8.0
+    images: int = 16
+
+
+class _Key(NamedTuple):
+    """What a graph was captured for."""
+
+    shape: tuple[int, int, int, int]  # images, channels, padded height and width
+    dtype: torch.dtype  # of the images given
+    tf32: tuple[bool, bool]
+    weights: int  # where the first of them lies
+
+
+class HostInstances(Instances):
+    """Instances on a GPU whose copy on the host is there already: ``to("cpu")`` waits for nothing.
+
+    A field that is set later, or has no copy, is transferred as usual.
+    """
+
+    def __init__(self, image_size: tuple[int, int], **fields: Any) -> None:
+        self._on_host: dict[str, Any] = {}
+        super().__init__(image_size, **fields)
+
+    def set(self, name: str, value: Any) -> None:
+        """See the base class."""
+        self._on_host.pop(name, None)
+        super().set(name, value)
+
+    def keep(self, **fields: Any) -> None:
+        """Notes copies on the host, of fields that are there."""
+        self._on_host.update(fields)
+
+    def to(self, *args: Any, **kwargs: Any) -> Instances:
+        """See the base class."""
+        if kwargs or [str(each) for each in args] != ["cpu"]:
+            return super().to(*args, **kwargs)
+        moved = Instances(self.image_size)
+        for name, value in self.get_fields().items():
+            host = self._on_host.get(name)
+            moved.set(name, value.to("cpu") if host is None else host)
+        return moved
+
+
+class _Graph:
+    """One captured graph with its input and output.
+
+    Args:
+        pipeline: what is captured.
+        key: for which images.
+        pool: memory that graphs share: they run one after the other.
+        device: the GPU.
+    """
+
+    def __init__(
+        self, pipeline: StaticDetector, key: _Key, pool: tuple[int, int], device: torch.device
+    ) -> None:
+        images, shape = key.shape[0], key.shape
+        pixels = torch.Size(shape).numel() * key.dtype.itemsize
+        pixels = (pixels + 15) // 16 * 16
+        size = pixels + images * 6 * 4
+        # Images and geometry lie next to each other, and go up together.
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+
+        def parts(packed: Tensor) -> tuple[Tensor, Tensor]:
+            count = torch.Size(shape).numel() * key.dtype.itemsize
+            return (
+                packed[:count].view(key.dtype).view(shape),
+                packed[pixels:].view(torch.float32).view(images, 6),
+            )
+
+        self.images, self.geometry = parts(self._host)
+        self._device_images, self._device_geometry = parts(self._device)
+        self._device_geometry[:, :4] = torch.tensor(shape[2:] * 2, device=device)
+        self._device_geometry[:, 4:] = 1
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._run(pipeline)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with their own work on the GPU.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.found, self._packed = self._run(pipeline)
+        self._down = torch.empty(self._packed.shape, pin_memory=True)
+        self._done = torch.cuda.Event()
+
+    def _run(self, pipeline: StaticDetector) -> tuple[FixedDetections, Tensor]:
+        found = pipeline(self._device_images, Geometry.of(self._device_geometry))
+        return found, packed(found)
+
+    def put(self, images: Sequence[Tensor], geometry: Tensor) -> None:
+        """Sends images and their geometry to the device."""
+        on_host = all(image.device.type == "cpu" for image in images)
+        into = self.images if on_host else self._device_images
+        for room, image in zip(into, images, strict=True):
+            room[:, : image.shape[1], : image.shape[2]].copy_(image, non_blocking=True)
+        self.geometry.copy_(geometry)
+        if on_host:
+            self._device.copy_(self._host, non_blocking=True)
+        else:
+            self._device_geometry.copy_(self.geometry, non_blocking=True)
+
+    def replay(self) -> tuple[Tensor, Tensor]:
+        """Runs it; what was found, packed, on the device and on the host."""
+        self._graph.replay()
+        self._down.copy_(self._packed, non_blocking=True)
+        device = self._packed.clone()
+        self._done.record()
+        self._done.synchronize()
+        return device, self._down.clone()
+
+
+class Graphs:
+    """The graphs of one model, and how often they served.
+
+    One call at a time: threads wait for each other. Copies of a model start without graphs.
+
+    Args:
+        limits: how many are kept.
+        tf32: see :func:`optimize_for_inference`.
+    """
+
+    def __init__(self, limits: GraphLimits, tf32: bool | None = None) -> None:
+        self.limits, self.tf32 = limits, tf32
+        self.counts: Counter[str] = Counter()
+        """Calls by what became of them: "replayed", or the reason of the plain path."""
+        self.record_levels = False
+        """Whether detections get ``pyramid_level``."""
+        self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
+        self._uses: Counter[_Key] = Counter()
+        self._failed: dict[_Key, str] = {}
+        self._pool: tuple[int, int] | None = None
+        self._held = 0  # bytes
+        self._last: torch.cuda.Event | None = None  # after what reads a graph's memory
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self.limits, self.tf32)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __call__(
+        self, model: nn.Module, inputs: list[dict[str, Any]]
+    ) -> list[HostInstances] | None:
+        """Detections of each input; None where the model itself has to run, which is counted."""
+        with self._lock:
+            found = self._found(model, inputs)
+        if isinstance(found, str):
+            self.counts[found] += 1
+            return None
+        self.counts["replayed"] += 1
+        return found
+
+    def _found(self, model: nn.Module, inputs: list[dict[str, Any]]) -> list[HostInstances] | str:
+        images = [each["image"] for each in inputs]
+        device = model.pixel_mean.device
+        if device.type != "cuda":
+            return "not on a GPU"
+        if torch.is_autocast_enabled():
+            return "under autocast"
+        if len(images) > self.limits.images:
+            return f"more than {self.limits.images} images at once"
+        dtypes = {image.dtype for image in images}
+        dtype = dtypes.pop() if dtypes == {torch.uint8} else torch.float32
+        shape = (len(images), images[0].shape[0], *padded_size(model, images))
+        tf32 = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        key = _Key(shape, dtype, tf32, next(model.parameters()).data_ptr())
+        graph = self._graphs.get(key) or self._captured(model, key, device)
+        if isinstance(graph, str):
+            return graph
+        self._graphs.move_to_end(key)
+        if self._last is not None:  # of another stream, perhaps
+            torch.cuda.current_stream(device).wait_event(self._last)
+        rows = geometry(inputs)
+        graph.put(images, torch.tensor(rows))
+        device_row, host = graph.replay()
+        if not host[:, 1].all():
+            return "a fixed bound was not enough"
+        found = instances_of(model, graph.found, device_row, host, rows, self.record_levels)
+        self._last = torch.cuda.current_stream(device).record_event()
+        return found
+
+    def _captured(self, model: nn.Module, key: _Key, device: torch.device) -> _Graph | str:
+        if key in self._failed:
+            return self._failed[key]
+        room = self.limits.gigabytes * 2**30
+        if len(self._graphs) >= self.limits.graphs or self._held >= room:
+            self._uses[key] += 1
+            if self._uses[key] < _USES or not self._graphs:
+                return "more sizes than graphs"
+            self._graphs.popitem(last=False)
+            del self._uses[key]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            # What is captured must be usable outside of inference mode too.
+            with torch.inference_mode(False), torch.no_grad():
+                graph = _Graph(static_detector(model), key, self._pool, device)
+        except Exception as error:  # whatever a model of others' or a full GPU makes of it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            short = f"{key.shape[0]} x {key.shape[3]} x {key.shape[2]} px has no graph"
+            logger.warning("%s, the plain path runs: %s", short, reason)
+            self._failed[key] = short
+            return short
+        self._graphs[key] = graph
+        self._held = sum(
+            each["total_size"]
+            for each in torch.cuda.memory_snapshot()
+            if tuple(each["segment_pool_id"]) == tuple(self._pool)
+        )
+        return graph
+
+
+def geometry(inputs: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Rows of :class:`.static.Geometry`: size, output size, and x and y of the one by the other."""
+    rows = []
+    for each in inputs:
+        height, width = each["image"].shape[-2:]
+        output = [each.get("height", height), each.get("width", width)]
+        rows.append([height, width, *output, output[1] / width, output[0] / height])
+    return rows
+
+
+def packed(found: FixedDetections) -> Tensor:
+    """Detections but for masks and heatmaps as a row of numbers for each image.
+
+    As float32, which holds whole numbers up to 16 million.
+    """
+    numbers = torch.stack([found.counts, found.exact.long()], dim=1)
+    columns = (numbers, found.boxes, found.scores, found.classes, found.levels, found.regions)
+    return torch.cat([column.flatten(1).float() for column in columns], dim=1)
+
+
+def instances_of(
+    model: nn.Module,
+    found: FixedDetections,
+    on_device: Tensor,
+    on_host: Tensor,
+    rows: list[list[float]],
+    record_levels: bool = False,
+) -> list[HostInstances]:
+    """Detectron2's instances, or proposals, of each image.
+
+    Args:
+        model: that found them.
+        found: for its masks and heatmaps.
+        on_device: all else, see :func:`packed`.
+        on_host: a copy of it.
+        rows: as :func:`geometry` gives them.
+        record_levels: whether they get ``pyramid_level``.
+    """
+    room = found.scores.shape[1]
+    if isinstance(model, ProposalNetwork):
+        names = {"proposal_boxes": "boxes", "objectness_logits": "scores"}
+    else:
+        names = {"pred_boxes": "boxes", "scores": "scores", "pred_classes": "classes"}
+        if record_levels:
+            names["pyramid_level"] = "levels"
+    results = []
+    for number, (*_, height, width, scale_x, scale_y) in enumerate(rows):
+        count = int(on_host[number, 0])
+        fields, host_fields = (_fields(each[number], count, room) for each in (on_device, on_host))
+        instances = HostInstances((int(height), int(width)))
+        for name, of in names.items():
+            instances.set(name, fields[of])
+        instances.keep(**{name: host_fields[of] for name, of in names.items()})
+        if found.masks is not None:
+            masks = ROIMasks(found.masks[number, :count])
+            boxes = instances.pred_boxes
+            instances.pred_masks = masks.to_bitmasks(boxes, int(height), int(width), 0.5).tensor
+        if found.heatmaps is not None:
+            heatmaps = found.heatmaps[number, :count].clone()
+            # Sizes of boxes are read on the host, one by one.
+            keypoints = heatmaps_to_keypoints(heatmaps, host_fields["regions"])[:, :, [0, 1, 3]]
+            keypoints[:, :, 0] *= scale_x
+            keypoints[:, :, 1] *= scale_y
+            instances.pred_keypoints = keypoints
+            instances.pred_keypoint_heatmaps = heatmaps
+        results.append(instances)
+    return results
+
+
+def _fields(row: Tensor, count: int, room: int) -> dict[str, Any]:
+    """One image's detections out of their row."""
+    boxes, scores, classes, levels, regions = row[2:].split([4 * room, room, room, room, 4 * room])
+    return {
+        "boxes": Boxes(boxes.view(-1, 4)[:count]),
+        "scores": scores[:count],
+        "classes": classes[:count].long(),
+        "levels": levels[:count].long(),
+        "regions": regions.view(-1, 4)[:count],
+    }
+
+
+def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
+    """Height and width that Detectron2 pads a batch to: values next to the padding are the same."""
+    backbone = model.backbone
+    constraints = backbone.padding_constraints
+    square = constraints.get("square_size", 0)
+    divisor = max(1, constraints.get("size_divisibility", backbone.size_divisibility))
+    sides = (max(image.shape[i] for image in images) for i in (-2, -1))
+    height, width = (-(-(square or side) // divisor) * divisor for side in sides)
+    return height, width
+
+
+@contextmanager
+def _tf32(allowed: bool | None) -> Iterator[None]:
+    """Whether cuDNN and cuBLAS may round float32 to TF32 within it; None: as torch is set."""
+    libraries = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [library.allow_tf32 for library in libraries]
+    if allowed is not None:
+        for library in libraries:
+            library.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for library, was in zip(libraries, before, strict=True):
+            library.allow_tf32 = was
+
+
+class _Graphed(nn.Module):
+    """A model whose forward pass is a graph's where there is one, and its own where not."""
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """See the base class."""
+        if self.training:
+            return super().forward(batched_inputs)
+        with _tf32(self.graphs.tf32):
+            found = self.graphs(self, batched_inputs)
+            if found is None:
+                return super().forward(batched_inputs)
+        name = "proposals" if isinstance(self, ProposalNetwork) else "instances"
+        return [{name: instances} for instances in found]
+
+
+class GraphedRCNN(_Graphed, GeneralizedRCNN):
+    """GeneralizedRCNN by graphs."""
+
+
+class GraphedRetinaNet(_Graphed, RetinaNet):
+    """RetinaNet by graphs."""
+
+
+class GraphedProposalNetwork(_Graphed, ProposalNetwork):
+    """ProposalNetwork by graphs."""
+
+
+_GRAPHED = {
+    GeneralizedRCNN: GraphedRCNN,
+    RetinaNet: GraphedRetinaNet,
+    ProposalNetwork: GraphedProposalNetwork,
+}
+
+
+def use_graphs(model: nn.Module, limits: GraphLimits, tf32: bool | None) -> None:
+    """Makes a model run by graphs, in place.
+
+    Raises:
+        UserError: it has no pipeline of fixed shapes.
+    """
+    static_detector(model)
+    model.graphs = Graphs(limits, tf32)
+    # By its class, not by a method of its own: copies are independent and can be saved.
+    model.__class__ = _GRAPHED[type(model)]

@@ -1,0 +1,443 @@
+"""A detector whose shapes are all fixed, so that a CUDA graph can hold it from image to detections.
+
+Detectron2's architectures ask the device after every step how much is left: proposals, candidates,
+detections. Here that is data: everything has room for the most there can be, and a mask or a count
+says what is there. The modules called are the model's own, and so are the values. Where a fixed
+bound was not enough, ``exact`` says so, and the caller runs the model itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    StandardROIHeads,
+)
+from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
+from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
+from torch import Tensor, nn
+
+from fpn_plugin.errors import UserError
+from fpn_plugin.kernels import nms_mask, pyramid_roi_align, select_proposals
+from fpn_plugin.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
+from fpn_plugin.modeling.levels import levels_of
+
+from .fused import SelectingRPN
+
+__all__ = ["FixedDetections", "Geometry", "StaticDetector", "static_detector"]
+
+_CANDIDATES = 2048  # of an image, that suppression is done among
+_FAR_BELOW = float("-inf")
+
+
+class Geometry(NamedTuple):
+    """Sizes of N images, in pixels, and what detections are scaled by; float32 each."""
+
+    sizes: Tensor  # (N, 2): height and width of the network's input, without padding
+    output_sizes: Tensor  # (N, 2): height and width that detections are given in
+    scales: Tensor  # (N, 2): x and y, the one over the other
+
+    @classmethod
+    def of(cls, packed: Tensor) -> Geometry:
+        """Of ``(N, 6)``: the three next to each other."""
+        return cls(*packed.split(2, dim=1))
+
+
+class FixedDetections(NamedTuple):
+    """Detections, or proposals, of N images, each with room for D.
+
+    Those that are there come first, by falling score; what lies behind them is of no meaning.
+    """
+
+    boxes: Tensor  # float32 (N, D, 4), XYXY in pixels of the output
+    scores: Tensor  # float32 (N, D); of proposals: objectness logits
+    classes: Tensor  # int64 (N, D)
+    levels: Tensor  # int64 (N, D), k of Eq. (1) for the proposal each was pooled for, else 0
+    counts: Tensor  # int64 (N,), how many there are
+    exact: Tensor  # bool (N,), whether fixed bounds were enough
+    regions: Tensor  # float32 (N, D, 4): the boxes in pixels of the network's input
+    masks: Tensor | None = None  # float32 (N, D, side, side), probabilities
+    heatmaps: Tensor | None = None  # float32 (N, D, keypoints, side, side), logits
+
+
+class _Found(NamedTuple):
+    """What is left of candidates, in pixels of the network's input; see FixedDetections."""
+
+    boxes: Tensor
+    scores: Tensor  # -inf for what is not there
+    classes: Tensor
+    source: Tensor  # int64 (N, D): index of the proposal or candidate
+    exact: Tensor
+
+
+class StaticDetector:
+    """What Faster, Mask, Keypoint and Cascade R-CNN, RetinaNet and an RPN share.
+
+    Anchors are made on the first call; later calls must be of the same size of images.
+
+    Args:
+        model: in evaluation mode, as optimised.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._anchors: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, geometry: Geometry) -> FixedDetections:
+        """Detects.
+
+        Args:
+            images: ``(N, C, H, W)``, any dtype, channels in the order of INPUT.FORMAT; H and W
+                are what Detectron2 would pad to; what is padded may hold anything.
+            geometry: of these images.
+        """
+        height, width = images.shape[-2:]
+        model, sizes = self.model, geometry.sizes[:, :, None]
+        x = (images.float() - model.pixel_mean) / model.pixel_std
+        # Detectron2 pads with zeros, after normalising.
+        inside_y = torch.arange(height, device=x.device) < sizes[:, 0]
+        inside_x = torch.arange(width, device=x.device) < sizes[:, 1]
+        x = x.masked_fill(~(inside_y[:, None, :, None] & inside_x[:, None, None, :]), 0)
+        return self._detect(model.backbone(x), geometry)
+
+    def _detect(self, pyramid: dict[str, Tensor], geometry: Geometry) -> FixedDetections:
+        raise NotImplementedError
+
+    def _anchors_of(self, generator: nn.Module, features: list[Tensor]) -> list[Tensor]:
+        if not self._anchors:
+            self._anchors = [anchors.tensor for anchors in generator(features)]
+        return self._anchors
+
+    def _proposals(self, pyramid: dict[str, Tensor], geometry: Geometry) -> _Found:
+        """The RPN's proposals."""
+        rpn = self.model.proposal_generator
+        features = [pyramid[level] for level in rpn.in_features]
+        anchors = self._anchors_of(rpn.anchor_generator, features)
+        logits, deltas = rpn.rpn_head(features)
+        most = rpn.pre_nms_topk[False]
+        scores, index = _best_of_levels([x.permute(0, 2, 3, 1).flatten(1) for x in logits], most)
+        boxes = _decoded(rpn, anchors, deltas, index)
+        counts = [min(most, len(of_level)) for of_level in anchors]
+        found = select_proposals(
+            [of_level[:, :n] for of_level, n in zip(boxes, counts, strict=True)],
+            [of_level[:, :n] for of_level, n in zip(scores.unbind(1), counts, strict=True)],
+            geometry.sizes,
+            rpn.nms_thresh,
+            rpn.post_nms_topk[False],
+            rpn.min_box_size,
+        )
+        none = torch.zeros_like(found.scores, dtype=torch.int64)
+        return _Found(found.boxes, found.scores, none, none, found.exact)
+
+
+class StaticRPN(StaticDetector):
+    """ProposalNetwork."""
+
+    def _detect(self, pyramid: dict[str, Tensor], geometry: Geometry) -> FixedDetections:
+        return _scaled(self._proposals(pyramid, geometry), geometry)
+
+
+class StaticRetinaNet(StaticDetector):
+    """RetinaNet."""
+
+    def _detect(self, pyramid: dict[str, Tensor], geometry: Geometry) -> FixedDetections:
+        model = self.model
+        features = [pyramid[level] for level in model.head_in_features]
+        anchors = self._anchors_of(model.anchor_generator, features)
+        logits, deltas = model.head(features)
+        scores, indices = [], []
+        for of_level in logits:
+            flat = permute_to_N_HWA_K(of_level, model.num_classes).flatten(1)
+            # By logits: a sigmoid keeps their order, and would be of every class of every anchor.
+            top, index = flat.topk(min(model.test_topk_candidates, flat.shape[1]), dim=1)
+            scores.append(top.float().sigmoid())
+            indices.append(index)
+        boxes = _decoded(model, anchors, deltas, [index // model.num_classes for index in indices])
+        classes = torch.cat([index % model.num_classes for index in indices], dim=1)
+        scores = torch.cat(scores, dim=1)
+        scores = scores.masked_fill(~(scores > model.test_score_thresh), _FAR_BELOW)
+        found = _suppressed(
+            torch.cat(boxes, dim=1),
+            scores,
+            classes,
+            torch.arange(scores.shape[1], device=scores.device).expand_as(scores),
+            model.test_nms_thresh,
+            model.max_detections_per_image,
+        )
+        return _scaled(found, geometry)
+
+
+class StaticRCNN(StaticDetector):
+    """Faster, Mask, Keypoint and Cascade R-CNN."""
+
+    def _detect(self, pyramid: dict[str, Tensor], geometry: Geometry) -> FixedDetections:
+        heads = self.model.roi_heads
+        proposals = self._proposals(pyramid, geometry)
+        found = self._boxes(pyramid, proposals, geometry)
+        levels = _levels(heads.box_pooler, proposals.boxes).gather(1, found.source)
+        parts = {}
+        # As in Detectron2, for the boxes before they are scaled.
+        if heads.mask_on:
+            features = [pyramid[level] for level in heads.mask_in_features]
+            logits = heads.mask_head.layers(_pool(heads.mask_pooler, features, found.boxes))
+            if logits.shape[1] > 1:
+                side = logits.shape[-1]
+                of_class = found.classes.view(-1, 1, 1, 1).expand(-1, 1, side, side)
+                logits = logits.gather(1, of_class)
+            parts["masks"] = logits[:, 0].float().sigmoid().unflatten(0, found.scores.shape)
+        if heads.keypoint_on:
+            features = [pyramid[level] for level in heads.keypoint_in_features]
+            logits = heads.keypoint_head.layers(_pool(heads.keypoint_pooler, features, found.boxes))
+            parts["heatmaps"] = logits.float().unflatten(0, found.scores.shape)
+        return _scaled(found, geometry, levels, **parts)
+
+    def _boxes(self, pyramid: dict[str, Tensor], proposals: _Found, geometry: Geometry) -> _Found:
+        heads = self.model.roi_heads
+        features = [pyramid[level] for level in heads.box_in_features]
+        is_cascade = isinstance(heads, CascadeROIHeads)
+        stages = (
+            zip(heads.box_head, heads.box_predictor, strict=True)
+            if is_cascade
+            else [(heads.box_head, heads.box_predictor)]
+        )
+        boxes, probabilities = proposals.boxes, []
+        for number, (head, predictor) in enumerate(stages):
+            regions = boxes if number == 0 else _clipped(boxes, geometry.sizes)
+            logits, deltas = predictor(head(_pool(heads.box_pooler, features, regions)))
+            sigmoid = getattr(predictor, "use_sigmoid_ce", False)
+            probabilities.append(logits.sigmoid() if sigmoid else logits.softmax(dim=1))
+            boxes = predictor.box2box_transform.apply_deltas(deltas, regions.flatten(0, 1))
+            boxes = boxes.view(*regions.shape[:2], -1)
+        scores = probabilities[0]
+        if is_cascade:
+            scores = sum(probabilities) * (1.0 / len(probabilities))
+        scores = scores.view(*regions.shape[:2], -1)
+        known = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores).all(dim=2)
+        known &= torch.isfinite(proposals.scores)
+        scores = scores[:, :, :-1]
+        passes = (scores > predictor.test_score_thresh) & known[:, :, None]
+        scores = scores.masked_fill(~passes, _FAR_BELOW)
+        count = scores.shape[2]
+        boxes = boxes.view(*regions.shape[:2], -1, 4)
+        candidate = torch.arange(scores[0].numel(), device=scores.device).expand(len(scores), -1)
+        found = _suppressed(
+            _clipped(boxes.flatten(1, 2), geometry.sizes),
+            scores.flatten(1),
+            candidate % count,
+            candidate if boxes.shape[2] > 1 else candidate // count,
+            predictor.test_nms_thresh,
+            predictor.test_topk_per_image,
+        )
+        source = found.source // count if boxes.shape[2] > 1 else found.source
+        return found._replace(source=source, exact=found.exact & proposals.exact)
+
+
+def static_detector(model: nn.Module) -> StaticDetector:
+    """A model's pipeline.
+
+    Args:
+        model: of the plugin or stock, its poolers :class:`PyramidROIPooler`, as optimised.
+
+    Raises:
+        UserError: its architecture, or a part of it, has no fixed shapes; says which.
+    """
+    kinds = {
+        GeneralizedRCNN: StaticRCNN,
+        RetinaNet: StaticRetinaNet,
+        ProposalNetwork: StaticRPN,
+    }
+    kind = next((kinds[each] for each in type(model).__mro__ if each in kinds), None)
+    # Subclasses of others do more, and those of ours are made of a plain one.
+    unknown = _unknown_part(model) if kind else type(model).__name__
+    if unknown:
+        raise UserError(f"{unknown} has no pipeline of fixed shapes")
+    return kind(model)
+
+
+_HEADS = (StandardROIHeads, FPNROIHeads, CascadeROIHeads, FPNCascadeROIHeads)
+
+
+def _unknown_part(model: nn.Module) -> str:
+    """The name of the first part whose computation is not known here; empty if all are."""
+    if isinstance(model, RetinaNet):
+        return _unknown((model.anchor_generator, DefaultAnchorGenerator), *_decoder_of(model))
+    rpn, heads = model.proposal_generator, getattr(model, "roi_heads", None)
+    if rpn is None:
+        return "Fast R-CNN, which reads proposals,"
+    unknown = _unknown((rpn, RPN, SelectingRPN)) or _unknown(
+        (rpn.anchor_generator, DefaultAnchorGenerator), *_decoder_of(rpn)
+    )
+    if unknown or heads is None:
+        return unknown
+    return _unknown((heads, *_HEADS)) or _unknown_in(heads)
+
+
+def _unknown_in(heads: nn.Module) -> str:
+    cascade = isinstance(heads, CascadeROIHeads)
+    for predictor in heads.box_predictor if cascade else [heads.box_predictor]:
+        unknown = _unknown((predictor, FastRCNNOutputLayers), *_decoder_of(predictor))
+        if unknown:
+            return unknown
+        if predictor.test_topk_per_image < 0:
+            return "TEST.DETECTIONS_PER_IMAGE -1, for detections without limit,"
+    poolers = [heads.box_pooler]
+    for on, name, base in (
+        (heads.mask_on, "mask", BaseMaskRCNNHead),
+        (heads.keypoint_on, "keypoint", BaseKeypointRCNNHead),
+    ):
+        if on:
+            head = getattr(heads, f"{name}_head")
+            if getattr(type(head), "forward", None) is not base.forward:
+                return type(head).__name__
+            poolers.append(getattr(heads, f"{name}_pooler"))
+    for pooler in poolers:
+        unknown = _unknown((pooler, PyramidROIPooler)) or _unknown(
+            (pooler.level_poolers[0], ROIAlign)
+        )
+        if unknown:
+            return unknown
+    return ""
+
+
+def _decoder_of(owner: nn.Module) -> list[tuple[object, type]]:
+    return [(owner.box2box_transform, Box2BoxTransform)]
+
+
+def _unknown(*parts: tuple[object, ...]) -> str:
+    """The name of the first part that is of none of the classes that follow it."""
+    return next((type(part).__name__ for part, *known in parts if type(part) not in known), "")
+
+
+def _best_of_levels(scores: list[Tensor], most: int) -> tuple[Tensor, list[Tensor]]:
+    """The best of each level, in one step: scores ``(N, L, k)``, -inf behind a short level's, and
+    the indices of each level's, ``(N, k)``.
+    """
+    images, longest = len(scores[0]), max(of_level.shape[1] for of_level in scores)
+    table = scores[0].new_full((images, len(scores), longest), _FAR_BELOW)
+    for number, of_level in enumerate(scores):
+        table[:, number, : of_level.shape[1]] = of_level
+    top, index = table.topk(min(most, longest), dim=2)
+    return top, [
+        of_level.clamp(max=each.shape[1] - 1)
+        for of_level, each in zip(index.unbind(1), scores, strict=True)
+    ]
+
+
+def _decoded(
+    owner: nn.Module, anchors: list[Tensor], deltas: list[Tensor], indices: list[Tensor]
+) -> list[Tensor]:
+    """Boxes of the anchors that indices name, ``(N, k)`` a level, as ``(N, k, 4)`` a level."""
+    sizes = [index.shape[1] for index in indices]
+    starts = [0]
+    for of_level in anchors:
+        starts.append(starts[-1] + len(of_level))
+    index = torch.cat([i + start for i, start in zip(indices, starts, strict=False)], dim=1)
+    flat = torch.cat([permute_to_N_HWA_K(of_level, 4) for of_level in deltas], dim=1)
+    picked = flat.gather(1, index[:, :, None].expand(-1, -1, 4))
+    of_anchor = torch.cat(anchors)[index.flatten()]
+    boxes = owner.box2box_transform.apply_deltas(picked.flatten(0, 1), of_anchor)
+    return list(boxes.view(*index.shape, 4).split(sizes, dim=1))
+
+
+def _suppressed(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    source: Tensor,
+    threshold: float,
+    most: int,
+) -> _Found:
+    """What is left of M candidates of each image after suppression within classes.
+
+    Args:
+        boxes: ``(N, B, 4)``.
+        scores: ``(N, M)``, -inf for those that are none.
+        classes: ``(N, M)``.
+        source: ``(N, M)``, which box is a candidate's.
+        threshold: see :func:`nms_mask`.
+        most: of an image, at most.
+    """
+    # Only boxes before one suppress it: among the best few, those that are kept are the same.
+    top, index = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1)
+    classes, source = classes.gather(1, index), source.gather(1, index)
+    boxes = boxes.gather(1, source[:, :, None].expand(-1, -1, 4))
+    keep, exact = nms_mask(boxes, top > _FAR_BELOW, threshold, classes)
+    kept = top.masked_fill(~keep, _FAR_BELOW)
+    best, order = kept.topk(min(most, kept.shape[1]), dim=1)
+    enough = (best > _FAR_BELOW).sum(dim=1) == most
+    all_seen = (scores > _FAR_BELOW).sum(dim=1) <= top.shape[1]
+    return _Found(
+        boxes.gather(1, order[:, :, None].expand(-1, -1, 4)),
+        best,
+        classes.gather(1, order),
+        source.gather(1, order),
+        exact & (enough | all_seen),
+    )
+
+
+def _scaled(
+    found: _Found, geometry: Geometry, levels: Tensor | None = None, **parts: Tensor
+) -> FixedDetections:
+    """Detectron2's ``detector_postprocess`` but for masks and keypoints."""
+    boxes = found.boxes * geometry.scales.repeat(1, 2)[:, None]
+    boxes = _clipped(boxes, geometry.output_sizes)
+    there = (found.scores > _FAR_BELOW) & ((boxes[:, :, 2:] - boxes[:, :, :2]) > 0).all(dim=2)
+    order = (~there).to(torch.uint8).sort(dim=1, stable=True).indices
+
+    def in_order(values: Tensor) -> Tensor:
+        index = order.view(*order.shape, *[1] * (values.ndim - 2)).expand_as(values)
+        return values.gather(1, index)
+
+    levels = torch.zeros_like(found.classes) if levels is None else levels
+    values = (boxes, found.scores, found.classes, levels)
+    return FixedDetections(
+        *map(in_order, values),
+        there.sum(dim=1),
+        found.exact,
+        in_order(found.boxes),
+        **{name: in_order(part) for name, part in parts.items()},
+    )
+
+
+def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """``(N, M, 4)`` boxes within ``(N, 2)`` heights and widths."""
+    return torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
+
+
+def _levels(pooler: PyramidROIPooler, boxes: Tensor) -> Tensor:
+    """Levels, k of Eq. (1), of ``(N, M, 4)`` boxes."""
+    levels = levels_of(
+        boxes.flatten(0, 1),
+        pooler.min_level,
+        pooler.max_level,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )
+    return levels.view(boxes.shape[:2])
+
+
+def _pool(pooler: PyramidROIPooler, features: list[Tensor], boxes: Tensor) -> Tensor:
+    """``(N * M, C, h, w)`` of ``(N, M, 4)`` boxes; what is not finite is pooled as no box."""
+    boxes = boxes.nan_to_num(0.0, 0.0, 0.0)
+    images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
+    rois = torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=2)
+    align = pooler.level_poolers[0]
+    return pyramid_roi_align(
+        features,
+        rois.flatten(0, 1),
+        (_levels(pooler, boxes) - pooler.min_level).flatten(),
+        [each.spatial_scale for each in pooler.level_poolers],
+        align.output_size,
+        align.sampling_ratio,
+        align.aligned,
+    )

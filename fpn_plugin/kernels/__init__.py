@@ -1,0 +1,19 @@
+"""What runs faster than its parts: RoIAlign over a pyramid and non-maximum suppression.
+
+Kernels for GPUs are written in Triton, each next to plain torch that computes the same on every
+device.
+"""
+
+from .nms import batched_nms, nms_fixpoint, nms_mask
+from .proposals import select_proposals
+from .roi_align import pays, pyramid_roi_align, pyramid_roi_align_by_level
+
+__all__ = [
+    "batched_nms",
+    "nms_fixpoint",
+    "nms_mask",
+    "pays",
+    "pyramid_roi_align",
+    "pyramid_roi_align_by_level",
+    "select_proposals",
+]

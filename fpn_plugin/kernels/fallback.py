@@ -1,0 +1,57 @@
+"""Triton where it runs, and the plain way, with one line of why, where it does not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["triton_or_plain", "triton_runs"]
+
+Result = TypeVar("Result")
+_OLDEST = (8, 0)  # compute capability; the oldest that Triton supports
+_failed: set[str] = set()
+
+
+def triton_runs(tensor: Tensor) -> bool:
+    """Whether kernels run where a tensor is: on a GPU where none has failed yet."""
+    return tensor.is_cuda and str(tensor.device) not in _failed
+
+
+def triton_or_plain(
+    tensor: Tensor, kernel: Callable[[], Result], plain: Callable[[], Result]
+) -> Result:
+    """What a Triton kernel computes, or the same by plain torch.
+
+    A kernel that cannot be run (no Triton, no compiler, a GPU too old) is said once, in one line,
+    and no other is tried on that device. Running out of memory is no such failure, nor is one while
+    a CUDA graph is captured.
+
+    Args:
+        tensor: on the device in question.
+        kernel: imports and launches the kernel.
+        plain: computes the same without Triton.
+    """
+    if not triton_runs(tensor):
+        return plain()
+    try:
+        if torch.cuda.get_device_capability(tensor.device) < _OLDEST:
+            raise RuntimeError(f"{torch.cuda.get_device_name(tensor.device)} is too old")
+        with torch.cuda.device(tensor.device):
+            return kernel()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        if torch.cuda.is_current_stream_capturing():
+            raise  # what fails may be the capture
+        _failed.add(str(tensor.device))
+        told = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"Triton kernels do not run on {tensor.device}, plain torch is used, which is slower "
+            f"({type(error).__name__}: {told})",
+            stacklevel=2,
+        )
+        return plain()

@@ -1,0 +1,153 @@
+"""Non-maximum suppression of many lists of boxes at once, exactly greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import ops
+
+from .fallback import triton_or_plain, triton_runs
+
+__all__ = ["batched_nms", "nms_fixpoint", "nms_mask"]
+
+_LONGEST = 20_000  # of a list that the kernel takes: overlaps of n boxes are n^2 / 8 bytes
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def nms_mask(
+    boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which boxes greedy suppression keeps, of B lists at once.
+
+    In order of its list a box is kept unless it overlaps one that is kept already by more than
+    ``threshold``: torchvision's ``nms``, in the arithmetic of its operator for CPUs. Nothing waits
+    for a GPU, and all shapes are fixed, so that it may stand in a CUDA graph.
+
+    Args:
+        boxes: float32 ``(B, K, 4)`` XYXY, each list in order of falling score.
+        valid: bool ``(B, K)``: which boxes there are; others are not kept and suppress none.
+        threshold: largest intersection over union that two kept boxes may have.
+        groups: int ``(B, K)``: boxes of one group alone suppress each other; None for one group.
+
+    Returns:
+        Bool ``(B, K)``, the boxes kept; and bool ``(B,)``, whether that is exact. It always is
+        but for :func:`nms_fixpoint`, which does where Triton does not run.
+    """
+    if boxes.device.type == "cpu":
+        return _one_by_one(boxes, valid, threshold, groups)
+
+    def kernel() -> tuple[Tensor, Tensor]:
+        from . import nms_triton
+
+        keep = nms_triton.nms_mask(boxes, valid, rounded_down(threshold), groups)
+        return keep, valid.new_ones(len(valid))
+
+    def plain() -> tuple[Tensor, Tensor]:
+        return nms_fixpoint(boxes, valid, threshold, groups)
+
+    return triton_or_plain(boxes, kernel, plain)
+
+
+@torch.no_grad()
+def nms_fixpoint(
+    boxes: Tensor,
+    valid: Tensor,
+    threshold: float,
+    groups: Tensor | None = None,
+    rounds: int = 24,
+) -> tuple[Tensor, Tensor]:
+    """:func:`nms_mask` in plain torch, on any device: a fixpoint, looked for in a few rounds.
+
+    Greedy suppression keeps the one set of which this is true: a box is in it if no box before
+    it that overlaps it is. Begun with all boxes, after n rounds each is right whose chain of
+    suppressors is no longer than n; a round that changes nothing has found the set.
+
+    Args:
+        boxes: see :func:`nms_mask`.
+        valid: see there.
+        threshold: see there.
+        groups: see there.
+        rounds: how many at most.
+
+    Returns:
+        As there; False where the last round still changed something.
+    """
+    x0, y0, x1, y1 = boxes.float().unbind(2)
+    area = (x1 - x0) * (y1 - y0)
+    width = (_pairs(torch.minimum, x1) - _pairs(torch.maximum, x0)).clamp_(min=0)
+    height = (_pairs(torch.minimum, y1) - _pairs(torch.maximum, y0)).clamp_(min=0)
+    common = width * height
+    overlap = common / (_pairs(torch.add, area) - common) > rounded_down(threshold)
+    if groups is not None:
+        overlap &= _pairs(torch.eq, groups)
+    # [.., i, j]: box j, before box i, suppresses it. In half precision, if counts are not needed.
+    dtype = torch.float16 if boxes.is_cuda else torch.float32
+    suppresses = overlap.tril(-1).to(dtype)
+    keep = before = valid
+    for _ in range(rounds):
+        before = keep
+        keep = valid & ~(torch.matmul(suppresses, keep.to(dtype)[:, :, None])[:, :, 0] > 0)
+    return keep, (keep == before).all(dim=1)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """May stand for :func:`torchvision.ops.batched_nms` and Detectron2's; on a GPU it is faster.
+
+    There groups are compared, where torchvision moves boxes of different groups apart, which
+    rounds their coordinates.
+
+    Args:
+        boxes: ``(M, 4)`` XYXY.
+        scores: ``(M,)``.
+        groups: int ``(M,)``: boxes of one group alone suppress each other.
+        threshold: as ``iou_threshold``.
+
+    Returns:
+        int64 indices of the boxes kept, in order of falling score.
+    """
+    if triton_runs(boxes) and len(boxes) <= _LONGEST:
+        order = scores.sort(descending=True, stable=True).indices
+        valid = torch.ones_like(order, dtype=torch.bool)
+        keep, _ = nms_mask(boxes[order][None], valid[None], threshold, groups[order][None])
+        if triton_runs(boxes):  # else it has just turned out not to
+            return order[keep[0]]
+    return ops.batched_nms(boxes.float(), scores, groups, threshold)
+
+
+def rounded_down(threshold: float) -> float:
+    """The largest float32 that is no larger: an overlap is above the one if it is above the other.
+
+    torchvision compares overlaps, float32, with the threshold in float64.
+    """
+    nearest = np.float32(threshold)
+    if float(nearest) > threshold:
+        nearest = np.nextafter(nearest, np.float32(-np.inf))
+    return float(nearest)
+
+
+def _pairs(function: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
+    """A function of each two values of a list: ``(B, K, K)``."""
+    return function(values[:, :, None], values[:, None, :])
+
+
+def _one_by_one(
+    boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By torchvision's operator for CPUs, which is the fastest there: list after list."""
+    keep = torch.zeros_like(valid)
+    falling = -torch.arange(valid.shape[1], dtype=torch.float32)
+    for row in range(len(valid)):
+        if groups is None:
+            parts = [valid[row]]
+        else:
+            there = groups[row][valid[row]].unique()
+            parts = [valid[row] & (groups[row] == group) for group in there]
+        for part in parts:
+            members = part.nonzero()[:, 0]
+            kept = ops.nms(boxes[row, members].float(), falling[members], threshold)
+            keep[row, members[kept]] = True
+    return keep, valid.new_ones(len(valid))

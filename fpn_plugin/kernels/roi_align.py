@@ -1,0 +1,145 @@
+"""RoIAlign of boxes on the levels of a pyramid, on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from . import roi_align_cpu
+from .fallback import triton_or_plain, triton_runs
+
+__all__ = ["pays", "pyramid_roi_align", "pyramid_roi_align_by_level"]
+
+_MOST_LEVELS = 6  # of the kernel
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.compiler.disable
+def pyramid_roi_align(
+    levels: Sequence[Tensor],
+    rois: Tensor,
+    level_of: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """:func:`torchvision.ops.roi_align` of each box on its level.
+
+    On a GPU one kernel launch reads maps of float32, float16 or bfloat16 where they are, channels
+    last or not, and computes in float32; nothing waits for the device, so that it may stand in a
+    CUDA graph. Its backward pass is one launch too and, as torchvision's, adds in any order: with
+    :func:`torch.use_deterministic_algorithms` torchvision's deterministic way is taken. On a CPU
+    see :mod:`.roi_align_cpu`. Elsewhere, without Triton, and in float64 it is
+    :func:`pyramid_roi_align_by_level`.
+
+    Args:
+        levels: one ``(N, C, H, W)`` map per level, finest first, all of one dtype.
+        rois: ``(M, 5)``: image index and XYXY in pixels of the network's input; float32, or
+            float64 for maps of float64.
+        level_of: ``(M,)``, int: an index into ``levels`` for each box.
+        scales: feature cells per pixel, of each level.
+        output_size: height and width of the output, in cells.
+        sampling_ratio: samples per output cell and axis, 0 for as many as there are feature
+            cells.
+        aligned: whether cell centres lie at half pixels (ROIAlignV2).
+
+    Returns:
+        ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last where the maps are. A
+        box with a coordinate that is not finite gives NaN. Gradients go to the maps alone.
+    """
+    how = (scales, output_size, sampling_ratio, aligned)
+
+    def kernel() -> Tensor:
+        from . import roi_align_triton
+
+        return roi_align_triton.pyramid_roi_align(levels, rois, level_of, *how)
+
+    def plain() -> Tensor:
+        return pyramid_roi_align_by_level(levels, rois, level_of, *how)
+
+    if not pays(levels, len(rois)):
+        return plain()
+    if levels[0].is_cuda:
+        return triton_or_plain(levels[0], kernel, plain)
+    return _on_cpu(levels, rois, level_of, *how) if torch.isfinite(rois).all() else plain()
+
+
+def pays(levels: Sequence[Tensor], boxes: int) -> bool:
+    """Whether :func:`pyramid_roi_align` is faster than torchvision's operator, level after level.
+
+    Args:
+        levels: the maps.
+        boxes: how many boxes there are.
+    """
+    if levels[0].is_cuda:
+        return (
+            len(levels) <= _MOST_LEVELS
+            and levels[0].dtype in _KERNEL_DTYPES
+            and not torch.are_deterministic_algorithms_enabled()
+            and triton_runs(levels[0])
+        )
+    if levels[0].device.type != "cpu":
+        return False
+    if all(level.is_contiguous(memory_format=torch.channels_last) for level in levels):
+        return True
+    # Maps in the usual layout are copied first, which takes as long per 500 to 1,000 cells as
+    # torchvision's operator takes for a box.
+    return boxes * 500 >= sum(level[:, 0].numel() for level in levels)
+
+
+def pyramid_roi_align_by_level(
+    levels: Sequence[Tensor],
+    rois: Tensor,
+    level_of: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """:func:`pyramid_roi_align` by torchvision's operator, level after level, on any device.
+
+    Boxes of other levels are made empty, not left out: shapes do not depend on the boxes, and
+    nothing waits for a device.
+    """
+    exact = torch.promote_types(levels[0].dtype, torch.float32)
+    rois = rois.to(exact)
+    finite = torch.isfinite(rois).all(dim=1, keepdim=True)
+    rois = torch.where(finite, rois, 0.0)
+    if sampling_ratio == 0:
+        # A box turned around has no samples; torchvision's operator fails on it on a CPU.
+        rois = torch.cat([rois[:, :3], torch.maximum(rois[:, 1:3], rois[:, 3:])], dim=1)
+    empty = F.pad(rois[:, :1], (0, 4))
+    pooled = levels[0].new_zeros((len(rois), levels[0].shape[1], *output_size), dtype=exact)
+    for index, (level, scale) in enumerate(zip(levels, scales, strict=True)):
+        here = (level_of == index)[:, None]
+        boxes = torch.where(here, rois, empty)
+        of_level = roi_align(level.to(exact), boxes, output_size, scale, sampling_ratio, aligned)
+        pooled = torch.where(here[:, :, None, None], of_level, pooled)
+    return pooled.masked_fill(~finite[:, :, None, None], torch.nan).to(levels[0].dtype)
+
+
+def _on_cpu(
+    levels: Sequence[Tensor],
+    rois: Tensor,
+    level_of: Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    exact = torch.promote_types(levels[0].dtype, torch.float32)
+    pooled = roi_align_cpu.pyramid_roi_align(
+        [level.to(exact) for level in levels],
+        rois.to(exact),
+        level_of.long(),
+        output_size,
+        scales,
+        sampling_ratio,
+        aligned,
+    )
+    return pooled.to(levels[0].dtype)

@@ -1,0 +1,269 @@
+"""Detectron2's RPN, sampling of proposals and box predictor for a whole batch at once, with few
+waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.layers import cat, cross_entropy
+from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from detectron2.utils.memory import retry_if_cuda_oom
+from torch import Tensor
+from torch.nn import functional as F
+
+from fpn_plugin.kernels import select_proposals
+
+from .sampling import sample_labels
+
+__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "BatchedSampling"]
+
+
+class BatchedRPN(RPN):
+    """Detectron2's RPN: the same losses up to the order of summation, the same proposals, and the
+    same random numbers.
+
+    A GPU is waited for three times, for the numbers of anchors to sample from, for Detectron2's
+    check of the anchors, and for the numbers of proposals, not four times an image.
+    """
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See :meth:`RPN.label_and_sample_anchors`; logs the numbers that its losses log."""
+        every = Boxes.cat(anchors)
+        labels, boxes = [], []
+        for of_image in gt_instances:
+            truths = of_image.gt_boxes
+            # Where memory is short, on the CPU.
+            overlaps = retry_if_cuda_oom(pairwise_iou)(truths, every)
+            matches, of_anchors = retry_if_cuda_oom(self.anchor_matcher)(overlaps)
+            of_anchors = of_anchors.to(truths.device)
+            if self.anchor_boundary_thresh >= 0:
+                inside = every.inside_box(of_image.image_size, self.anchor_boundary_thresh)
+                of_anchors.masked_fill_(~inside, -1)
+            labels.append(of_anchors)
+            boxes.append(truths[matches].tensor if len(truths) else torch.zeros_like(every.tensor))
+        samples = sample_labels(labels, self.batch_size_per_image, self.positive_fraction, 0)
+        storage = get_event_storage()
+        for name, which in (("pos", 0), ("neg", 1)):
+            count = sum(len(sample[which]) for sample in samples)
+            storage.put_scalar(f"rpn/num_{name}_anchors", count / len(labels))
+        self._samples = iter(samples)
+        sampled = [self._subsample_labels(of_image) for of_image in labels]
+        del self._samples
+        return sampled, boxes
+
+    def _subsample_labels(self, label: Tensor) -> Tensor:
+        positive, negative = next(self._samples)
+        return label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """See :meth:`RPN.losses`; over as many anchors as may be sampled, however many are."""
+        labels = torch.stack(gt_labels)
+        most = min(self.batch_size_per_image, labels.shape[1])
+        labels, at = labels.to(torch.float32).topk(most, dim=1)  # 1 and 0 before -1
+        each = at[:, :, None].expand(-1, -1, self.anchor_generator.box_dim)
+        boxes = Boxes.cat(anchors).tensor[at]
+        # An anchor that is not positive has its own place as truth and as prediction: no loss.
+        positive = (labels == 1)[:, :, None]
+        deltas = torch.where(positive, cat(pred_anchor_deltas, dim=1).gather(1, each), 0.0)
+        truths = torch.where(positive, torch.stack(gt_boxes).gather(1, each), boxes)
+        localization = _dense_box_regression_loss(
+            [boxes.flatten(0, 1)],
+            self.box2box_transform,
+            [deltas.flatten(0, 1)[None]],
+            [truths.flatten(0, 1)],
+            ...,
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        objectness = F.binary_cross_entropy_with_logits(
+            cat(pred_objectness_logits, dim=1).gather(1, at),
+            labels.clamp(min=0),
+            weight=(labels >= 0).float(),
+            reduction="sum",
+        )
+        normalizer = self.batch_size_per_image * len(gt_labels)
+        losses = {"loss_rpn_cls": objectness, "loss_rpn_loc": localization}
+        return {
+            name: loss / normalizer * self.loss_weight.get(name, 1.0)
+            for name, loss in losses.items()
+        }
+
+    @torch.no_grad()
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """See :meth:`RPN.predict_proposals`; boxes are decoded of the best anchors alone."""
+        boxes, scores = [], []
+        for of_level, logits, deltas in zip(
+            anchors, pred_objectness_logits, pred_anchor_deltas, strict=True
+        ):
+            most = min(self.pre_nms_topk[self.training], logits.shape[1])
+            best = logits.topk(most, dim=1)
+            chosen = deltas.gather(1, best.indices[:, :, None].expand(-1, -1, 4))
+            decoded = self.box2box_transform.apply_deltas(
+                chosen.flatten(0, 1), of_level.tensor[best.indices].flatten(0, 1)
+            )
+            boxes.append(decoded.view(len(logits), most, 4))
+            scores.append(best.values)
+        sizes = torch.tensor(image_sizes)
+        if boxes[0].is_cuda:
+            sizes = sizes.pin_memory().to(boxes[0].device, non_blocking=True)
+        found = select_proposals(
+            boxes,
+            scores,
+            sizes,
+            self.nms_thresh,
+            self.post_nms_topk[self.training],
+            self.min_box_size,
+        )
+        *counts, finite, exact = torch.cat(
+            [found.counts, found.finite.all()[None], found.exact.all()[None]]
+        ).tolist()
+        if self.training and not finite:
+            raise FloatingPointError(
+                "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+            )
+        if not exact:  # without Triton, after a long chain of suppression
+            return super().predict_proposals(
+                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
+            )
+        return [
+            Instances(
+                size,
+                proposal_boxes=Boxes(found.boxes[i, :count]),
+                objectness_logits=found.scores[i, :count],
+            )
+            for i, (size, count) in enumerate(zip(image_sizes, counts, strict=True))
+        ]
+
+
+class BatchedSampling:
+    """For RoI heads: the proposals that Detectron2 samples, from the same random numbers.
+
+    A GPU is waited for once, not four times an image.
+    """
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """See :meth:`detectron2.modeling.ROIHeads.label_and_sample_proposals`."""
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        matches, classes = [], []
+        for of_image, truths in zip(proposals, targets, strict=True):
+            overlaps = pairwise_iou(truths.gt_boxes, of_image.proposal_boxes)
+            matched, label = self.proposal_matcher(overlaps)
+            if len(truths):
+                of_box = truths.gt_classes[matched]
+                of_box.masked_fill_(label == 0, self.num_classes).masked_fill_(label == -1, -1)
+            else:
+                of_box = torch.full_like(matched, self.num_classes)
+            matches.append(matched)
+            classes.append(of_box)
+        samples = sample_labels(
+            classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+        )
+        sampled = []
+        for i, both in enumerate(samples):
+            chosen = torch.cat(both)
+            of_image = proposals[i][chosen]
+            of_image.gt_classes = classes[i][chosen]
+            if len(targets[i]):
+                for name, value in targets[i].get_fields().items():
+                    if name.startswith("gt_") and not of_image.has(name):
+                        of_image.set(name, value[matches[i][chosen]])
+            sampled.append(of_image)
+        storage = get_event_storage()
+        for name, which in (("fg", 0), ("bg", 1)):
+            counts = [len(both[which]) for both in samples]
+            storage.put_scalar(f"roi_head/num_{name}_samples", np.mean(counts))
+        return sampled
+
+
+class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """Detectron2's box predictor: the same losses up to the order of summation.
+
+    A GPU is waited for twice, for the statistics that are logged and for Detectron2's check of the
+    proposals, not ten times.
+    """
+
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """See :meth:`FastRCNNOutputLayers.losses`."""
+        if self.use_sigmoid_ce or not proposals:
+            return super().losses(predictions, proposals)
+        scores, deltas = predictions
+        classes = cat([of_image.gt_classes for of_image in proposals])
+        boxes = cat([of_image.proposal_boxes.tensor for of_image in proposals])
+        truths = [
+            (of_image.gt_boxes if of_image.has("gt_boxes") else of_image.proposal_boxes).tensor
+            for of_image in proposals
+        ]
+        _log_classification(scores.detach(), classes)
+        losses = {
+            "loss_cls": cross_entropy(scores, classes, reduction="mean"),
+            "loss_box_reg": self.box_reg_loss(boxes, cat(truths), deltas, classes),
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    def box_reg_loss(
+        self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
+    ) -> Tensor:
+        """See :meth:`FastRCNNOutputLayers.box_reg_loss`; over background too, without loss."""
+        foreground = ((gt_classes >= 0) & (gt_classes < self.num_classes))[:, None]
+        if pred_deltas.shape[1] != proposal_boxes.shape[1]:  # of each class
+            of_class = gt_classes.clamp(0, self.num_classes - 1)[:, None, None]
+            box_dim = proposal_boxes.shape[1]
+            pred_deltas = pred_deltas.view(-1, self.num_classes, box_dim)
+            pred_deltas = pred_deltas.gather(1, of_class.expand(-1, -1, box_dim))[:, 0]
+        # Background predicts a box of one pixel to be where it is.
+        pixel = torch.arange(4, device=gt_boxes.device).div(2, rounding_mode="floor").to(gt_boxes)
+        loss = _dense_box_regression_loss(
+            [torch.where(foreground, proposal_boxes, pixel)],
+            self.box2box_transform,
+            [torch.where(foreground, pred_deltas, 0.0)[None]],
+            [torch.where(foreground, gt_boxes, pixel)],
+            ...,
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        return loss / max(gt_classes.numel(), 1.0)
+
+
+def _log_classification(scores: Tensor, classes: Tensor) -> None:
+    """Detectron2's statistics of a box predictor, in one transfer."""
+    if len(classes) == 0:
+        return
+    background = scores.shape[1] - 1
+    predicted = scores.argmax(dim=1)
+    foreground, right = (classes >= 0) & (classes < background), predicted == classes
+    missed = foreground & (predicted == background)
+    of_all = [foreground, right, foreground & right, missed]
+    objects, accurate, found, lost = torch.stack([each.sum() for each in of_all]).tolist()
+    storage = get_event_storage()
+    storage.put_scalar("fast_rcnn/cls_accuracy", accurate / len(classes))
+    if objects > 0:
+        storage.put_scalar("fast_rcnn/fg_cls_accuracy", found / objects)
+        storage.put_scalar("fast_rcnn/false_negative", lost / objects)
