@@ -254,8 +254,10 @@ class CudaBench(Bench):
         return stock, ours
 
     def trainers(self, images: int, amp: bool) -> _Calls:
-        """A training iteration each, from images on the host to the optimizer's step."""
-        batch = training_batch(self.image, images)
+        """A training iteration each, from images on the host, as Detectron2's loader gives them,
+        to the optimizer's step.
+        """
+        batch = training_batch(self.image.round().to(torch.uint8), images)
         models = (copy.deepcopy(self.stock), plugin_model(self.stock, self.device, **self._opts))
         stock, ours = (self._iteration(model, batch, amp) for model in models)
         return stock, ours
