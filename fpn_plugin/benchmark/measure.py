@@ -123,6 +123,11 @@ class Bench:
             pairs=self.pairs,
         )
 
+    def figures(self, part: str) -> Iterator[tuple[str, Any]]:
+        """What else is measured after the comparisons of a part, by its name in the report."""
+        if part == "comparisons":
+            yield "floor", self.floor()
+
     def training(self) -> Iterator[Comparison]:
         """Each against stock Detectron2; then inference in the memory that training leaves.
 
@@ -188,12 +193,14 @@ class Bench:
             run()
         spent = {"convolutions, matrix products": 0.0}
         for event in profiler.key_averages():
-            if event.device_type != torch.autograd.DeviceType.CPU:
-                continue  # kernels, whose time is their operators' too
+            # On a GPU kernels: in a graph they are no operators'.
+            kind = torch.autograd.DeviceType
+            if event.device_type != (kind.CUDA if on_gpu else kind.CPU):
+                continue
             time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
             ms = getattr(event, time_of, 0.0) / 1000
-            is_product = re.search(r"conv|addmm|::b?mm|linear", event.key)
-            name = "convolutions, matrix products" if is_product else event.key
+            is_product = re.search(r"conv|addmm|::b?mm|linear|gemm|cutlass|nvjet", event.key)
+            name = "convolutions, matrix products" if is_product else event.key[:80]
             spent[name] = spent.get(name, 0.0) + ms
         first, *others = spent
         others.sort(key=spent.__getitem__, reverse=True)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_model
+from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 FASTER_R50 = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MASK_R50 = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+RETINANET_R50 = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
 def photograph(path: str | None, height: int, width: int) -> Tensor:
@@ -63,17 +65,18 @@ def _set(cfg: CfgNode, device: str, opts: dict[str, Any]) -> CfgNode:
     return cfg
 
 
-def stock_model(device: str, image: Tensor, **opts: Any) -> nn.Module:
-    """Detectron2's own R50-FPN Faster R-CNN, seeded, with the spread of activations of a trained
+def stock_model(device: str, image: Tensor, config: str = FASTER_R50, **opts: Any) -> nn.Module:
+    """Detectron2's own R-CNN or RetinaNet, seeded, with the spread of activations of a trained
     one: frozen norms have the statistics of an image, and scores are not all alike.
 
     Args:
         device: where it is.
         image: as :func:`photograph` gives it.
+        config: of Detectron2's model zoo.
         opts: config keys, dots written as two underscores.
     """
     cfg = get_cfg()
-    cfg.merge_from_file(detectron2.model_zoo.get_config_file(FASTER_R50))
+    cfg.merge_from_file(detectron2.model_zoo.get_config_file(config))
     torch.manual_seed(0)
     model = build_model(_set(cfg, device, _keys(opts))).eval()
 
@@ -87,6 +90,10 @@ def stock_model(device: str, image: Tensor, **opts: Any) -> nn.Module:
         pyramid = model.backbone(model.preprocess_image([{"image": image}]).tensor)
         for hook in hooks:
             hook.remove()
+        if isinstance(model, RetinaNet):
+            logits, _ = model.head([pyramid[level] for level in model.head_in_features])
+            model.head.cls_score.weight.div_(logits[0].std())
+            return model
         logits, _ = model.proposal_generator.rpn_head([pyramid["p4"]])
         model.proposal_generator.rpn_head.objectness_logits.weight.div_(logits[0].std())
         scores: list[Tensor] = []

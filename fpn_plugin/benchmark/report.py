@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,31 @@ import fpn_plugin
 
 from .timing import Comparison
 
-__all__ = ["LEAST_PAIRS", "environment", "one_line", "spread", "write_report"]
+__all__ = ["LEAST_PAIRS", "UNITS", "environment", "one_line", "spread", "write_report"]
 
 _OURS, _THEIRS = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
 
 
 LEAST_PAIRS = 7
 """A comparison of fewer is a trial."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What times are told in."""
+
+    name: str
+    symbol: str
+    of_a_second: int
+    digits: int
+
+    def spread(self, seconds: list[float]) -> str:
+        """Median, least and greatest."""
+        return spread([each * self.of_a_second for each in seconds], self.digits)
+
+
+UNITS = {"cpu": Unit("seconds", "s", 1, 3), "cuda": Unit("ms", "ms", 1000, 2)}
+"""By device."""
 
 
 def environment(device: str, size: tuple[int, int], pairs: int) -> dict[str, str]:
@@ -61,7 +80,8 @@ def write_report(
     Args:
         folder: gets benchmark.json, benchmark.md and a chart a scaling.
         content: by part: environment, differences, first_calls, floor, profile, memory, accuracy,
-            agreement, scaling.
+            agreement, scaling; on a GPU also counted, graphs, graph_calls, trained_calls, failed,
+            and differences and agreement without TF32.
         comparisons: by part, comparisons, steps and training, in the order to list them in.
 
     Returns:
@@ -74,14 +94,23 @@ def write_report(
     }
     (folder / "benchmark.json").write_text(json.dumps({**content, **told}, indent=1))
     parts = ["# Benchmark\n", one_line(content["environment"])]
+    device = content["environment"].get("device", "cpu").split(",")[0]
+    unit = UNITS[device]
+    if device == "cuda":
+        table = _aims_table(content.get("counted", []), comparisons, unit)
+        parts.append(f"## Aims\n\n{table}")
     if any(comparisons.values()):
         parts.append("Both sides in turn; medians, least and greatest in parentheses.\n")
     for part, title in _COMPARING.items():
         if comparisons.get(part):
-            parts.append(f"## {title}\n\n{_comparison_table(comparisons[part])}")
+            parts.append(f"## {title}\n\n{_comparison_table(comparisons[part], unit)}")
     for name, title in _TITLES.items():
         if content.get(name):
             parts.append(f"## {title}\n\n{_table(content[name])}\n")
+    for name, title in _LISTS.items():
+        if content.get(name):
+            table = tabulate(content[name].items(), tablefmt="github", floatfmt=".1f")
+            parts.append(f"## {title}\n\n{table}\n")
     if content.get("profile"):
         total = sum(content["profile"].values())
         rows = [[name, ms, 100 * ms / total] for name, ms in content["profile"].items()]
@@ -110,11 +139,21 @@ _COMPARING = {
 }
 _TITLES = {
     "differences": "Detections, stock against optimised float32",
+    "differences_without_tf32": "The same where cuDNN and cuBLAS do without TF32",
     "accuracy": "AP on mini_val of a trained mini model (not COCO)",
     "agreement": "Detections of that model on mini_val, optimised float32 against the original",
+    "agreement_without_tf32": "The same where cuDNN and cuBLAS do without TF32",
     "first_calls": "The first call of an optimised copy, and making it (seconds)",
     "floor": "What is not convolution (seconds)",
     "memory": "Peak memory (MB)",
+}
+
+
+_LISTS = {
+    "graphs": "Memory that a CUDA graph adds (MB)",
+    "graph_calls": "Calls of the optimised copies, by what became of them",
+    "trained_calls": "Calls of the trained model's copy, by what became of them",
+    "failed": "Not measured",
 }
 
 
@@ -135,19 +174,60 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def _comparison_table(comparisons: list[Comparison]) -> str:
+def _aims_table(
+    counted: list[dict[str, Any]], comparisons: dict[str, list[Comparison]], unit: Unit
+) -> str:
+    """What has an aim, and whether it is met."""
     rows = [
         [
             each.name,
             each.baseline,
-            spread(each.baseline_seconds, 3),
-            spread(each.seconds, 3),
+            f"{statistics.median(each.baseline_seconds) * unit.of_a_second:.2f} {unit.symbol}",
+            f"{statistics.median(each.seconds) * unit.of_a_second:.2f} {unit.symbol}",
+            f"{each.ratio:.2f}",
+            _aim(each, unit),
+            "yes" if each.met else "no",
+        ]
+        for of_part in comparisons.values()
+        for each in of_part
+        if each.met is not None
+    ]
+    for each in counted:
+        met = "yes" if each["plugin"] <= each["aim"] else "no"
+        figures = [f"{each[key]:.4g}" for key in ("stock", "plugin", "aim")]
+        rows.append([each["name"], "stock Detectron2", *figures[:2], "-", f"<= {figures[2]}", met])
+    headers = ["what", "against", "its", "plugin's", "times faster", "aim", "met"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def _aim(comparison: Comparison, unit: Unit) -> str:
+    if comparison.target is None:
+        return "-"
+    limit = comparison.limit
+    at_most = "" if limit is None else f", <= {limit * unit.of_a_second:g} {unit.symbol}"
+    return f">= {comparison.target}{at_most}"
+
+
+def _comparison_table(comparisons: list[Comparison], unit: Unit) -> str:
+    rows = [
+        [
+            each.name,
+            each.baseline,
+            unit.spread(each.baseline_seconds),
+            unit.spread(each.seconds),
             spread(each.ratios, 2),
-            "-" if each.target is None else f">= {each.target}",
+            _aim(each, unit),
         ]
         for each in comparisons
     ]
-    headers = ["what", "against", "its seconds", "plugin's seconds", "times faster", "aim"]
+    headers = [
+        "what",
+        "against",
+        f"its {unit.name}",
+        f"plugin's {unit.name}",
+        "times faster",
+        "aim",
+    ]
     return tabulate(rows, headers=headers, tablefmt="github") + "\n"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
+from torch import nn
 from tqdm import tqdm
 
 from fpn_plugin.deploy import optimize_for_inference
@@ -19,14 +21,16 @@ from fpn_plugin.engine.settings import load_config, settled_device
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.errors import UserError
 
+from .cuda import CudaBench, without_tf32
 from .measure import SCALINGS, Bench, memory, scaling
 from .models import photograph
-from .report import LEAST_PAIRS, environment, one_line, spread, write_report
+from .report import LEAST_PAIRS, UNITS, environment, one_line, spread, write_report
 from .timing import Comparison
 
 __all__ = ["argument_parser", "benchmark_main"]
 
 # In this order: what training leaves in memory makes inference after it faster.
+_BENCHES = {"cpu": Bench, "cuda": CudaBench}
 _COMPARING = ("comparisons", "steps", "training")
 _PARTS = (*_COMPARING, "profile", "memory", "accuracy", "scaling")
 
@@ -35,7 +39,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/benchmark.py."""
     parser = argparse.ArgumentParser(
         description="Time the plugin against stock Detectron2 and torchvision. Leave the machine "
-        "alone meanwhile.",
+        "alone meanwhile. On a GPU results come to the host on both sides.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", default="output/benchmark", help="folder to write to")
@@ -49,7 +53,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", help="a photograph; scikit-learn's by default")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
     parser.add_argument(
-        "--trained", metavar="RUN", help="a run's folder, as output/demo: its AP in half precision"
+        "--trained",
+        metavar="RUN",
+        help="a run's folder, as output/demo: its AP in half precision, and agreement",
     )
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
     return parser
@@ -77,16 +83,17 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
     print(one_line(content["environment"]))
     done: dict[str, list[Comparison]] = {part: [] for part in _COMPARING}
     if {*_COMPARING, "profile"} & set(args.parts):
-        bench = Bench(device, photograph(args.image, *size), args.pairs)
+        bench = _BENCHES[device](device, photograph(args.image, *size), args.pairs)
         content["differences"] = bench.differences()
         content["first_calls"] = bench.first_calls
         for part in _COMPARING:
             for comparison in getattr(bench, part)() if part in args.parts else ():
                 done[part].append(comparison)
-                print(_told(comparison))
+                print(_told(comparison, device))
                 write_report(folder, content, done)
-            if part == "comparisons" and part in args.parts:
-                content["floor"] = bench.floor()
+            for name, values in bench.figures(part) if part in args.parts else ():
+                content[name] = values
+                write_report(folder, content, done)
             if part == "comparisons" and "profile" in args.parts:
                 content["profile"] = bench.profile()
         del bench
@@ -94,7 +101,7 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
         content["memory"] = memory(device, *size, args.image)
         write_report(folder, content, done)
     if "accuracy" in args.parts and args.trained:
-        content["accuracy"], content["agreement"] = _accuracy(Path(args.trained), device)
+        content |= _accuracy(Path(args.trained), device)
         write_report(folder, content, done)
     if "scaling" in args.parts:
         points = [(what, value) for what, values in SCALINGS.items() for value in values]
@@ -105,17 +112,20 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
     print(f"report: {write_report(folder, content, done)}")
 
 
-def _told(comparison: Comparison) -> str:
+def _told(comparison: Comparison, device: str) -> str:
     """A comparison in a line: medians, least and greatest."""
-    theirs, ours = comparison.baseline_seconds, comparison.seconds
+    unit = UNITS[device]
+    theirs, ours = unit.spread(comparison.baseline_seconds), unit.spread(comparison.seconds)
     return (
-        f"{comparison.name}, against {comparison.baseline}: {spread(theirs, 3)} s and "
-        f"{spread(ours, 3)} s, {spread(comparison.ratios, 2)} times faster"
+        f"{comparison.name}, against {comparison.baseline}: {theirs} {unit.symbol} and "
+        f"{ours} {unit.symbol}, {spread(comparison.ratios, 2)} times faster"
     )
 
 
-def _accuracy(run: Path, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """AP of a trained model and its fast copies, and how far the float32 one's detections are."""
+def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
+    """AP of a trained model and its fast copies, and how far the float32 one's detections are; on
+    a GPU also without TF32, and what became of the copy's calls.
+    """
     config = run / "config.yaml"
     if not config.is_file():
         raise UserError(f"--trained {str(run)!r} has no config.yaml: name a run's OUTPUT_DIR")
@@ -137,9 +147,19 @@ def _accuracy(run: Path, device: str) -> tuple[dict[str, float], dict[str, float
         # Detectron2's own test(): the plugin's writes files besides.
         results = DefaultTrainer.test.__func__(FPNTrainer, cfg, model, [evaluator])
         points[name] = results["bbox"]["AP"]
+    loader = partial(FPNTrainer.build_test_loader, cfg, dataset)
+    found = {"accuracy": points, "agreement": _agreement(original, fast, loader())}
+    if device == "cuda":
+        with without_tf32():
+            found["agreement_without_tf32"] = _agreement(original, fast, loader())
+        found["trained_calls"] = dict(getattr(getattr(fast, "graphs", None), "counts", {}))
+    return found
+
+
+def _agreement(original: nn.Module, fast: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     agreement = Agreement()
     with torch.no_grad():
-        for batch in tqdm(FPNTrainer.build_test_loader(cfg, dataset), desc="comparing"):
+        for batch in tqdm(batches, desc="comparing"):
             for theirs, ours in zip(original(batch), fast(batch), strict=True):
                 agreement.add(theirs["instances"].to("cpu"), ours["instances"].to("cpu"))
-    return points, vars(agreement)
+    return vars(agreement)

@@ -22,6 +22,15 @@ class Comparison:
     baseline_seconds: list[float]
     seconds: list[float]
     target: float | None = None
+    limit: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the aims are met; None without one."""
+        if self.target is None:
+            return None
+        fast_enough = self.limit is None or statistics.median(self.seconds) <= self.limit
+        return self.ratio >= self.target and fast_enough
 
     @property
     def ratio(self) -> float:
@@ -53,6 +62,7 @@ def compare(
     *,
     pairs: int,
     target: float | None = None,
+    limit: float | None = None,
 ) -> Comparison:
     """Times two calls in turn, which of them comes first changing from pair to pair.
 
@@ -63,6 +73,7 @@ def compare(
         ours: the plugin's.
         pairs: how often; one more of each goes before, untimed.
         target: the ratio hoped for.
+        limit: seconds hoped for.
     """
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for pair in tqdm(range(pairs + 1), desc=name, unit="pair", leave=False):
@@ -70,4 +81,4 @@ def compare(
             taken = seconds_of(ours if which else baseline)
             if pair:
                 seconds[which].append(taken)
-    return Comparison(name, baseline_name, seconds[False], seconds[True], target)
+    return Comparison(name, baseline_name, seconds[False], seconds[True], target, limit)
