@@ -99,6 +99,7 @@ class _Graph:
     def __init__(
         self, pipeline: StaticDetector, key: _Key, pool: tuple[int, int], device: torch.device
     ) -> None:
+        self._pipeline = pipeline  # the graph reads its anchors
         images, shape = key.shape[0], key.shape
         pixels = torch.Size(shape).numel() * key.dtype.itemsize
         pixels = (pixels + 15) // 16 * 16
@@ -122,17 +123,17 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._run(pipeline)
+                self._run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may go on with their own work on the GPU.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.found, self._packed = self._run(pipeline)
+            self.found, self._packed = self._run()
         self._down = torch.empty(self._packed.shape, pin_memory=True)
         self._done = torch.cuda.Event()
 
-    def _run(self, pipeline: StaticDetector) -> tuple[FixedDetections, Tensor]:
-        found = pipeline(self._device_images, Geometry.of(self._device_geometry))
+    def _run(self) -> tuple[FixedDetections, Tensor]:
+        found = self._pipeline(self._device_images, Geometry.of(self._device_geometry))
         return found, packed(found)
 
     def put(self, images: Sequence[Tensor], geometry: Tensor) -> None:

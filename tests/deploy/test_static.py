@@ -106,7 +106,11 @@ def test_more_candidates_than_there_is_room_for_are_not_exact_unless_enough_are_
     scores = torch.linspace(0.9, 0.4, 6)[None]
     none = torch.zeros(1, 6, dtype=torch.int64)
     source = torch.arange(6)[None]
-    for boxes, most, exact in ((apart, 4, True), (apart, 5, False), (apart[:, :1].expand(-1, 6, -1), 4, False)):
+    for boxes, most, exact in (
+        (apart, 4, True),
+        (apart, 5, False),
+        (apart[:, :1].expand(-1, 6, -1), 4, False),
+    ):
         found = static._suppressed(boxes, scores, none, source, 0.5, most)
         assert found.exact.tolist() == [exact]
 

@@ -64,7 +64,7 @@ def test_optimize_says_that_detections_are_the_same(run, tmp_path, capsys):
 
 
 def test_optimize_names_a_row_by_what_ran(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(optimize, "can_fuse", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(optimize, "can_fuse", lambda dtype, _: dtype == torch.float32)
     optimize_main([*run, "--input", str(tmp_path / "0.png"), "--dtypes", "bfloat16"])
     said = capsys.readouterr().out
     assert "optimised, float32:" in said

@@ -45,7 +45,7 @@ def maps(channels=3, dtype=torch.float32, last=True, images=2, height=48, width=
     ]
 
 
-def check(levels, rois, level_of, size=(2, 3), ratio=0, aligned=True):
+def check(levels, rois, level_of, size=(2, 3), ratio=0, aligned=True, atol=1e-5):
     """Values and gradients are those of torchvision in float32, level after level."""
     exact = [level.detach().float().requires_grad_() for level in levels]
     ours = roi_align_triton.pyramid_roi_align(levels, rois, level_of, SCALES, size, ratio, aligned)
@@ -53,14 +53,14 @@ def check(levels, rois, level_of, size=(2, 3), ratio=0, aligned=True):
     assert ours.dtype == levels[0].dtype
     step = torch.finfo(ours.dtype).eps
     torch.testing.assert_close(
-        ours.float(), theirs, rtol=max(step, 1e-6), atol=max(step, 1e-5), equal_nan=True
+        ours.float(), theirs, rtol=max(step, 1e-6), atol=max(step, atol), equal_nan=True
     )
     weight = torch.linspace(-1, 1, ours.numel(), device=ours.device).view_as(ours).to(ours.dtype)
     mine = torch.autograd.grad(ours, levels, weight)
     other = torch.autograd.grad(theirs, exact, weight.float())
     for a, b, level in zip(mine, other, levels, strict=True):
         assert a.dtype == level.dtype and a.stride() == level.stride()
-        torch.testing.assert_close(a.float(), b, rtol=max(step, 1e-5), atol=max(step, 1e-5))
+        torch.testing.assert_close(a.float(), b, rtol=max(step, 1e-5), atol=max(step, atol))
     return ours
 
 
@@ -235,7 +235,16 @@ def test_roi_align_at_full_size(dtype, last):
     image = torch.randint(0, 2, (1000, 1), generator=generator)
     rois = torch.cat([image, corner, corner + extent], dim=1).to(device)
     level_of = torch.randint(0, 3, (1000,), generator=generator).to(device)
-    check(maps(256, dtype, last, 2, 800, 1216), rois, level_of, (7, 7))
+    levels = maps(256, dtype, last, 2, 800, 1216)
+    # A coordinate of 300 cells is rounded to 3e-5 of a cell, here and in torchvision.
+    ours = check(levels, rois, level_of, (7, 7), atol=1e-4)
+    if dtype == torch.float32:
+        how = (level_of, SCALES, (7, 7), 0, True)
+        single = [level.detach() for level in levels]
+        theirs = pyramid_roi_align_by_level(single, rois, *how)
+        exact = pyramid_roi_align_by_level([x.double() for x in single], rois.double(), *how)
+        errors = [(each.double() - exact).abs().max() for each in (ours, theirs)]
+        assert errors[0] <= 2 * errors[1]
 
 
 @cuda_only
