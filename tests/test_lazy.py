@@ -496,7 +496,7 @@ UNREAD = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",  # of .ENABLED
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "SOLVER.NUM_DECAYS",  # of a schedule that is refused
-    "TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER",
+    "TEST.PRECISE_BN.NUM_ITER",
     # A pyramid gives these to its network in place of the network's own.
     "MODEL.TIMM.OUT_FEATURES", "MODEL.TORCHVISION.OUT_FEATURES",
 }  # fmt: skip
@@ -537,7 +537,6 @@ def test_every_key_is_carried_over_or_refused():
     [
         ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-        ("TEST.AUG.ENABLED", True),
         ("TEST.PRECISE_BN.ENABLED", True),
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),
