@@ -39,6 +39,10 @@ _SEED = Fate("not drawn, because the checkpoint keeps its seed")
 _REFUSED = Fate("what the optimizer has gathered cannot be kept with it", refused=True)
 
 
+def _is_drawn(seed: Any) -> bool:
+    return not isinstance(seed, int) or seed < 0
+
+
 class _Row(NamedTuple):
     keys: str
     fate: Fate
@@ -52,9 +56,9 @@ FATES = (
     _Row("train.output_dir", _SAME_RUN),
     _Row("MODEL.WEIGHTS", _WEIGHTS),
     _Row("train.init_checkpoint", _WEIGHTS),
-    _Row("SEED", _SEED, lambda seed: seed is None or seed < 0),
+    _Row("SEED", _SEED, _is_drawn),
     _Row("SEED", _REDRAWN),
-    _Row("train.seed", _SEED, lambda seed: seed is None or seed < 0),
+    _Row("train.seed", _SEED, _is_drawn),
     _Row("train.seed", _REDRAWN),
     # A sampler that takes a part of the images has drawn which.
     _Row("DATASETS.TRAIN", _REDRAWN),

@@ -83,7 +83,8 @@ class LossWatch(HookBase):
         return (
             f"iteration {self.trainer.iter}: {what}; batch: {', '.join(self._names)}. Either the "
             "annotations of these images are broken, or training diverged: the same command with "
-            f"--resume and {self._remedy} goes on with that from the last checkpoint"
+            f"--resume and {self._remedy} goes on with that from the checkpoint that "
+            "last_checkpoint names"
         )
 
     def _keep_names(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
