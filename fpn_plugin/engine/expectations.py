@@ -85,9 +85,7 @@ def verify_expected(key: str, expected: Sequence[Any], results: dict[str, Any]) 
     """
     for task, *_ in expected:
         if task not in results:
-            raise UserError(
-                f"{key} names {task!r}, which no result is: {near_names(task, results)}"
-            )
+            raise UserError(f"{key} names {task!r}, no task here: {near_names(task, results)}")
     node = CfgNode({"TEST": {"EXPECTED_RESULTS": [list(entry) for entry in expected]}})
     try:
         verify_results(node, results)

@@ -177,7 +177,8 @@ class FPNTrainer(DefaultTrainer):
         keypoints or proposals; for panoptic datasets, Detectron2's two others as well.
         """
         output = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
-        coco = COCOEvaluator(dataset_name, output_dir=output)
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        coco = COCOEvaluator(dataset_name, output_dir=output, kpt_oks_sigmas=sigmas)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") != "coco_panoptic_seg":
             return coco
         parts = [SemSegEvaluator(dataset_name, output_dir=output), coco]
