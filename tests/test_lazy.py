@@ -120,9 +120,12 @@ def test_lazy_and_yacs_train_to_the_same_weights(tmp_path):
     ensure_mini({"train": 6, "val": 4})
     yacs, lazy = tmp_path / "yacs", tmp_path / "lazy"
     opts = ["SOLVER.MAX_ITER", "3", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(yacs)]
+    opts += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"]
     train_main(["--config-file", "mini/faster_rcnn_R_18_FPN.yaml", *opts])
     args = ["train.max_iter=3", "dataloader.train.num_workers=0", f"train.output_dir={lazy}"]
     args += [f"lr_multiplier.warmup_length={min(150 / 3, 1.0)}"]
+    augmented = ["train.tta.enabled=True", "train.tta.min_sizes=[64]"]
+    args += augmented
     lazy_main(["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", *args])
     weights = [torch.load(path / "model_final.pth")["model"] for path in (yacs, lazy)]
     assert weights[0].keys() == weights[1].keys()
@@ -130,8 +133,9 @@ def test_lazy_and_yacs_train_to_the_same_weights(tmp_path):
         assert torch.equal(weights[1][key], value), key
     results = [(path / "results.json").read_text() for path in (yacs, lazy)]
     assert results[0] == results[1]
+    assert list(json.loads(results[0])) == ["bbox", "bbox_TTA"]
     # Evaluating what it left gives the same; resuming it has nothing left to do.
-    again = [f"train.output_dir={tmp_path / 'again'}"]
+    again = [f"train.output_dir={tmp_path / 'again'}", *augmented]
     again += [f"train.init_checkpoint={lazy / 'model_final.pth'}"]
     lazy_main(["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", "--eval-only", *again])
     assert (tmp_path / "again" / "results.json").read_text() == results[1]
@@ -496,7 +500,7 @@ UNREAD = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",  # of .ENABLED
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "SOLVER.NUM_DECAYS",  # of a schedule that is refused
-    "TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP", "TEST.PRECISE_BN.NUM_ITER",
+    "TEST.PRECISE_BN.NUM_ITER",
     # A pyramid gives these to its network in place of the network's own.
     "MODEL.TIMM.OUT_FEATURES", "MODEL.TORCHVISION.OUT_FEATURES",
 }  # fmt: skip
@@ -537,7 +541,6 @@ def test_every_key_is_carried_over_or_refused():
     [
         ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-        ("TEST.AUG.ENABLED", True),
         ("TEST.PRECISE_BN.ENABLED", True),
         ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"),

@@ -46,6 +46,14 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
             "Detectron2 has not: its compiled part, detectron2._C, does not import here. Build "
             "Detectron2 for this Python and torch, or set [False, False, False, False]"
         ) from error
+    except AttributeError as error:
+        if "class_image_count" not in str(error):
+            raise
+        raise UserError(
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS weighs classes by how many images have them, which "
+            f"dataset {cfg.DATASETS.TRAIN[0]!r} does not say (class_image_count of its metadata, "
+            "as LVIS has): set it to False"
+        ) from error
     except (AssertionError, ValueError) as error:
         told = " ".join(str(error).split())
         if isinstance(error, AssertionError) and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":

@@ -280,6 +280,7 @@ class FittingCheckpointer(DetectionCheckpointer):
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
+        self._complete = True  # the model and its momentum are those of the checkpoint
         try:
             last = self.get_checkpoint_file()
         except UnicodeDecodeError as error:

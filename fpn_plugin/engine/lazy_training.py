@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -18,10 +18,12 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
@@ -40,10 +42,12 @@ from fpn_plugin.modeling.fast_training import optimize_for_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
 
 from .atomic import explained_full_disk, make_output_dir
+from .changes import check_length, earlier_config_kept
 from .checkpoint import FittingCheckpointer
 from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
+from .expectations import check_augmentation, check_expected, verify_expected
 from .launch import launch
 from .level_hook import LevelStatistics
 from .precision import settle_precision
@@ -134,6 +138,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     check_seed("train.seed", cfg.train.get("seed", -1))
     if not args.eval_only:
         _check_solver(cfg)
+    check_expected("train.expected_results", _expected(cfg), names["test"])
     _check_evaluators(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
@@ -248,26 +253,45 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
-    default_setup(cfg, args)
+    folder = cfg.train.output_dir
+    with proposals_read_as_arrays():
+        with earlier_config_kept(folder, always=args.eval_only):
+            default_setup(cfg, args)
+            train = None if args.eval_only else _training(cfg, args.resume)
+        if train is None:
+            model = _model(cfg)
+            FittingCheckpointer(model, folder, complete=True).resume_or_load(
+                cfg.train.init_checkpoint, resume=args.resume
+            )
+            results = {**_evaluate(cfg, model), **_evaluate_augmented(cfg, model)}
+        else:
+            results = train()
+    if comm.is_main_process():
+        save_results(results, folder)
+        verify_expected("train.expected_results", _expected(cfg), results)
+
+
+def _model(cfg: DictConfig) -> nn.Module:
     device = cfg.train.device
     model = _built(cfg.model, "model").to(device)
-    optimize_for_training(model, cfg.train.get("compile", False))
-    if args.eval_only:
-        FittingCheckpointer(model, cfg.train.output_dir, complete=True).resume_or_load(
-            cfg.train.init_checkpoint, resume=args.resume
+    if _augmented(cfg):
+        check_augmentation(
+            "train.tta.enabled",
+            type(model),
+            keypoints=getattr(getattr(model, "roi_heads", None), "keypoint_on", False),
+            proposals=getattr(model, "proposal_generator", None) is None,
+            min_sizes=cfg.train.tta.min_sizes,
         )
-        with proposals_read_as_arrays():
-            results = _evaluate(cfg, model)
-    else:
-        with proposals_read_as_arrays():
-            results = _train(cfg, model, args.resume)
-    if results and comm.is_main_process():
-        save_results(results, cfg.train.output_dir)
+    optimize_for_training(model, cfg.train.get("compile", False))
+    return model
 
 
-def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
+def _training(cfg: DictConfig, resume: bool) -> Callable[[], dict[str, Any]]:
+    """Makes all of a training, its weights loaded; the function returned runs it."""
     train = cfg.train
     check_mixed_precision(train.amp.enabled, train.device, "train.amp.enabled")
+    model = _model(cfg)
+    as_given = copy.deepcopy(cfg)
     cfg.optimizer.params.model = model
     optimizer = _built(cfg.optimizer, "optimizer")
     on_gpu = train.device.startswith("cuda")
@@ -279,7 +303,11 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
         settle_precision(trainer, train.amp.get("dtype", "float16"), "train.amp.dtype")
     scales = train.amp.enabled and trainer.grad_scaler.is_enabled()
     checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
-    watch = LossWatch(model)
+    watch = LossWatch(
+        model,
+        "a lower optimizer.lr or a longer lr_multiplier.warmup_length",
+    )
+    exact = ExactResume(train.get("seed", -1), loader, train.output_dir, as_given, optimizer)
     main = comm.is_main_process()
     results: dict[str, Any] = {}
 
@@ -287,9 +315,14 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
         results.update(_evaluate(cfg, model))
         return results
 
+    def evaluate_augmented() -> dict[str, Any]:
+        found = _evaluate_augmented(cfg, model)
+        results.update(found)
+        return found
+
     trainer.register_hooks(
         [
-            ExactResume(train.get("seed", -1), loader, train.output_dir),
+            exact,
             watch,
             SkippedSteps(optimizer, trainer.grad_scaler) if scales else None,
             LevelStatistics(model, period) if (period := train.get("level_stats_period")) else None,
@@ -297,6 +330,7 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
             hooks.LRScheduler(scheduler=_built(cfg.lr_multiplier, "lr_multiplier")),
             hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
             JointEvalHook(train.eval_period, evaluate),
+            JointEvalHook(0, evaluate_augmented) if _augmented(cfg) else None,
             hooks.PeriodicWriter(
                 default_writers(train.output_dir, train.max_iter), period=train.log_period
             )
@@ -305,19 +339,57 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
             LossCurve(Path(train.output_dir)) if main else None,
         ]
     )
-    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
-    resumed = resume and checkpointer.has_checkpoint()
-    full = explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume")
-    with full, watch.explained():
-        trainer.train(trainer.iter + 1 if resumed else 0, train.max_iter)
-    return results
+    with exact.explained():
+        checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    check_length(start, train.max_iter, "train.max_iter")
+
+    def run() -> dict[str, Any]:
+        full = explained_full_disk(f"to {train.output_dir}", "make room, then go on with --resume")
+        with full, watch.explained():
+            trainer.train(start, train.max_iter)
+        return results
+
+    return run
 
 
-def _evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+def _expected(cfg: DictConfig) -> list[Any]:
+    return OmegaConf.to_object(cfg.train.get("expected_results") or OmegaConf.create([]))
+
+
+def _augmented(cfg: DictConfig) -> bool:
+    return bool(OmegaConf.select(cfg, "train.tta.enabled"))
+
+
+def _evaluate_augmented(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Results with test-time augmentation, their names with ``_TTA`` behind; {} without it."""
+    if not _augmented(cfg):
+        return {}
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    heads, tta = model.roi_heads, cfg.train.tta
+    predictors = heads.box_predictor
+    predictor = predictors[-1] if isinstance(predictors, nn.ModuleList) else predictors
+    node = get_cfg()  # it reads these keys of a yacs config
+    node.MODEL.MASK_ON = heads.mask_on
+    node.MODEL.ROI_HEADS.NUM_CLASSES = heads.num_classes
+    node.MODEL.ROI_HEADS.NMS_THRESH_TEST = predictor.test_nms_thresh
+    node.TEST.DETECTIONS_PER_IMAGE = predictor.test_topk_per_image
+    mapper = DatasetMapperTTA(list(tta.min_sizes), tta.max_size, tta.flip)
+    augmented = GeneralizedRCNNWithTTA(node, model, mapper)
+    results = _evaluate(cfg, augmented, f"{cfg.train.output_dir}/inference_TTA")
+    return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module, folder: str = "") -> dict[str, Any]:
+    """Results of the test sets; files go to a folder other than the evaluators' if one is named."""
     if "evaluator" not in cfg.dataloader:
         return {}
     results = {}
     for name, dataloader in _test_sets(cfg):
+        evaluators = dataloader.evaluator
+        for node in evaluators if OmegaConf.is_list(evaluators) else [evaluators]:
+            if folder and "output_dir" in node:
+                node.output_dir = folder
         results[name] = inference_on_dataset(
             model,
             _built(dataloader.test, "dataloader.test"),

@@ -101,6 +101,13 @@ def check_solver(cfg: CfgNode) -> None:
     for key, least in (("MAX_ITER", 1), ("CHECKPOINT_PERIOD", 1), ("IMS_PER_BATCH", 1)):
         check_number(f"SOLVER.{key}", cfg.SOLVER[key], least)
     check_number("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR, 0)
+    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    check_number("SOLVER.REFERENCE_WORLD_SIZE", reference, 0)
+    if reference and batch % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, which SOLVER.REFERENCE_WORLD_SIZE {reference} does "
+            "not divide: processes have equal parts of a batch"
+        )
 
 
 def check_seed(key: str, seed: Any) -> None:

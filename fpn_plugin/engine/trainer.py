@@ -30,6 +30,7 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     SemSegEvaluator,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
@@ -43,10 +44,12 @@ from fpn_plugin.visualization import plot_losses
 
 from .atomic import explained_full_disk, written_whole
 from .building import explained_build_errors
+from .changes import check_length
 from .checkpoint import FittingCheckpointer
 from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
+from .expectations import verify_expected
 from .level_hook import LevelStatistics
 from .precision import settle_precision
 from .settings import check_mixed_precision
@@ -79,19 +82,28 @@ class FPNTrainer(DefaultTrainer):
         self.checkpointer = FittingCheckpointer(
             self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        hooks = [
-            JointEvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
-            if isinstance(hook, EvalHook)
-            else hook
-            for hook in super().build_hooks()
-        ]
-        hooks.insert(0, ExactResume(self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR))
+        hooks: list[HookBase | None] = []
+        for hook in super().build_hooks():
+            if not isinstance(hook, EvalHook):
+                hooks.append(hook)
+                continue
+            hooks.append(JointEvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func))
+            if self.cfg.TEST.AUG.ENABLED:
+                hooks.append(JointEvalHook(0, self._test_augmented))  # when training ends
+        self._exact = ExactResume(
+            self.cfg.SEED, self._trainer.data_loader, self.cfg.OUTPUT_DIR, self.cfg, self.optimizer
+        )
+        hooks.insert(0, self._exact)
         if isinstance(self._trainer, AMPTrainer):
             settle_precision(self._trainer, self.cfg.SOLVER.AMP.DTYPE, "SOLVER.AMP.DTYPE")
             if self._trainer.grad_scaler.is_enabled():
                 # Before the checkpointer, which keeps the count.
                 hooks.insert(1, SkippedSteps(self.optimizer, self._trainer.grad_scaler))
-        self._watch = LossWatch(self._trainer.model)
+        self._watch = LossWatch(
+            self._trainer.model,
+            f"a SOLVER.BASE_LR below {self.cfg.SOLVER.BASE_LR:g}, a longer SOLVER.WARMUP_ITERS or "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True",
+        )
         self._trainer.register_hooks([self._watch])
         if comm.is_main_process():
             hooks.append(LossCurve(Path(self.cfg.OUTPUT_DIR)))
@@ -101,18 +113,39 @@ class FPNTrainer(DefaultTrainer):
             )
         return hooks
 
-    def train(self) -> Any:
-        """Trains; see :meth:`DefaultTrainer.train`.
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Loads the last checkpoint or MODEL.WEIGHTS; see :meth:`DefaultTrainer.resume_or_load`.
+
+        A run goes on with this config, where :class:`ExactResume` does not say otherwise.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the run cannot go on from its checkpoint with this config.
+        """
+        with self._exact.explained():
+            super().resume_or_load(resume=resume)
+        check_length(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
+
+    def train(self) -> Any:
+        """Trains; see :meth:`DefaultTrainer.train`. Results of the last evaluation are written.
+
+        Returns:
+            These results; empty where there are none.
+
+        Raises:
+            UserError: the disk is full, or results are not those of TEST.EXPECTED_RESULTS.
             NonFiniteError: a loss or a prediction is NaN or infinite; names the iteration and
                 the batch's files.
         """
         remedy = "make room, then go on with --resume"
         full = explained_full_disk(f"to {self.cfg.OUTPUT_DIR}", remedy)
         with full, self._watch.explained():
-            return super().train()
+            # DefaultTrainer's own would exit before results are written.
+            super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        if comm.is_main_process():
+            save_results(self.results, self.cfg.OUTPUT_DIR)
+            expected = self.cfg.TEST.EXPECTED_RESULTS
+            verify_expected("TEST.EXPECTED_RESULTS", expected, self.results)
+        return self.results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -145,12 +178,15 @@ class FPNTrainer(DefaultTrainer):
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """COCOEvaluator, which infers from predictions whether to evaluate boxes, masks,
         keypoints or proposals; for panoptic datasets, Detectron2's two others as well.
         """
-        output = str(Path(cfg.OUTPUT_DIR) / "inference")
-        coco = COCOEvaluator(dataset_name, output_dir=output)
+        output = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        coco = COCOEvaluator(dataset_name, output_dir=output, kpt_oks_sigmas=sigmas)
         if MetadataCatalog.get(dataset_name).get("evaluator_type") != "coco_panoptic_seg":
             return coco
         parts = [SemSegEvaluator(dataset_name, output_dir=output), coco]
@@ -168,6 +204,24 @@ class FPNTrainer(DefaultTrainer):
             with written_whole(str(folder / "speed.json"), "w") as file:
                 file.write(json.dumps(speed))
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluates with test-time augmentation, TEST.AUG, as Detectron2's train_net.py does.
+
+        Returns:
+            The results, by their names with ``_TTA`` behind.
+        """
+        logging.getLogger(__name__).info("Evaluating with test-time augmentation")
+        folder = str(Path(cfg.OUTPUT_DIR) / "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
+
+    def _test_augmented(self) -> dict[str, Any]:
+        found = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results = {**self.results, **found}
+        return found
 
     @property
     def results(self) -> dict[str, Any]:
@@ -271,7 +325,9 @@ def _tasks(results: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dic
 
 
 def save_results(results: dict[str, Any], output_dir: str) -> None:
-    """Writes results.json and results.md to a folder and prints the latter."""
+    """Writes results.json and results.md to a folder and prints the latter, where there are any."""
+    if not results:
+        return
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = results_table(results)

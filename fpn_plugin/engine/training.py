@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
@@ -15,7 +16,9 @@ from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, p
 from fpn_plugin.errors import UserError
 
 from .atomic import explained_full_disk, make_output_dir
+from .changes import earlier_config_kept
 from .checkpoint import FittingCheckpointer
+from .expectations import check_augmentation, check_expected, verify_expected
 from .launch import launch
 from .settings import check_seed, check_solver, find_config_file, load_config, settle_device
 from .trainer import FPNTrainer, save_results
@@ -73,6 +76,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     check_seed("SEED", cfg.SEED)
     if not args.eval_only:
         check_solver(cfg)
+    _check_evaluation(cfg, optimized=bool(args.optimize))
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
@@ -84,6 +88,27 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     cfg.freeze()
     launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
+
+
+def _check_evaluation(cfg: CfgNode, *, optimized: bool) -> None:
+    """Refuses keys of an evaluation that could not be done.
+
+    Raises:
+        UserError: names them.
+    """
+    check_expected("TEST.EXPECTED_RESULTS", cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST)
+    model = cfg.MODEL
+    # A name that is not registered is for the model's builder to tell.
+    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE in META_ARCH_REGISTRY:
+        check_augmentation(
+            "TEST.AUG.ENABLED",
+            META_ARCH_REGISTRY.get(model.META_ARCHITECTURE),
+            keypoints=model.KEYPOINT_ON,
+            proposals=model.LOAD_PROPOSALS,
+            min_sizes=cfg.TEST.AUG.MIN_SIZES,
+        )
+        if optimized:
+            raise UserError("TEST.AUG.ENABLED is True: --optimize has no test-time augmentation")
 
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -100,8 +125,12 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Started processes begin with what an import registers.
     register_datasets(args.dataset, checked=True)
-    default_setup(cfg, args)
-    if args.eval_only:
+    with earlier_config_kept(cfg.OUTPUT_DIR, always=args.eval_only):
+        default_setup(cfg, args)
+        trainer = None if args.eval_only else FPNTrainer(cfg)
+        if trainer is not None:
+            trainer.resume_or_load(resume=args.resume)
+    if trainer is None:
         model = FPNTrainer.build_model(cfg)
         FittingCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
@@ -111,10 +140,10 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
             if comm.is_main_process():
                 print_steps(model)
         results = FPNTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results = {**results, **FPNTrainer.test_with_TTA(cfg, model)}
+        if comm.is_main_process():
+            save_results(results, cfg.OUTPUT_DIR)
+            verify_expected("TEST.EXPECTED_RESULTS", cfg.TEST.EXPECTED_RESULTS, results)
     else:
-        trainer = FPNTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
         trainer.train()
-        results = trainer.results
-    if results and comm.is_main_process():
-        save_results(results, cfg.OUTPUT_DIR)

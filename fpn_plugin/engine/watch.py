@@ -35,9 +35,11 @@ class LossWatch(HookBase):
 
     Args:
         model: the one trained; returns a dict of losses.
+        remedy: what a run that diverged is resumed with, by the keys of its config.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, remedy: str = "a lower learning rate") -> None:
+        self._remedy = remedy
         self._names: list[str] = []
         self._losses: dict[str, Tensor] = {}
         model.register_forward_pre_hook(self._keep_names)
@@ -80,8 +82,9 @@ class LossWatch(HookBase):
     def _told(self, what: str) -> str:
         return (
             f"iteration {self.trainer.iter}: {what}; batch: {', '.join(self._names)}. Either the "
-            "annotations of these images are broken, or training diverged: try a lower "
-            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True"
+            "annotations of these images are broken, or training diverged: the same command with "
+            f"--resume and {self._remedy} goes on with that from the checkpoint that "
+            "last_checkpoint names"
         )
 
     def _keep_names(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -104,12 +104,7 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
     Raises:
         UserError: a setting of data or evaluation that has no lazy form here.
     """
-    refuse_changed(
-        cfg,
-        "DATALOADER.SAMPLER_TRAIN",
-        "TEST.AUG.ENABLED",
-        "TEST.EXPECTED_RESULTS",
-    )
+    refuse_changed(cfg, "DATALOADER.SAMPLER_TRAIN")
     return OmegaConf.create(
         {
             "train": L(build_detection_train_loader)(
@@ -195,6 +190,8 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "ddp": {"broadcast_buffers": False},
             "checkpointer": {"period": cfg.SOLVER.CHECKPOINT_PERIOD, "max_to_keep": None},
             "eval_period": cfg.TEST.EVAL_PERIOD,
+            "tta": {key.lower(): value for key, value in cfg.TEST.AUG.items()},
+            "expected_results": cfg.TEST.EXPECTED_RESULTS,
             "log_period": 20,
             "level_stats_period": cfg.MODEL.FPN.LEVEL_STATS_PERIOD,
             "device": cfg.MODEL.DEVICE,

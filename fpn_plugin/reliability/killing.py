@@ -31,6 +31,7 @@ __all__ = ["differing_tensors", "kill_and_resume", "kill_main"]
 
 _TRAIN = "from fpn_plugin.reliability.dying import train_until; train_until()"
 _STARTED = re.compile(r"Starting training from iteration (\d+)")
+_CONFIG = ".hooks.ExactResume.config."
 _LONGEST_SECONDS = 3600
 """A training that does nothing for so long is taken to hang."""
 
@@ -126,12 +127,14 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
 def differing_tensors(one: Path, other: Path) -> list[str]:
     """Names of the tensors and numbers in which two checkpoints differ in any bit.
 
+    The configs that they keep are left out: runs have folders of their own.
+
     Args:
         one: of torch.save.
         other: likewise.
     """
     left, right = (dict(_leaves(read_checkpoint(path), "")) for path in (one, other))
-    names = sorted(set(left) | set(right))
+    names = sorted(name for name in set(left) | set(right) if _CONFIG not in name)
     return [name for name in names if not _same(left.get(name), right.get(name))]
 
 

@@ -27,6 +27,8 @@ CPU = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
         (["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"],
          r"Res5ROIHeads pools from one map, .*IN_FEATURES names \['p2'.*it is FPNROIHeads"),
         (["MODEL.RPN.IN_FEATURES", "['p2', 'p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
+        (["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True", "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True"],
+         "USE_FED_LOSS weighs classes by .* dataset 'mini_train' does not say"),
     ],
 )  # fmt: skip
 def test_the_key_is_named(opts, message):
