@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fpn_plugin.arguments import ToolParser
@@ -160,9 +161,13 @@ def files(tmp_path_factory) -> Iterator[Path]:
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
     (folder / "data.json").write_text(json.dumps(content))
     torch.save({"weight": torch.zeros(1)}, folder / "weights.pth")
+    known = set(DatasetCatalog.list())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def told(tool: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -135,8 +135,3 @@ def test_the_command_writes_and_prints(picture, bench, no_compiler, tmp_path, mo
     text = (tmp_path / "benchmark.md").read_text()
     assert "| convolutions, matrix products |" in text
     assert "first call" in text
-
-
-def test_no_pairs_are_refused():
-    with pytest.raises(UserError, match="at least 1 is needed, and 7 for figures to rely on"):
-        run.benchmark_main(["--pairs", "0"])
