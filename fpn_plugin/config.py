@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from detectron2.config import CfgNode
 
-__all__ = ["add_fpn_config"]
+__all__ = ["add_fpn_config", "flat_keys"]
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
@@ -79,3 +81,16 @@ def add_fpn_config(cfg: CfgNode) -> None:
         for key, default in keys.items():
             if key not in cfg.MODEL[name]:
                 cfg.MODEL[name][key] = default
+
+
+def flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Names of all keys of a config, those of its sections too, as ``"MODEL.FPN.NORM"``.
+
+    Args:
+        cfg: the config.
+        prefix: what all of them begin with.
+    """
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from flat_keys(value, f"{prefix}{key}.")

@@ -22,6 +22,7 @@ from detectron2.modeling import build_model
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fpn_plugin.arguments import ToolParser, between, input_file, output_file
 from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from fpn_plugin.engine.settings import load_config
@@ -435,7 +436,7 @@ def _with_background(key: str, tensor: Tensor, library: str) -> Tensor:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/convert_weights.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Convert an FPN detector's weights from torchvision or mmdetection into this "
         "plugin's names, or back. Files are read without running code that is in them.",
         epilog="""
@@ -445,16 +446,16 @@ Examples:
   convert_weights.py --to torchvision --weights model_final.pth --output for_torchvision.pth \\
       --config-file output/config.yaml
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="source", choices=LIBRARIES, help="library it is from")
     direction.add_argument("--to", dest="target", choices=LIBRARIES, help="library it is for")
-    parser.add_argument("--weights", required=True, help=".pth, .pkl or .safetensors")
+    parser.add_argument(
+        "--weights", type=input_file, required=True, help=".pth, .pkl or .safetensors"
+    )
     parser.add_argument(
         "--bn-eps",
-        type=float,
-        default=_BN_EPS,
+        type=between(0, 1),
         help="of the original's batch norms; 0 for torchvision's COCO_V1 weights",
     )
     parser.add_argument(
@@ -464,8 +465,15 @@ Examples:
         "runs code that is in them: for files whose author you trust",
     )
     parser.add_argument("--config-file", required=True, help="of the model, path or packaged name")
-    parser.add_argument("--into", help="weights of the library whose layout to fill; for --to")
-    parser.add_argument("--output", required=True, help="file to write, .pth or .safetensors")
+    parser.add_argument(
+        "--into", type=input_file, help="weights of the library whose layout to fill; for --to"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file(".pth", ".safetensors"),
+        required=True,
+        help="file to write, .pth or .safetensors",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
@@ -481,10 +489,12 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     state = _tensors(args.weights, trust_pickle=args.trust_pickle)
+    if args.into and not args.target:
+        raise UserError("--into is for --to: it is the layout of the library that weights are for")
+    if args.bn_eps is not None and not args.source:
+        raise UserError("--bn-eps is for --from: it is of the library that weights are from")
     output = Path(args.output)
     config = output.with_suffix(".yaml")
-    if output == config:
-        raise UserError(f"--output {output}: weights go to .pth or .safetensors, the config beside")
     if args.target:
         cfg = load_config(args.config_file, args.opts)
         into = _tensors(args.into, trust_pickle=args.trust_pickle) if args.into else None
@@ -497,7 +507,9 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
         return
     keys = [*CONFIG_KEYS[args.source], *_top_block_keys(state)]
     cfg = load_config(args.config_file, [*keys, *args.opts])
-    converted = from_library(state, cfg, args.source, args.bn_eps)
+    converted = from_library(
+        state, cfg, args.source, _BN_EPS if args.bn_eps is None else args.bn_eps
+    )
     cfg.MODEL.WEIGHTS = str(output)
     with _explained_writing(output):
         write_checkpoint(converted, output)

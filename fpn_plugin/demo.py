@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, between, output_folder
 from fpn_plugin.data import read_image_or_say, register_datasets
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.engine.settings import load_config, settle_device
@@ -33,16 +34,20 @@ Examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/demo.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Draw detections, each box tinted by the pyramid level it was pooled from.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     add_input_arguments(parser)
-    parser.add_argument("--output", default="output/pictures", help="folder to write to")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score to draw; the JSON has all"
+        "--output", type=output_folder, default="output/pictures", help="folder to write to"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=between(0, 1),
+        default=0.5,
+        help="least score to draw; the JSON has all",
     )
     add_optimize_argument(parser)
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")

@@ -61,7 +61,7 @@ def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
         ``"did you mean A or B?"`` where some name is near, else ``"known: A, B, ..."`` with all
         of them, or the first twenty and a count where there are more.
     """
-    known = sorted(set(known))
+    name, known = str(name), sorted(set(known))
     lowered = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.6)
     if near:

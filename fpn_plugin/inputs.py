@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from fpn_plugin.arguments import at_least
 from fpn_plugin.data import Needs, check_datasets, check_records
 from fpn_plugin.errors import UserError
 
@@ -32,7 +33,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--ground-truth", metavar="DATASET", help="images of a dataset, its labels drawn beside"
     )
-    parser.add_argument("--max-images", type=int, help="take only the first so many")
+    parser.add_argument("--max-images", type=at_least(1), help="take only the first so many")
 
 
 def given_images(args: argparse.Namespace) -> list[GivenImage]:

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, at_least, dist_url, output_folder
 from fpn_plugin.data import (
     Needs,
     ReadableImageMapper,
@@ -52,25 +53,33 @@ Example:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/dump_proposals.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Write the proposals of a trained RPN for datasets, one file each. A run that "
         "was cut off goes on where it was.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
         "--splits", nargs="+", required=True, metavar="DATASET", help="registered datasets"
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="gets <dataset>.pkl for each"
+        "--output",
+        type=output_folder,
+        required=True,
+        metavar="FOLDER",
+        help="gets <dataset>.pkl for each",
     )
     parser.add_argument(
-        "--num-gpus", type=int, default=1, help="GPUs; with MODEL.DEVICE cpu, processes"
+        "--num-gpus",
+        type=at_least(1, 1024),
+        default=1,
+        help="GPUs; with MODEL.DEVICE cpu, processes",
     )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
-    parser.add_argument("--dist-url", default="auto", help="where processes find each other")
+    parser.add_argument(
+        "--dist-url", type=dist_url, default="auto", help="where processes find each other"
+    )
     parser.set_defaults(num_machines=1, machine_rank=0)
     return parser
 

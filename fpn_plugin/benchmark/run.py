@@ -14,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from torch import nn
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, at_least, input_file, output_folder
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.agreement import Agreement
 from fpn_plugin.engine.checkpoint import FittingCheckpointer
@@ -37,21 +38,27 @@ _PARTS = (*_COMPARING, "profile", "memory", "accuracy", "scaling")
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/benchmark.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Time the plugin against stock Detectron2 and torchvision. Leave the machine "
         "alone meanwhile. On a GPU results come to the host on both sides.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", default="output/benchmark", help="folder to write to")
+    parser.add_argument(
+        "--output", type=output_folder, default="output/benchmark", help="folder to write to"
+    )
     parser.add_argument(
         "--pairs",
-        type=int,
+        type=at_least(1),
         default=LEAST_PAIRS,
         help=f"timed pairs of each comparison; fewer than {LEAST_PAIRS} are a trial",
     )
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"))
-    parser.add_argument("--image", help="a photograph; scikit-learn's by default")
-    parser.add_argument("--threads", type=int, help="threads of torch; its own choice by default")
+    parser.add_argument(
+        "--size", type=at_least(1, 10_000), nargs=2, default=(800, 1216), metavar=("H", "W")
+    )
+    parser.add_argument("--image", type=input_file, help="a photograph; scikit-learn's by default")
+    parser.add_argument(
+        "--threads", type=at_least(1, 1024), help="threads of torch; its own choice by default"
+    )
     parser.add_argument(
         "--trained",
         metavar="RUN",
@@ -71,10 +78,9 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    if args.pairs < 1:
-        raise UserError(
-            f"--pairs {args.pairs}: at least 1 is needed, and {LEAST_PAIRS} for figures to rely on"
-        )
+    for name in ("config.yaml", "model_final.pth") if args.trained else ():
+        if not Path(args.trained, name).is_file():
+            raise UserError(f"--trained {args.trained!r} has no {name}: name a run's OUTPUT_DIR")
     device = settled_device(args.device, True, 1, "--device")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -126,10 +132,7 @@ def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
     """AP of a trained model and its fast copies, and how far the float32 one's detections are; on
     a GPU also without TF32, and what became of the copy's calls.
     """
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"--trained {str(run)!r} has no config.yaml: name a run's OUTPUT_DIR")
-    cfg = load_config(str(config), ["MODEL.DEVICE", device])
+    cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", device])
     original = FPNTrainer.build_model(cfg)
     FittingCheckpointer(original, complete=True).load(str(run / "model_final.pth"))
     original.eval()

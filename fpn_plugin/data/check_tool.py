@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fpn_plugin.arguments import at_least
-from fpn_plugin.errors import UserError
+from fpn_plugin.arguments import ToolParser, at_least, output_file
+from fpn_plugin.errors import UserError, near_names
 
 from .checking import check_dataset
 from .coco import check_datasets
@@ -33,10 +33,9 @@ Exit status: 0 where nothing is refused, 1 where something is, 2 where the files
 
 def argument_parser() -> argparse.ArgumentParser:
     """The tool's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Find whatever is wrong with COCO-format data before a model is trained on it.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", help="a COCO JSON, or the name of a registered dataset")
     parser.add_argument("folder", nargs="?", help="image folder; a registered dataset has its own")
@@ -48,7 +47,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "sizes and kinds alone; none: the JSON alone",
     )
     parser.add_argument("--examples", type=at_least(0), default=3, help="records shown of a kind")
-    parser.add_argument("--json", metavar="FILE", help="write all problems there as JSON")
+    parser.add_argument(
+        "--json", type=output_file(), metavar="FILE", help="write all problems there as JSON"
+    )
     parser.add_argument(
         "--max-size",
         type=at_least(1),
@@ -69,7 +70,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads",
-        type=at_least(1),
+        type=at_least(1, 1024),
         default=min(os.cpu_count() or 1, 16),
         help="images read at a time",
     )
@@ -117,6 +118,13 @@ def _files(dataset: str, folder: str | None) -> tuple[str, str]:
         return dataset, folder
     if Path(dataset).is_file():
         raise UserError(f"{dataset} is a JSON: give its image folder too")
+    if Path(dataset).is_dir():
+        raise UserError(f"{dataset} is a folder: give a COCO JSON first, then the image folder")
+    if dataset not in DatasetCatalog.list():
+        raise UserError(
+            f"{dataset!r} is neither a file nor a registered dataset: "
+            f"{near_names(dataset, DatasetCatalog.list())}"
+        )
     if dataset in MINI_NAMES:
         ensure_mini()
     check_datasets([dataset], "the command line")

@@ -45,13 +45,15 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
         json_file, colon, images = files.rpartition(":")
         if not (name and equals and json_file and colon and images):
             raise UserError(f"--dataset {spec!r}: give NAME=JSON:IMAGES")
+        if not Path(json_file).is_file():
+            raise UserError(f"--dataset {spec!r}: no file {json_file!r}")
+        if not Path(images).is_dir():
+            raise UserError(f"--dataset {spec!r}: no folder {images!r}")
         if name in DatasetCatalog.list():
             known = MetadataCatalog.get(name)
             if (known.get("json_file"), known.get("image_root")) == (json_file, images):
                 continue
             raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
-        if not Path(images).is_dir():
-            raise UserError(f"--dataset {spec!r}: no folder {images!r}")
         if checked:
             register_coco_instances(name, {}, json_file, images)
             continue
@@ -60,22 +62,23 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
         MetadataCatalog.get(name).thing_classes = class_names
 
 
-def check_datasets(names: Iterable[str], key: str) -> None:
+def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) -> None:
     """Refuses datasets that are not registered or whose files are not there.
 
     Args:
         names: of datasets.
         key: the config key that names them, for the message.
+        registers: whether the tool takes --dataset.
 
     Raises:
         UserError: says which, and how to make it be there.
     """
     for name in names:
         if name not in DatasetCatalog.list():
+            own = " Your own COCO-format data: --dataset NAME=JSON:IMAGES" if registers else ""
             raise UserError(
                 f"{key} names dataset {name!r}, which is not registered: "
-                f"{near_names(name, DatasetCatalog.list())} Your own COCO-format data: "
-                "--dataset NAME=JSON:IMAGES"
+                f"{near_names(name, DatasetCatalog.list())}{own}"
             )
         json_file = MetadataCatalog.get(name).get("json_file")
         made_on_demand = name in MINI_NAMES

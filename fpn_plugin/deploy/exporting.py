@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpn_plugin.arguments import ToolParser, output_folder
 from fpn_plugin.data import read_image_or_say, register_datasets
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
@@ -46,19 +47,20 @@ _COLUMNS = ("detections", "other", "box (px)", "score", "mask")
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/export_model.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Export a trained Faster R-CNN, Mask R-CNN or RetinaNet, run each file, and "
         "compare its detections with the model's.",
         epilog="Example:\n  export_model.py --config-file output/demo/config.yaml --input "
         "photo.jpg \\\n      --output exported MODEL.WEIGHTS output/demo/model_final.pth\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="IMAGE", help="to compare detections on"
     )
-    parser.add_argument("--output", default="output/exported", help="folder to write to")
+    parser.add_argument(
+        "--output", type=output_folder, default="output/exported", help="folder to write to"
+    )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument(
         "--time-limit",
@@ -82,7 +84,8 @@ def export_main(argv: Sequence[str] | None = None) -> None:
             detections are not the model's. Formats that are fine are written all the same.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    cfg = load_config(args.config_file, args.opts)
+    cfg.MODEL.DEVICE = "cpu"
     register_datasets(args.dataset)
     cases = _cases(cfg, args.input)
     model = Detector(cfg).model

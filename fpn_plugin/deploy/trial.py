@@ -14,6 +14,7 @@ from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, at_least
 from fpn_plugin.data import read_image_or_say, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
@@ -34,11 +35,10 @@ Example:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/optimize.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Optimise a trained model and say what that brings: seconds an image, and "
         "whether detections are the same. demo.py and train_net.py --eval-only take --optimize.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="images, folders")
@@ -47,7 +47,9 @@ def argument_parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the backbone as well")
-    parser.add_argument("--max-images", type=int, default=20, help="take only the first so many")
+    parser.add_argument(
+        "--max-images", type=at_least(1), default=20, help="take only the first so many"
+    )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

@@ -8,6 +8,8 @@ from detectron2.engine.defaults import create_ddp_model
 from torch import Tensor, nn
 from torch.futures import Future
 
+from fpn_plugin.errors import UserError
+
 __all__ = ["create_cpu_ddp_model"]
 
 
@@ -25,7 +27,18 @@ def create_cpu_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
         kwargs: of Detectron2's ``create_ddp_model``: those of
             :class:`torch.nn.parallel.DistributedDataParallel`, and ``fp16_compression``, which
             has a way of its own to send gradients and is left as it is.
+
+    Raises:
+        UserError: torch's synchronised batch norms, which run on GPUs only, are in the model.
     """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise UserError(
+                    f"{name} is a SyncBN, which torch runs only on GPUs, and this training has "
+                    f"{dist.get_world_size()} processes on the CPU: set the key that says SyncBN, "
+                    "as MODEL.RESNETS.NORM, to naiveSyncBN, Detectron2's own, which runs on both"
+                )
     wrapped = create_ddp_model(model, **{**kwargs, "device_ids": None})
     if wrapped is not model and dist.get_world_size() > 2 and not kwargs.get("fp16_compression"):
         wrapped.register_comm_hook(None, _mean_in_order_of_ranks)

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,7 @@ _USER_ERROR_STATUS = 2
 _INTERRUPTED_STATUS = 130  # what a shell reports for SIGINT
 # What gloo and torch's store say where another process has ended.
 _PEER_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused", re.I)
+_GRACE = 2.0  # seconds
 _PATIENCE = 10.0  # seconds in which a launcher ends what is left of its processes
 
 
@@ -37,7 +39,8 @@ def run_tool(main: Callable[[], Any]) -> None:
     """
     quiet_third_parties()
     try:
-        main()
+        with _explained_files():
+            main()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _leave(0)
     except UserError as error:
@@ -58,6 +61,17 @@ def run_tool(main: Callable[[], Any]) -> None:
         sys.exit(_INTERRUPTED_STATUS)
 
 
+@contextmanager
+def _explained_files() -> Iterator[None]:
+    """Within it, what the system says of a file or folder is a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
 def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tuple) -> None:
     """Runs ``worker(*worker_args)`` in every process that the command line asks for.
 
@@ -70,6 +84,9 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
         args: of Detectron2's argument parser.
         device: the config's MODEL.DEVICE.
         worker_args: can be pickled.
+
+    Raises:
+        UserError: there is no machine of that rank, or no way to it.
     """
     on_cpu = not device.startswith("cuda")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -79,6 +96,16 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
         finally:
             dist.destroy_process_group()
         return
+    if args.machine_rank >= args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} of --num-machines {args.num_machines}: ranks are "
+            f"0 to {args.num_machines - 1}"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError(
+            "--dist-url auto is for one machine: with --num-machines "
+            f"{args.num_machines} give tcp://HOST:PORT of the first"
+        )
     processes = args.num_gpus * args.num_machines
     if on_cpu and processes > 1:
         # Detectron2's launcher takes NCCL wherever it sees a GPU, whatever the model's device.
@@ -112,10 +139,13 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
     """A worker whose user errors are one line; runs in processes of their own as well."""
     quiet_third_parties()
     try:
-        worker(*worker_args)
+        with _explained_files():
+            worker(*worker_args)
         if _is_spawned():
             _leave(0)
     except UserError as error:
+        if comm.get_rank() > 0:
+            time.sleep(_GRACE)  # what all of them find, the first says; the launcher ends this one
         _exit_with(error)
     except RuntimeError as error:
         if comm.get_world_size() == 1 or not _PEER_LOST.search(str(error)):
@@ -167,6 +197,11 @@ class _WithoutUserErrors(logging.Filter):
         return not (record.exc_info and isinstance(record.exc_info[1], told))
 
 
+def _says_more_than_no_version(record: logging.LogRecord) -> bool:
+    """False for Detectron2's warning of a config of today without VERSION, which none needs."""
+    return "compatible with latest" not in record.getMessage()
+
+
 def quiet_third_parties() -> None:
     """Keeps what other libraries tell their own developers out of what a user sees."""
     for category, module, message in (
@@ -181,3 +216,4 @@ def quiet_third_parties() -> None:
     ):
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_WithoutUserErrors())
+    logging.getLogger("detectron2.config.compat").addFilter(_says_more_than_no_version)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import model_zoo
-from fpn_plugin.config import add_fpn_config
+from fpn_plugin.config import add_fpn_config, flat_keys
 from fpn_plugin.errors import UserError, near_names
 
 from .config_files import check_config_file
@@ -86,6 +89,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(_explain(error, cfg)) from error
     _refuse_nan(cfg, "")
+    _device_kind(cfg.MODEL.DEVICE, "MODEL.DEVICE")
     return cfg
 
 
@@ -159,12 +163,22 @@ def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
         key: the config key that names the device, for messages.
 
     Raises:
-        UserError: GPUs were asked for and are not there.
+        UserError: GPUs were asked for and are not there, or it is no device that a model runs on.
     """
-    if not device.startswith("cuda"):
+    kind = _device_kind(device, key)
+    if kind == "cpu":
+        return kind
+    if kind != "cuda":
+        try:
+            torch.zeros(1, device=device).cpu()
+        except (RuntimeError, AssertionError) as error:  # torch has one kind for each device
+            raise UserError(
+                f"{key} is {device!r}, which this machine or this torch does not have; {key} cpu "
+                "runs on the CPU"
+            ) from error
         return device
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if there >= num_gpus:
+    if (torch.device(device).index or 0) < there >= num_gpus:
         return device
     if there or named or num_gpus > 1:
         asked = f"--num-gpus {num_gpus}" if num_gpus > 1 else f"{key} {device}"
@@ -175,6 +189,14 @@ def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
     if os.environ.get("RANK", "0") == "0":  # torchrun starts many
         print("no GPU found: running on the CPU", flush=True)
     return "cpu"
+
+
+def _device_kind(device: str, key: str) -> str:
+    """What a device is, as "cuda"; refuses what torch knows no device for."""
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{key} is {device!r}, expected cpu, cuda or cuda:1") from error
 
 
 def check_mixed_precision(enabled: bool, device: str, key: str) -> None:
@@ -192,13 +214,6 @@ def check_mixed_precision(enabled: bool, device: str, key: str) -> None:
         raise UserError(f"{key} is True: mixed precision trains on a GPU, not on {device!r}")
 
 
-def _flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _flat_keys(value, f"{prefix}{key}.")
-
-
 def _refuse_nan(cfg: CfgNode, where: str) -> None:
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
@@ -207,16 +222,20 @@ def _refuse_nan(cfg: CfgNode, where: str) -> None:
             raise UserError(f"{where}{key} is {value}: NaN is no number to compute with")
 
 
+def _node(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(operator.getitem, key.split("."), cfg)
+
+
 def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
-    known = set(_flat_keys(cfg))
+    known = set(flat_keys(cfg))
     for flag in opts:
         if flag.startswith("--"):
             raise UserError(f"{flag} stands among config options: give it before KEY VALUE pairs")
-    for key in opts[::2]:
+    for key, value in zip_longest(opts[::2], opts[1::2]):
         if key not in known:
             raise UserError(f"no config key {key!r}: {near_names(key, known)}")
-    if len(opts) % 2:
-        raise UserError(f"config key {opts[-1]!r} has no value; give pairs: KEY VALUE")
+        if value is None or (value in known and not isinstance(_node(cfg, value), CfgNode)):
+            raise UserError(f"config key {key!r} has no value; give pairs: KEY VALUE")
 
 
 def _explain(error: Exception, cfg: CfgNode) -> str:
@@ -225,7 +244,7 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     unknown = re.match(r"Non-existent config key: (\S+)", told)
     if unknown:
         key = unknown.group(1)
-        return f"no config key {key!r}: {near_names(key, _flat_keys(cfg))}"
+        return f"no config key {key!r}: {near_names(key, flat_keys(cfg))}"
     if told.startswith("Type mismatch") and "'tuple'" in told.partition(" with ")[0]:
         told += "; a tuple is written (value,)"
     return told or f"not a config ({type(error).__name__})"

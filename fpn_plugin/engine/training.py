@@ -10,6 +10,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
+from fpn_plugin.arguments import ToolParser, at_least, dist_url
 from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
@@ -34,6 +35,18 @@ Examples:
   torchrun --nproc-per-node 8 train_net.py --config-file my.yaml
 """
 
+# Of Detectron2's arguments, what is not as in its own tools.
+_TYPES = {
+    "num_gpus": at_least(1, 1024),
+    "num_machines": at_least(1),
+    "machine_rank": at_least(0),
+    "dist_url": dist_url,
+}
+_HELP = {
+    "config_file": "path of a config, or name of a packaged one",
+    "num_gpus": "GPUs on this machine; with MODEL.DEVICE cpu, processes",
+}
+
 
 def argument_parser(examples: str = _EXAMPLES) -> argparse.ArgumentParser:
     """Detectron2's arguments, and --dataset.
@@ -41,12 +54,15 @@ def argument_parser(examples: str = _EXAMPLES) -> argparse.ArgumentParser:
     Args:
         examples: what --help ends with.
     """
-    parser = default_argument_parser(epilog=examples)
+    parser = ToolParser(
+        description="Train a model and evaluate it.",
+        epilog=examples,
+        parents=[default_argument_parser()],
+        add_help=False,  # theirs has it
+    )
     for action in parser._actions:
-        if action.dest == "config_file":
-            action.help = "path of a config, or name of a packaged one"
-        if action.dest == "num_gpus":
-            action.help = "GPUs on this machine; with MODEL.DEVICE cpu, processes"
+        action.type = _TYPES.get(action.dest, action.type)
+        action.help = _HELP.get(action.dest, action.help)
     parser.add_argument(
         "--dataset",
         action="append",

@@ -14,7 +14,8 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fpn_plugin.data import ensure_mini_datasets
+from fpn_plugin.arguments import ToolParser, at_least, output_folder
+from fpn_plugin.data import check_datasets, ensure_mini_datasets
 from fpn_plugin.data.mini_scene import KINDS
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError, near_names
@@ -91,18 +92,21 @@ class ComparedRun(RunFolder):
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/compare_fitted.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Train a config and its fitted sibling, on the same budget, on mini datasets "
         "of small, of all, of large and of long thin objects, and compare them. What is finished "
         "is not run again, what was cut off goes on.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", nargs="*", default=list(_DATA), help=", ".join(_DATA))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
     parser.add_argument("--config-file", default=_CONFIG, help=f"what is fitted; {_CONFIG}")
-    parser.add_argument("--output", default="output/fitted", help="folder of runs and report")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument(
+        "--output", type=output_folder, default="output/fitted", help="folder of runs and report"
+    )
+    parser.add_argument(
+        "--at-once", type=at_least(1, 1024), default=1, metavar="N", help="runs at a time"
+    )
     parser.add_argument("--dry-run", action="store_true", help="fit, list what would run, stop")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="config options: KEY VALUE ..."
@@ -123,8 +127,6 @@ def compare_main(argv: Sequence[str] | None = None) -> None:
     for name in args.data:
         if name not in _DATA:
             raise UserError(f"no data {name!r}: {near_names(name, _DATA)}")
-    if args.at_once < 1:
-        raise UserError(f"--at-once is {args.at_once}; it must be 1 or more")
     output = Path(args.output)
     compared = {name: _fitted(name, args, output) for name in dict.fromkeys(args.data)}
     seeds = list(dict.fromkeys(args.seeds))
@@ -163,6 +165,8 @@ def _fitted(name: str, args: argparse.Namespace, output: Path) -> Compared:
     """Fits the config to a dataset and leaves the fit's report beside the runs."""
     opts = _opts(name, args)
     cfg = load_config(args.config_file, opts)
+    for split in ("TRAIN", "TEST"):
+        check_datasets(cfg.DATASETS[split], f"DATASETS.{split}", registers=False)
     ensure_mini_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     fit = fit_pyramid(cfg, read_ground_truth(cfg.DATASETS.TRAIN))
     base = Path(find_config_file(args.config_file))

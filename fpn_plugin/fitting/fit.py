@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from fpn_plugin.arguments import ToolParser, output_folder
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError
@@ -140,11 +141,10 @@ def _at_input_size(
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/fit_pyramid.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Which levels, canonical size and anchors your data wants: measures a config's "
         "pyramid against labelled boxes, and writes a config that fits them better.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
@@ -156,7 +156,12 @@ def argument_parser() -> argparse.ArgumentParser:
         "the config's DATASETS.TRAIN",
     )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
-    parser.add_argument("--output", default="output/fit", help="folder of the report and config")
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        default="output/fit",
+        help="folder of the report and config",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
@@ -185,9 +190,5 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
-    fit = fit_pyramid(cfg, read_ground_truth(sources))
-    try:
-        text = write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    print(text)
+    fit = fit_pyramid(cfg, read_ground_truth(sources, "--data" if args.data else "DATASETS.TRAIN"))
+    print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))

@@ -65,11 +65,12 @@ class GroundTruth:
         return replace(self, boxes=self.boxes[kept], image=image, shapes=self.shapes[chosen])
 
 
-def read_ground_truth(sources: Sequence[str]) -> GroundTruth:
+def read_ground_truth(sources: Sequence[str], key: str = "--data") -> GroundTruth:
     """Reads the boxes of datasets, with a progress bar.
 
     Args:
         sources: each a registered dataset or the path of a COCO instances JSON; taken together.
+        key: what names them, for messages.
 
     Raises:
         UserError: a source that is neither, is not COCO, or has no box left.
@@ -80,8 +81,8 @@ def read_ground_truth(sources: Sequence[str]) -> GroundTruth:
             _read_json(Path(source), raw)
             continue
         if source.endswith(".json"):
-            raise UserError(f"no file {source!r}")
-        check_datasets([source], "--data")
+            raise UserError(f"{key} names {source!r}, and there is no such file")
+        check_datasets([source], key)
         ensure_mini_datasets([source])
         json_file = MetadataCatalog.get(source).get("json_file")
         if json_file:
@@ -146,7 +147,11 @@ def _read_json(path: Path, raw: _Raw) -> None:
         with (
             path.open(encoding="utf-8-sig") as stream,  # some editors begin a file with its mark
             tqdm(
-                total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True
+                total=path.stat().st_size,
+                desc=f"reading {path.name}",
+                unit="B",
+                unit_scale=True,
+                leave=False,  # an error stands by itself
             ) as bar,
         ):
             parts = JsonStream(stream, lambda: bar.update(stream.buffer.tell() - bar.n))

@@ -16,11 +16,11 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, at_least
 from fpn_plugin.data import check_datasets, ensure_mini_datasets, register_datasets
 from fpn_plugin.engine.level_hook import LevelStatistics
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.engine.trainer import FPNTrainer
-from fpn_plugin.errors import UserError
 
 __all__ = ["argument_parser", "cost_main", "cost_table", "paired_seconds"]
 
@@ -33,14 +33,15 @@ Example:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/time_level_stats.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Time iterations with and without level statistics, batch by batch, and say "
         "what MODEL.FPN.LEVEL_STATS_PERIOD costs. Weights are random and stay so.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
-    parser.add_argument("--pairs", type=int, default=60, help="batches to time, each both ways")
+    parser.add_argument(
+        "--pairs", type=at_least(1), default=60, help="batches to time, each both ways"
+    )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -56,8 +57,6 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    if args.pairs < 1:
-        raise UserError(f"--pairs is {args.pairs}; it must be 1 or more")
     cfg = load_config(args.config_file, args.opts)
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
     period = cfg.MODEL.FPN.LEVEL_STATS_PERIOD or 20

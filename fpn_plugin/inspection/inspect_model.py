@@ -9,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from fpn_plugin.arguments import ToolParser, at_least, output_file
 from fpn_plugin.engine.building import explained_build_errors
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
@@ -30,20 +31,26 @@ _LARGEST_SIDE = 10_000
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/inspect_model.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Say what a config's model is made of: levels, anchors, the box sizes that "
         "Eq. (1) sends to each level, parameters and FLOPs by part. No weights are needed.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        "--size", nargs=2, type=at_least(1, _LARGEST_SIDE), metavar=("HEIGHT", "WIDTH"),
         help="of the image after resizing; by default of a 3:4 one by INPUT.MIN_SIZE_TEST, "
         "MAX_SIZE_TEST",
     )  # fmt: skip
-    parser.add_argument("--rois", type=int, help="that the box head sees; all proposals by default")
-    parser.add_argument("--output", default="output/model.png", help="the picture to write")
+    parser.add_argument(
+        "--rois", type=at_least(1), help="that the box head sees; all proposals by default"
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file(".png", ".pdf", ".svg", ".jpg"),
+        default="output/model.png",
+        help="the picture to write",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
@@ -62,9 +69,10 @@ def inspect_main(argv: Sequence[str] | None = None) -> None:
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
     size = tuple(args.size) if args.size else _usual_size(cfg)
     if not all(0 < side <= _LARGEST_SIDE for side in size):
-        raise UserError(f"--size {size[0]} {size[1]}: sides are 1 to {_LARGEST_SIDE} px")
-    if args.rois is not None and args.rois < 1:
-        raise UserError(f"--rois is {args.rois}; it must be 1 or more")
+        raise UserError(
+            f"INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST make {size[0]} x {size[1]} px: sides are 1 to "
+            f"{_LARGEST_SIDE} px"
+        )
     # What is counted is the same for any weights: none are downloaded.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TORCHVISION.WEIGHTS = ""

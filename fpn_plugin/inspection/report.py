@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from fpn_plugin.arguments import ToolParser, between, output_file
 from fpn_plugin.data import (
     check_datasets,
     ensure_mini_datasets,
@@ -44,16 +45,22 @@ Examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/report.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Put a run's curves, AP table, level statistics and worst errors into one file "
         "of HTML that needs no other.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="the folder of a training: config.yaml, metrics.json, ...")
-    parser.add_argument("--output", help="the file to write; report.html in that folder by default")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of a detection that counts"
+        "--output",
+        type=output_file(),
+        help="the file to write; report.html in that folder by default",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=between(0, 1),
+        default=0.5,
+        help="least score of a detection that counts",
     )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     return parser

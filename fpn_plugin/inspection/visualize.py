@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 from tqdm import tqdm
 
+from fpn_plugin.arguments import ToolParser, at_least, between, output_folder
 from fpn_plugin.data import ensure_mini_datasets, read_image_or_say, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
@@ -47,12 +48,11 @@ class _Model:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/visualize.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Draw what trained models do with images, level by level: features, where "
         "proposals and detections were pooled, anchors that matched, what each level contributed. "
         "Several models stand side by side.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config-file", help="path of a config; weights: MODEL.WEIGHTS")
@@ -61,11 +61,18 @@ def argument_parser() -> argparse.ArgumentParser:
         help="folders of finished trainings: config.yaml and model_final.pth",
     )  # fmt: skip
     add_input_arguments(parser)
-    parser.add_argument("--output", default="output/seen", help="folder to write to")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of a detection to draw and count"
+        "--output", type=output_folder, default="output/seen", help="folder to write to"
     )
-    parser.add_argument("--proposals", type=int, default=50, help="how many of the best to draw")
+    parser.add_argument(
+        "--threshold",
+        type=between(0, 1),
+        default=0.5,
+        help="least score of a detection to draw and count",
+    )
+    parser.add_argument(
+        "--proposals", type=at_least(1), default=50, help="how many of the best to draw"
+    )
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
@@ -81,8 +88,6 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    if args.proposals < 1:
-        raise UserError(f"--proposals is {args.proposals}; it must be 1 or more")
     register_datasets(args.dataset)
     if args.ground_truth:
         ensure_mini_datasets([args.ground_truth])

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fpn_plugin.arguments import ToolParser, at_least, input_file, output_folder
 from fpn_plugin.data import MINI_WEIGHTS, check_datasets, ensure_mini, ensure_mini_weights
 from fpn_plugin.errors import UserError
 
@@ -29,21 +30,22 @@ Examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/reproduce.py."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Train rows of the paper's Tables 1 to 5 and set them beside its figures. What "
         "is finished is not run again, what was cut off goes on.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", nargs="+", metavar="TABLE|ROW", help="1 to 5, or rows as 1c, 2a")
     parser.add_argument(
         "--scale", choices=SCALES, default="mini", help="mini: minutes on a CPU; paper: COCO"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--output", default="output", help="folder of runs and reports")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
+    parser.add_argument(
+        "--output", type=output_folder, default="output", help="folder of runs and reports"
+    )
     parser.add_argument(
         "--at-once",
-        type=int,
+        type=at_least(1, 1024),
         default=1,
         metavar="N",
         help="runs at a time; GPUs, or the CPU's threads, are divided among them",
@@ -52,7 +54,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--with",
         dest="reports",
         nargs="+",
-        type=Path,
+        type=input_file,
         default=[],
         metavar="REPORT",
         help="report.json of runs made elsewhere, by the same code and config, to report as well",
@@ -75,8 +77,6 @@ def reproduce_main(argv: Sequence[str] | None = None) -> None:
             config or other code, a run that failed.
     """
     args = argument_parser().parse_args(argv)
-    if args.at_once < 1:
-        raise UserError(f"--at-once is {args.at_once}; it must be 1 or more")
     tables = select_rows(args.what)
     rows = [row for of_table in tables.values() for row in of_table]
     folders = [
@@ -85,6 +85,7 @@ def reproduce_main(argv: Sequence[str] | None = None) -> None:
         for run in needed_runs(rows)
     ]
     for folder in folders:
+        folder.config()  # what is wrong with --opts is said before anything is made
         folder.check()
     tasks = tasks_for(folders)
     if args.dry_run:
@@ -97,12 +98,14 @@ def reproduce_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_data(folders: Sequence[RunFolder]) -> None:
+    for folder in folders:
+        cfg = folder.config()
+        for split in ("TRAIN", "TEST"):
+            check_datasets(cfg.DATASETS[split], f"DATASETS.{split}", registers=False)
     if folders and folders[0].scale == "mini":
         ensure_mini()
     for folder in folders:
         cfg = folder.config()
-        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-        check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
         if cfg.MODEL.WEIGHTS.startswith(MINI_WEIGHTS):
             ensure_mini_weights(cfg.MODEL.WEIGHTS.removeprefix(MINI_WEIGHTS))
 
@@ -117,7 +120,7 @@ def _outcomes(args: argparse.Namespace, tables: dict[int, list[Row]]) -> dict[Ru
                 for seed in sorted({*args.seeds, *_SEEDS_LOOKED_FOR})
             ]
             for report in args.reports:
-                found |= read_runs(report, of_run)
+                found |= read_runs(Path(report), of_run)
             for folder in of_run:
                 if not folder.finished:
                     continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from fpn_plugin.arguments import at_least
+from fpn_plugin.arguments import ToolParser, at_least
 from fpn_plugin.data import Needs, check_dataset
 
 __all__ = ["time_check_main", "write_big_dataset"]
@@ -79,7 +78,7 @@ def time_check_main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: arguments; those of the command line by default.
     """
-    parser = argparse.ArgumentParser(description="Time the check of a large COCO JSON.")
+    parser = ToolParser(description="Time the check of a large COCO JSON.")
     parser.add_argument("--images", type=at_least(1), default=100_000)
     parser.add_argument("--per-image", type=at_least(1), default=7, help="annotations of an image")
     parser.add_argument("--runs", type=at_least(1), default=3)

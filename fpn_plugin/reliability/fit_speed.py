@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fpn_plugin.arguments import at_least
+from fpn_plugin.arguments import ToolParser, at_least
+from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
 
 from .check_speed import write_big_dataset
@@ -35,12 +35,13 @@ def time_fit_main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the fit failed.
     """
-    parser = argparse.ArgumentParser(description="Time a fit to a COCO JSON of a million boxes.")
+    parser = ToolParser(description="Time a fit to a COCO JSON of a million boxes.")
     parser.add_argument("--config-file", default="COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     parser.add_argument("--images", type=at_least(1), default=100_000)
     parser.add_argument("--per-image", type=at_least(1), default=10, help="annotations of an image")
     parser.add_argument("--runs", type=at_least(1), default=3)
     args = parser.parse_args(argv)
+    load_config(args.config_file)  # what is wrong with it is said before the JSON is made
     with tempfile.TemporaryDirectory() as folder:
         file = write_big_dataset(Path(folder), args.images, args.per_image)
         command = [sys.executable, "-c", _FIT, "--config-file", args.config_file]

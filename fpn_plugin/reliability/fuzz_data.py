@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from fpn_plugin import model_zoo
-from fpn_plugin.arguments import at_least
+from fpn_plugin.arguments import ToolParser, at_least
 from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset
 from fpn_plugin.data.problems import Report
 from fpn_plugin.errors import UserError
@@ -169,7 +169,7 @@ def _expect_right(made: Broken, image: dict[str, Any], mapped: dict[str, Any]) -
 
 def argument_parser() -> argparse.ArgumentParser:
     """The tool's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Break datasets at random: each must load right or be refused by name."
     )
     parser.add_argument("--cases", type=at_least(1), default=2000, help="datasets to break")

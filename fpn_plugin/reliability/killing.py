@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fpn_plugin.arguments import at_least
+from fpn_plugin.arguments import ToolParser, at_least, output_folder
 from fpn_plugin.engine.atomic import PARTIAL
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.errors import UserError
@@ -45,14 +44,18 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the folder is there or cannot be made, a training failed, or the two differ.
     """
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Kill (SIGKILL) a tiny training at random moments, resume it each time, and "
         "compare its weights with those of a training that was not killed."
     )
     parser.add_argument("--kills", type=at_least(1), default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--workers", type=at_least(0), default=1, help="DATALOADER.NUM_WORKERS")
-    parser.add_argument("--output", default="output/kill_and_resume", help="folder to make")
+    parser.add_argument(
+        "--workers", type=at_least(0, 1024), default=1, help="DATALOADER.NUM_WORKERS"
+    )
+    parser.add_argument(
+        "--output", type=output_folder, default="output/kill_and_resume", help="folder to make"
+    )
     args = parser.parse_args(argv)
     folder = Path(args.output)
     report = kill_and_resume(folder, args.kills, args.seed, args.workers)

@@ -15,7 +15,7 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 from tqdm import tqdm
 
-from fpn_plugin.arguments import at_least
+from fpn_plugin.arguments import ToolParser, at_least, output_folder
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, load_config
 from fpn_plugin.errors import UserError
@@ -34,14 +34,16 @@ def soak_main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: the folder is there or cannot be made; too few readings are left.
     """
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description="Train and evaluate a tiny detector for long, and report how much memory "
         "each iteration and each image adds."
     )
     parser.add_argument("--iterations", type=at_least(1), default=2000)
     parser.add_argument("--images", type=at_least(1), default=2000, help="to evaluate")
     parser.add_argument("--warm-up", type=at_least(0), default=400, help="left out of the slope")
-    parser.add_argument("--output", default="output/soak", help="folder to make")
+    parser.add_argument(
+        "--output", type=output_folder, default="output/soak", help="folder to make"
+    )
     args = parser.parse_args(argv)
     folder = Path(args.output)
     if args.warm_up > min(args.iterations, args.images) - 100:

@@ -143,11 +143,6 @@ def test_the_command_writes_and_prints(picture, bench, no_compiler, tmp_path, mo
     assert "first call" in text
 
 
-def test_no_pairs_are_refused():
-    with pytest.raises(UserError, match="at least 1 is needed, and 7 for figures to rely on"):
-        run.benchmark_main(["--pairs", "0"])
-
-
 def test_a_gpus_rows_are_all_made_on_the_cpu_too(picture, no_compiler, monkeypatch):
     """But for what only a GPU has, which is noted and stops nothing."""
 

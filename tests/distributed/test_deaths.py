@@ -113,3 +113,24 @@ def test_a_loss_of_one_process_that_is_not_finite_stops_all(dying, tmp_path, how
     assert checkpoints == ["model_0000000.pth"]
     weights = torch.load(tmp_path / "out" / checkpoints[0], weights_only=True)["model"]
     assert all(w.isfinite().all() for w in weights.values())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["launch", "torchrun"])
+def test_norms_that_want_a_gpu_are_refused_in_one_line(start, tmp_path, how):
+    make_data(tmp_path, IMAGES)
+    told = {}
+    for norm in ("SyncBN", "naiveSyncBN"):
+        status, out, err = start(
+            "../../tools/train_net.py",
+            *("--config-file", "mini/faster_rcnn_R_18_FPN.yaml"),
+            *("--dataset", f"own={tmp_path / f'{IMAGES}.coco.json'}:{tmp_path}"),
+            *(*TINY, "MODEL.RESNETS.NORM", norm, "OUTPUT_DIR", str(tmp_path / norm)),
+            how=how,
+        )
+        told[norm] = status, [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in out + err or (how == "torchrun" and norm == "SyncBN"), err
+    refused, [line] = told["SyncBN"]
+    assert refused != 0
+    assert "is a SyncBN, which torch runs only on GPUs" in line and "naiveSyncBN" in line
+    assert told["naiveSyncBN"] == (0, [])

@@ -95,11 +95,12 @@ def test_parts_are_the_whole_model(name, opts, make_config):
 def test_the_tool_prints_and_draws(tmp_path, capsys):
     picture = tmp_path / "folder" / "model.png"
     size = ["--size", "256", "320", "--output", str(picture)]
+    unbounded = ["INPUT.MAX_SIZE_TEST", "0", "MODEL.DEVICE", "cpu"]
     inspect_main(["--config-file", FASTER, *size, "MODEL.DEVICE", "cpu"])
     said = capsys.readouterr().out
     assert "| p4      | 16       | 112 to below 224 | 7, 14           |" in said
     assert "Input 320 x 256 px" in said
     with Image.open(picture) as image:
         assert image.width > 1000
-    with pytest.raises(UserError, match="--size 0 5"):
-        inspect_main(["--config-file", FASTER, "--size", "0", "5", "MODEL.DEVICE", "cpu"])
+    with pytest.raises(UserError, match="MAX_SIZE_TEST make 15000 x 20000 px: sides are 1 to"):
+        inspect_main(["--config-file", FASTER, "INPUT.MIN_SIZE_TEST", "15000", *unbounded])
