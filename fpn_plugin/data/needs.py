@@ -21,6 +21,7 @@ class Needs:
         masks: "polygon" or "bitmask", the format that a model with masks is trained in; "" for a
             model without.
         keypoints: of each object; 0 for a model without.
+        visible: keypoints that an image must show to be trained on, by a model with keypoints.
         training: whether the data is trained on; otherwise it is evaluated, where annotations
             may be missing altogether, but those of a model with masks must all have one.
     """
@@ -28,6 +29,7 @@ class Needs:
     max_size: int = 1333
     masks: str = ""
     keypoints: int = 0
+    visible: int = 1
     training: bool = True
 
     @staticmethod
@@ -38,6 +40,7 @@ class Needs:
             max_size=longest or 2**31,  # 0: not limited
             masks=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
             keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+            visible=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
             training=training,
         )
 
