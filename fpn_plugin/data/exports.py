@@ -46,7 +46,7 @@ def converted(content: Any, images: str | None, *, no_crowds: bool) -> Iterator[
         content["categories"].remove(root)
         yield f"category {root['name']!r} is left out"
     annotations, pictures = records_of(content, "annotations"), records_of(content, "images")
-    again = {id(record) for record in same_objects(annotations)}
+    again = same_objects(annotations)
     if again:
         content["annotations"] = [r for r in content["annotations"] if id(r) not in again]
         yield f"{len(again)} annotations that were there twice are left out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -24,7 +25,7 @@ __all__ = ["mended", "mended_annotation", "other_id", "same_objects"]
 Record = dict[str, Any]
 _WRITTEN = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?", re.ASCII)  # as a float holds them
 _MOST = 2**53
-_OF_AN_OBJECT = ("image_id", "category_id", "bbox", "segmentation", "keypoints")
+_OF_AN_OBJECT = ("id", "image_id", "category_id", "bbox", "segmentation", "keypoints")
 # Keys of numbers, and the types of values that stay.
 _NUMBERS: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "width": (int,), "height": (int,)},
@@ -261,30 +262,40 @@ def _scale_mask(record: Record, size: Sequence[float]) -> None:
 
 
 def _renumbered(annotations: Sequence[Record]) -> Iterator[Problem]:
-    """Numbers annotations from 1 on if some of their ids cannot be evaluated with."""
-    ids = [record.get("id") for record in annotations]
+    """Numbers annotations from 1 on if some of their ids cannot be evaluated with.
+
+    An object that is there twice keeps one id: which of the two is to go is not ours to say.
+    """
+    again = same_objects(annotations)
+    once = [record for record in annotations if id(record) not in again]
+    ids = [record.get("id") for record in once]
     usable = all(type(given) is int and 1 <= given < 2**63 for given in ids)
     if usable and len(set(ids)) == len(ids):
         return
-    if same_objects(annotations):  # which of them is meant to go is not ours to say
-        return
-    for number, record in enumerate(annotations, 1):
+    for number, record in enumerate(once, 1):
         record["id"] = number
+    for record in annotations:
+        if id(record) in again:
+            record["id"] = again[id(record)]["id"]
     told = "ids are missing, no numbers, below 1 or there twice; annotations are numbered from 1 on"
     yield Problem("renumbered", "annotations", f"{told}, in the order of the file")
 
 
-def same_objects(annotations: Sequence[Record]) -> list[Record]:
-    """The second and later records of an object: with the id of an earlier one, and its values."""
-    first: dict[Any, list[Record]] = {}
-    again = []
+def same_objects(annotations: Sequence[Record]) -> dict[int, Record]:
+    """The first record of each object that is there again, with its id and values.
+
+    Args:
+        annotations: of a JSON.
+
+    Returns:
+        By Python's ``id`` of each record that repeats another.
+    """
+    ids = Counter(r["id"] for r in annotations if type(r.get("id")) in (int, str))
+    first: dict[str, Record] = {}
+    again = {}
     for record in annotations:
-        given = record.get("id")
-        if type(given) not in (int, str):
-            continue
-        earlier = first.setdefault(given, [])
-        if any(all(one.get(k) == record.get(k) for k in _OF_AN_OBJECT) for one in earlier):
-            again.append(record)
-        else:
-            earlier.append(record)
+        if type(record.get("id")) in (int, str) and ids[record["id"]] > 1:
+            one = first.setdefault(repr([record.get(key) for key in _OF_AN_OBJECT]), record)
+            if one is not record:
+                again[id(record)] = one
     return again

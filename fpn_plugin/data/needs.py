@@ -21,16 +21,16 @@ class Needs:
         masks: "polygon" or "bitmask", the format that a model with masks is trained in; "" for a
             model without.
         keypoints: of each object; 0 for a model without.
-        visible: keypoints that an image must show to be trained on, by a model with keypoints.
         training: whether the data is trained on; otherwise it is evaluated, where annotations
             may be missing altogether, but those of a model with masks must all have one.
+        visible: keypoints that an image must show to be trained on, by a model with keypoints.
     """
 
     max_size: int = 1333
     masks: str = ""
     keypoints: int = 0
-    visible: int = 1
     training: bool = True
+    visible: int = 1
 
     @staticmethod
     def of(cfg: CfgNode, *, training: bool) -> Needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -176,8 +177,10 @@ def _read_json(path: Path, raw: _Raw) -> None:
     found = set()
     categories = None
     try:
+        with path.open("rb") as file:
+            encoding = json.detect_encoding(file.read(4))
         with (
-            path.open(encoding="utf-8-sig") as stream,  # some editors begin a file with its mark
+            path.open(encoding=encoding) as stream,
             tqdm(
                 total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True
             ) as bar,
