@@ -81,8 +81,9 @@ def box_layout(boxes: np.ndarray, sizes: np.ndarray) -> BoxLayout:
     """
     if not len(boxes) or not (boxes[:, 2:] > 0).any():
         return COCO_LAYOUT
-    # One pixel's width or less, all of them, in the top left corner.
+    # In pixels all would lie within the first one.
     fractions = boxes.min() >= -SLACK and boxes.max() <= 1 + SLACK and sizes.min() > 2
+    fractions = bool(fractions and boxes[:, :2].max() < 1)
     reach_out = ~_fits(BoxLayout(fractions, _COCO), boxes, sizes)
     for values, (least, share) in _LEAST.items():
         layout = BoxLayout(fractions, values)

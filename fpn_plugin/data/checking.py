@@ -126,7 +126,7 @@ def read_coco(
     """
     all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
     content, changes, digest = _read_json(json_file)
-    report = Report(1)
+    report = Report(10)
     with _bar(content, json_file) as bar, _no_garbage_collection():
         changes += mended(content, images)
         within = images != ""
@@ -145,8 +145,10 @@ def read_coco(
                 hint = _elsewhere(images, record["file_name"])
                 raise UserError(f"{json_file}: image {record['id']!r}: no file {path!r}{hint}")
     for kind in report.kinds(refused=False):
-        told = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}. "
-        told += f"The first: {report.kept[kind][0]} ({all_told})"
+        # Of changes to all records all are told, of records the first.
+        shown = report.kept[kind][: None if kind == "filled_in" else 1]
+        told = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}: "
+        told += f"{'; '.join(map(str, shown))} ({all_told})"
         log_first_n(logging.WARNING, f"{json_file}: {told}", key="message", name=__name__)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     return CheckedCoco(content, changes, [category["name"] for category in categories], digest)
