@@ -18,7 +18,15 @@ from .box_layouts import COCO_LAYOUT, SLACK, box_layout
 from .image_files import shown_size
 from .problems import CONVERT, KINDS, Problem
 from .records import declared_size, file_name_problems, records_of
-from .shapes import NUMBER, Size, box_problem, is_polygon, keypoint_problem, mask_problem
+from .shapes import (
+    NUMBER,
+    Size,
+    are_pixels,
+    box_problem,
+    is_polygon,
+    keypoint_problem,
+    mask_problem,
+)
 
 __all__ = ["mended", "mended_annotation", "other_id", "same_objects"]
 
@@ -222,9 +230,13 @@ def _turned(
     annotations: Sequence[Record], size_of: Callable[[Record], Size | None], converting: bool
 ) -> Iterator[Problem]:
     """Says if boxes are written in another way than COCO's; turns those that are surely so."""
-    used = [r for r in annotations if _is_box(r.get("bbox")) and size_of(r) is not None]
+    boxed = [r for r in annotations if type(r.get("bbox")) is list and len(r["bbox"]) == 4]
+    if not _are_numbers([*chain.from_iterable(record["bbox"] for record in boxed)]):
+        boxed = [record for record in boxed if _are_numbers(record["bbox"])]
+    known = [(record, size) for record in boxed if (size := size_of(record)) is not None]
+    used = [record for record, _ in known]
     boxes = np.array([record["bbox"] for record in used], float).reshape(-1, 4)
-    sizes = np.array([size_of(record) for record in used], float).reshape(-1, 2)
+    sizes = np.array([size for _, size in known], float).reshape(-1, 2)
     layout = box_layout(boxes, sizes)
     if not layout.kind:
         return
@@ -242,10 +254,9 @@ def _turned(
             _scale_mask(record, size)
 
 
-def _is_box(given: Any) -> bool:
-    if type(given) is not list or len(given) != 4:
-        return False
-    return all(type(v) in NUMBER and abs(v) < _MOST for v in given)  # false for NaN
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are finite numbers of a size that numpy takes."""
+    return bool(values) and {*map(type, values)} <= {int, float} and are_pixels(values, None)
 
 
 def _scale_mask(record: Record, size: Sequence[float]) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "NUMBER",
     "ROUNDING",
     "Size",
+    "are_pixels",
     "box_problem",
     "covers_no_pixel",
     "is_dropped",
@@ -95,7 +96,7 @@ def mask_problem(given: Any, size: Size | None) -> Found:
         return "segmentation", f"{told}, expected [[x, y, ...], ...] or an RLE"
     for polygon in given:
         # Coordinates far outside would be drawn edge by edge, pixel by pixel.
-        if polygon and not _are_pixels(polygon, size):
+        if polygon and not are_pixels(polygon, size):
             where = f"in an image of {size[0]} x {size[1]}" if size else ""
             return "segmentation", f"{told}, which is not all near or inside {where or 'an image'}"
     return ("segmentation_unusable", told) if is_dropped(given) else _NOTHING
@@ -185,14 +186,19 @@ def keypoint_problem(given: Any, size: Size | None) -> Found:
     """
     if given is None or given == []:
         return _NOTHING
-    if type(given) is list and len(given) % 3 == 0 and _are_pixels(given, size):
+    if type(given) is list and len(given) % 3 == 0 and are_pixels(given, size):
         return _NOTHING
     told = f"keypoints are {shortened(given)}, expected [x, y, visible, ...] in pixels"
     return "keypoints", told
 
 
-def _are_pixels(values: Sequence[Any], size: Size | None) -> bool:
-    """Whether all are finite numbers, no farther from the image than its longer side."""
+def are_pixels(values: Sequence[Any], size: Size | None) -> bool:
+    """Whether all are finite numbers, no farther from the image than its longer side.
+
+    Args:
+        values: at least one.
+        size: width and height of the image, where they are known.
+    """
     farthest = 2 * max(size) if size else _FARTHEST
     try:
         # A sum is the fastest way to find a NaN, which compares with nothing.

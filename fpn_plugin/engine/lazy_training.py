@@ -185,7 +185,7 @@ def _needs(cfg: DictConfig, split: str) -> Needs:
         max_size=min(resized, default=2**31),
         masks=of(f"{mapper}.instance_mask_format", "polygon") if has_masks else "",
         keypoints=of("model.roi_heads.keypoint_head.num_keypoints", 0),
-        visible=of(f"dataloader.{split}.dataset.min_keypoints", 0),
+        visible=of("dataloader.train.dataset.min_keypoints", 0) if split == "train" else 1,
         training=split == "train",
     )
 
