@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ntpath
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -22,11 +21,12 @@ def name_in_folder(images: str, name: str) -> str | None:
         name: is escaped as in a URL, of another system, or has folders before it that are not
             there.
     """
-    plain = unquote(name).replace("\\", "/")
-    for candidate in (plain, ntpath.basename(plain), ntpath.basename(name)):
-        inside = not any(file_name_problems("", candidate))
-        if candidate != name and inside and os.path.isfile(os.path.join(images, candidate)):
-            return candidate
+    for plain in (name.replace("\\", "/"), unquote(name).replace("\\", "/")):
+        parts = plain.split("/")
+        for start in range(len(parts)):
+            candidate = "/".join(parts[start:])
+            if candidate != name and _is_there(images, candidate):
+                return candidate
     return None
 
 

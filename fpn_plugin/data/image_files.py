@@ -46,6 +46,7 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
                 return "image_unreadable", told
             mode = image.mode
             width, height = _shown_size(image)
+            turned = (width, height) != image.size
             transparent = "A" in image.getbands() or "transparency" in image.info
             frames = getattr(image, "n_frames", 1)
         if mode.startswith(_DEEP):
@@ -57,6 +58,8 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):
         told = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
+        if turned and size == (height, width):
+            told += ", its size before it is turned as its EXIF says; boxes are read as shown"
         return "image_other_size", told
     if transparent:
         return "image_converted", f"is read without its alpha ({mode})"

@@ -264,6 +264,8 @@ def test_images_are_turned_as_their_exif_says(whole, orientation):
     width, height = size(whole)
     if orientation >= 5:
         assert found(whole) == {"image_other_size": 1}
+        report = check_dataset(whole.json_file, whole.images)
+        assert "before it is turned as its EXIF says" in report.text(1)
         width, height = height, width
     image(whole, width=width, height=height)
     for record in whole.content["annotations"]:

@@ -14,6 +14,7 @@ from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
 from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.exports import name_in_folder
 from fpn_plugin.fitting import read_ground_truth
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -215,6 +216,16 @@ def test_file_names_of_another_place_are_found_by_conversion_alone(made, tmp_pat
     new = tmp_path / "new.json"
     check_main([path, images, "--images", "headers", "--convert", str(new)])
     assert json.loads(new.read_text())["images"][0]["file_name"] == "0 a.png"
+
+
+def test_folders_within_the_folder_are_kept(made, tmp_path):
+    _, images = made()
+    (Path(images) / "deep").mkdir()
+    (Path(images) / "deep" / "b c.png").write_bytes(b"")
+    for name in (f"{images}/deep/b%20c.png", "images\\deep\\b c.png", "../deep/b c.png"):
+        assert name_in_folder(images, name) == "deep/b c.png"
+    (tmp_path / "secret.png").write_bytes(b"")
+    assert name_in_folder(images, "../secret.png") is None
 
 
 def test_an_object_that_is_there_twice_is_refused_and_left_out_by_conversion(made, tmp_path):
