@@ -28,6 +28,7 @@ from fpn_plugin.data import (
     registered_specs,
 )
 from fpn_plugin.data.check_tool import check_main
+from fpn_plugin.engine import lazy_training, training
 from fpn_plugin.fitting import read_ground_truth
 
 NAME = "agreeing"
@@ -353,3 +354,29 @@ def test_what_a_user_registered_is_mended_if_detectron2_reads_it(images):
     MetadataCatalog.get(NAME).set(json_file=path, image_root=str(images))
     with pytest.raises(UserError, match="read by a function of its own, so that .* --convert"):
         check_records([NAME], Needs())
+
+
+@pytest.mark.parametrize("module", [training, lazy_training])
+def test_started_processes_are_given_the_mended_json(images, tmp_path, monkeypatch, module):
+    path = written(images, coco([box(0), box(1, image_id=2)]))
+    given = []
+    monkeypatch.setattr(module, "launch", lambda *args: given.extend(args[1].dataset))
+    spec = ["--dataset", f"{NAME}={path}:{images}"]
+    if module is training:
+        training.train_main(
+            ["--config-file", "mini/faster_rcnn_R_18_FPN.yaml", *spec,
+             "DATASETS.TRAIN", f"('{NAME}',)", "DATASETS.TEST", f"('{NAME}',)",
+             "MODEL.ROI_HEADS.NUM_CLASSES", "2", "OUTPUT_DIR", str(tmp_path / "out")]
+        )  # fmt: skip
+    else:
+        lazy_training.lazy_main(
+            ["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", *spec,
+             f"dataloader.train.dataset.names={NAME}", f"dataloader.test.dataset.names={NAME}",
+             "model.roi_heads.num_classes=2", f"train.output_dir={tmp_path / 'out'}"]
+        )  # fmt: skip
+    with forgotten():
+        MetadataCatalog.remove(NAME)
+        DatasetCatalog.remove(NAME)
+        register_datasets(given, checked=True)  # as in the process that is started
+        truth = json.loads(Path(MetadataCatalog.get(NAME).json_file).read_text())
+    assert [record["id"] for record in truth["annotations"]] == [1, 2]
