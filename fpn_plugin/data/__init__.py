@@ -7,8 +7,10 @@ from .coco import (
     check_datasets,
     check_proposal_files,
     check_records,
+    current_json,
     number_of_classes,
     register_datasets,
+    registered_specs,
 )
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
@@ -28,6 +30,7 @@ __all__ = [
     "check_datasets",
     "check_proposal_files",
     "check_records",
+    "current_json",
     "ensure_mini",
     "ensure_mini_datasets",
     "ensure_mini_weights",
@@ -36,5 +39,6 @@ __all__ = [
     "register_datasets",
     "register_mini",
     "register_mini_weights",
+    "registered_specs",
     "train_stream",
 ]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .shapes import Size
 
-__all__ = ["UNREADABLE", "image_problem", "why_unreadable"]
+__all__ = ["UNREADABLE", "image_problem", "shown_size", "why_unreadable"]
 
 # What Pillow raises on files that are missing, cut off, damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -45,9 +45,8 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
                 told = f"is of format {image.format}, which is not read: write it as PNG or JPEG"
                 return "image_unreadable", told
             mode = image.mode
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
-                width, height = height, width
+            width, height = _shown_size(image)
+            turned = (width, height) != image.size
             transparent = "A" in image.getbands() or "transparency" in image.info
             frames = getattr(image, "n_frames", 1)
         if mode.startswith(_DEEP):
@@ -59,6 +58,8 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):
         told = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
+        if turned and size == (height, width):
+            told += ", its size before it is turned as its EXIF says; boxes are read as shown"
         return "image_other_size", told
     if transparent:
         return "image_converted", f"is read without its alpha ({mode})"
@@ -67,6 +68,20 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
     if mode not in _PLAIN:
         return "image_converted", f"is {mode}, read as RGB without a colour profile"
     return "", ""
+
+
+def shown_size(path: str | Path) -> Size | None:
+    """Width and height of an image file, turned as its EXIF says; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return _shown_size(image) if image.format in _FORMATS else None
+    except UNREADABLE:
+        return None
+
+
+def _shown_size(image: Image.Image) -> Size:
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def why_unreadable(error: Exception) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, read_image
+from detectron2.structures import BoxMode
 
 from fpn_plugin.errors import UserError
 
 from .image_files import UNREADABLE, image_problem, why_unreadable
+from .shapes import Size, box_problem, covers_no_pixel, mask_problem
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
@@ -38,7 +40,7 @@ class ReadableImageMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
-            return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
+            return super().__call__(self._prepared(dataset_dict) if self.is_train else dataset_dict)
         except UserError:
             raise
         except SizeMismatchError as error:
@@ -55,24 +57,48 @@ class ReadableImageMapper(DatasetMapper):
                 f"{why_unreadable(error)} ({_CHECK})"
             ) from error
 
+    def _prepared(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """A record of the annotations that are trained on, their boxes and polygons in floats."""
+        if "annotations" not in dataset_dict:
+            return dataset_dict
+        bitmasks = self.use_instance_mask and self.instance_mask_format == "bitmask"
+        size = dataset_dict.get("width"), dataset_dict.get("height")
+        annotations = [
+            _in_floats(annotation)
+            for annotation in dataset_dict["annotations"]
+            if None in size or not _is_nothing(annotation, size, bitmasks)
+        ]
+        return {**dataset_dict, "annotations": annotations}
 
-def _in_floats(dataset_dict: dict[str, Any]) -> dict[str, Any]:
-    """A record whose boxes and polygons are floats.
+
+def _is_nothing(annotation: dict[str, Any], size: Size, bitmasks: bool) -> bool:
+    """Whether training leaves an annotation out as it has no extent in its image.
+
+    tools/check_dataset.py says so by the same rules. Detectron2 would look at the resized box or
+    mask, and then rounding or the drawn scale decides.
+    """
+    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    in_coco = type(box) is list and annotation.get("bbox_mode") == BoxMode.XYWH_ABS
+    if in_coco and box_problem(box, size)[0] in ("box_empty", "box_outside"):
+        return True
+    usable = bitmasks and mask and mask_problem(mask, size) == ("", "")
+    return bool(usable) and covers_no_pixel(mask, size)
+
+
+def _in_floats(given: dict[str, Any]) -> dict[str, Any]:
+    """An annotation whose box and polygons are floats.
 
     Detectron2 resizes those of integers in integer arithmetic: all that lies behind the point of
     the resized coordinates, up to a pixel, would be cut off.
     """
-    annotations = []
-    for given in dataset_dict.get("annotations", ()):
-        annotation = dict(given)
-        if isinstance(annotation.get("bbox"), list):
-            annotation["bbox"] = [float(value) for value in annotation["bbox"]]
-        if isinstance(annotation.get("segmentation"), list):
-            annotation["segmentation"] = [
-                np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
-            ]
-        annotations.append(annotation)
-    return {**dataset_dict, **({"annotations": annotations} if annotations else {})}
+    annotation = dict(given)
+    if isinstance(annotation.get("bbox"), list):
+        annotation["bbox"] = [float(value) for value in annotation["bbox"]]
+    if isinstance(annotation.get("segmentation"), list):
+        annotation["segmentation"] = [
+            np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
+        ]
+    return annotation
 
 
 def read_image_or_say(path: str | Path) -> np.ndarray:

@@ -32,6 +32,7 @@ from fpn_plugin.data import (
     check_records,
     ensure_mini_datasets,
     register_datasets,
+    registered_specs,
     train_stream,
 )
 from fpn_plugin.errors import UserError, near_names
@@ -142,6 +143,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
             check_proposal_files(names[split], files, key)
+    args.dataset = registered_specs(args.dataset)
     make_output_dir(cfg.train.output_dir, "train.output_dir")
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
@@ -183,6 +185,7 @@ def _needs(cfg: DictConfig, split: str) -> Needs:
         max_size=min(resized, default=2**31),
         masks=of(f"{mapper}.instance_mask_format", "polygon") if has_masks else "",
         keypoints=of("model.roi_heads.keypoint_head.num_keypoints", 0),
+        visible=of("dataloader.train.dataset.min_keypoints", 0) if split == "train" else 1,
         training=split == "train",
     )
 

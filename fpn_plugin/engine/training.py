@@ -9,7 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
-from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
+from fpn_plugin.data import (
+    check_config_datasets,
+    ensure_mini_datasets,
+    register_datasets,
+    registered_specs,
+)
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.errors import UserError
@@ -78,6 +83,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
     register_datasets(args.dataset, checked=True)  # by the next line
     check_config_datasets(cfg, training=not args.eval_only)
+    args.dataset = registered_specs(args.dataset)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
     make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")

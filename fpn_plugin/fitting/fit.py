@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.data import register_datasets
+from fpn_plugin.data import Needs, register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError
 
@@ -185,7 +185,7 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
-    fit = fit_pyramid(cfg, read_ground_truth(sources))
+    fit = fit_pyramid(cfg, read_ground_truth(sources, Needs.of(cfg, training=True)))
     try:
         text = write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset)
     except OSError as error:
