@@ -23,12 +23,14 @@ class Needs:
         keypoints: of each object; 0 for a model without.
         training: whether the data is trained on; otherwise it is evaluated, where annotations
             may be missing altogether, but those of a model with masks must all have one.
+        image_format: INPUT.FORMAT, which images are read in.
     """
 
     max_size: int = 1333
     masks: str = ""
     keypoints: int = 0
     training: bool = True
+    image_format: str = "BGR"
 
     @staticmethod
     def of(cfg: CfgNode, *, training: bool) -> Needs:
@@ -39,6 +41,7 @@ class Needs:
             masks=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
             keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
             training=training,
+            image_format=cfg.INPUT.FORMAT,
         )
 
 
