@@ -86,6 +86,9 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         except UserError as error:
             problems.append(str(error))
             continue
+        except RuntimeError as error:  # of the file, for an image of a size that it does not take
+            problems.append(f"{path} fails on the images: {(str(error).splitlines() or [''])[0]}")
+            continue
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
         within = found["box (px)"] <= BOX_PX and found["score"] <= SCORE and found["mask"] <= MASK
@@ -99,10 +102,9 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         f"{folder / 'model.json'}. Resizing before, and pasting masks after, is the caller's."
     )
     if "torch_export" in args.formats:
-        coarsest = max(shape.stride for shape in model.backbone.output_shape().values())
         print(
-            f"torch_export's file takes images above {coarsest} px a side: a coarsest level of "
-            "one cell is a case of its own to it."
+            f"torch_export's file takes images above {_coarsest(model)} px a side: a coarsest "
+            "level of one cell is a case of its own to it."
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -127,7 +129,9 @@ def differences(
     for images in cases:
         with torch.no_grad():
             expected = _detected(model, images)
-            batch = batched(images, channels=image_channels(model))
+            # A coarsest level of one cell is a case of its own to torch.export.
+            side = 64 if images else 2 * _coarsest(model)
+            batch = batched(images, side, image_channels(model))
             boxes, scores, classes, index, *of_masks = exported(*batch)
         # Images beyond those given would be an error of the file's too.
         agreement.extra += int((index >= len(images)).sum())
@@ -148,6 +152,10 @@ def differences(
         "score": agreement.score,
         "mask": max(masks),
     }
+
+
+def _coarsest(model: nn.Module) -> int:
+    return max(shape.stride for shape in model.backbone.output_shape().values())
 
 
 def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
