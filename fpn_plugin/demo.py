@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
-from fpn_plugin.data import read_image_or_say, register_datasets
+from fpn_plugin.data import read_picture, register_datasets, rgb_of
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
@@ -81,7 +81,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     records, unreadable = [], []
     for job in tqdm(jobs, desc="detecting", unit="image"):
         try:
-            image = read_image_or_say(job.path)
+            image = read_picture(cfg, job.path)
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -94,7 +94,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
             )
         truth = None if job.annotations is None else _drawn_truth(job.annotations, truth_names)
         drawn = [_drawn(d) for d in detections if d["score"] >= args.threshold]
-        draw_detections(image[:, :, ::-1], drawn, output / picture, truth)
+        draw_detections(rgb_of(cfg, image), drawn, output / picture, truth)
         records.append(
             {
                 "file": str(job.path),

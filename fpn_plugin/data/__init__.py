@@ -16,6 +16,13 @@ from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
 from .mini_weights import MINI_WEIGHTS, ensure_mini_weights, register_mini_weights
 from .needs import Needs
+from .pictures import (
+    channels_first,
+    check_channels,
+    read_picture,
+    resized_picture,
+    rgb_of,
+)
 from .stream import TrainStream, train_stream
 
 __all__ = [
@@ -23,6 +30,8 @@ __all__ = [
     "Needs",
     "ReadableImageMapper",
     "TrainStream",
+    "channels_first",
+    "check_channels",
     "check_classes",
     "check_coco",
     "check_config_datasets",
@@ -36,9 +45,12 @@ __all__ = [
     "ensure_mini_weights",
     "number_of_classes",
     "read_image_or_say",
+    "read_picture",
     "register_datasets",
     "register_mini",
     "register_mini_weights",
     "registered_specs",
+    "resized_picture",
+    "rgb_of",
     "train_stream",
 ]

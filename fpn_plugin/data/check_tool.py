@@ -18,6 +18,7 @@ from .checking import check_dataset, convert_dataset
 from .coco import check_datasets, given_json
 from .mini import MINI_NAMES, ensure_mini
 from .needs import Needs
+from .pictures import IMAGE_FORMATS
 
 __all__ = ["check_main"]
 
@@ -78,6 +79,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "--keypoints", type=at_least(0), default=0, help="of an object, for such a model"
     )
     parser.add_argument(
+        "--format", choices=IMAGE_FORMATS, default="BGR", help="INPUT.FORMAT of the model"
+    )
+    parser.add_argument(
         "--test", action="store_true", help="data to evaluate on: it may have no annotations"
     )
     parser.add_argument(
@@ -112,7 +116,9 @@ def check_main(argv: Sequence[str] | None = None) -> None:
         folder,
         look=args.images,
         keep=None if args.json else args.examples,
-        needs=Needs(args.max_size, args.masks, args.keypoints, not args.test),
+        needs=Needs(
+            args.max_size, args.masks, args.keypoints, not args.test, image_format=args.format
+        ),
         threads=args.threads,
     )
     if report.counts:

@@ -228,14 +228,14 @@ def check_dataset(
                 refused_names.add(problem.record)
     if look != "none" and isinstance(content, dict) and isinstance(content.get("images"), list):
         for problem in _image_file_problems(
-            content["images"], images, look, threads, refused_names
+            content["images"], images, look, threads, refused_names, needs.image_format
         ):
             report.add(problem)
     return report
 
 
 def _image_file_problems(
-    records: list[Any], images: str, look: str, threads: int, refused: set[str]
+    records: list[Any], images: str, look: str, threads: int, refused: set[str], image_format: str
 ) -> Iterator[Problem]:
     """What is wrong with image files; one whose name leads out of the folder is not opened."""
 
@@ -245,7 +245,9 @@ def _image_file_problems(
         if type(name) is not str or image_record(index, record) in refused:
             return None
         path = Path(images, name)
-        kind, told = image_problem(path, declared_size(record), decode=look == "decode")
+        kind, told = image_problem(
+            path, declared_size(record), decode=look == "decode", image_format=image_format
+        )
         if kind == "image_missing":
             told += _elsewhere(images, name)
         record_name = f"{image_record(index, record)} {str(path)!r}"

@@ -21,10 +21,14 @@ _FORMATS = (
 )  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _DEEP = ("I", "F")
-_PLAIN = ("1", "L", "P", "RGB")
+# Modes of files without more than this, and values of INPUT.FORMAT that keep no more, or alpha too.
+_GRAY, _COLOURS = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")
+_OF_GRAY, _WITH_ALPHA = ("L", "LA"), ("LA", "RGBA")
 
 
-def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple[str, str]:
+def image_problem(
+    path: str | Path, size: Size | None, *, decode: bool, image_format: str = "BGR"
+) -> tuple[str, str]:
     """What is wrong with an image file.
 
     Args:
@@ -32,6 +36,7 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         size: width and height that its record states, if any; those of the image turned as its
             EXIF says, as Detectron2 turns it.
         decode: whether to read all of it; otherwise its header is.
+        image_format: INPUT.FORMAT, which it is read in.
 
     Returns:
         The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
@@ -53,7 +58,7 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
             told = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
             return "image_depth", f"{told}: write it with 8"
         if decode:
-            height, width = read_image(str(path), format="BGR").shape[:2]
+            height, width = read_image(str(path), format=image_format).shape[:2]
     except UNREADABLE as error:
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):
@@ -61,12 +66,14 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         if turned and size == (height, width):
             told += ", its size before it is turned as its EXIF says; boxes are read as shown"
         return "image_other_size", told
-    if transparent:
-        return "image_converted", f"is read without its alpha ({mode})"
+    if transparent and image_format not in _WITH_ALPHA:
+        return "image_converted", f"is {mode}, read as {image_format} without its alpha"
     if frames > 1:
         return "image_converted", f"is read for the first of its {frames} frames alone"
-    if mode not in _PLAIN:
-        return "image_converted", f"is {mode}, read as RGB without a colour profile"
+    if mode not in _GRAY and image_format in _OF_GRAY:
+        return "image_converted", f"is {mode}, read as {image_format}: colours become gray"
+    if mode not in (*_GRAY, *_COLOURS, image_format):
+        return "image_converted", f"is {mode}, read as {image_format} without a colour profile"
     return "", ""
 
 

@@ -101,15 +101,19 @@ def _in_floats(given: dict[str, Any]) -> dict[str, Any]:
     return annotation
 
 
-def read_image_or_say(path: str | Path) -> np.ndarray:
-    """Reads an image as uint8 BGR ``(H, W, 3)``, turned as its EXIF says.
+def read_image_or_say(path: str | Path, image_format: str = "BGR") -> np.ndarray:
+    """Reads an image as uint8 ``(H, W, C)``, turned as its EXIF says.
+
+    Args:
+        path: of the file.
+        image_format: see :func:`detectron2.data.detection_utils.read_image`.
 
     Raises:
         UserError: it cannot be read.
     """
     _refuse_by_header(path)
     try:
-        return read_image(str(path), format="BGR")
+        return read_image(str(path), format=image_format)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
 

@@ -85,7 +85,7 @@ KINDS = {
     "category_name_twice": Kind(
         False, "several categories have one name; results hide all but one"
     ),
-    "image_converted": Kind(False, "read as RGB, which loses something"),
+    "image_converted": Kind(False, "read in INPUT.FORMAT, which loses something"),
 }
 
 

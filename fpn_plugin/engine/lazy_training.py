@@ -26,6 +26,7 @@ from torch import nn
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
     Needs,
+    check_channels,
     check_classes,
     check_datasets,
     check_proposal_files,
@@ -136,6 +137,7 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
         _check_solver(cfg)
     _check_evaluators(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
+        _check_channels(cfg, f"dataloader.{split}.mapper.image_format")
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
         check_records(names[split], _needs(cfg, split))
         check_classes(names[split], *_classes(cfg.model))
@@ -148,6 +150,14 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
     launch(_worker, args, cfg.train.device, (cfg, args))
+
+
+def _check_channels(cfg: DictConfig, key: str) -> None:
+    """Refuses images of other channels than the model's."""
+    keys = (key, "model.pixel_mean", "model.pixel_std")
+    image_format, mean, std = (OmegaConf.select(cfg, each) for each in keys)
+    if None not in (image_format, mean, std):  # a config of one's own may go without
+        check_channels(image_format, mean, std, keys)
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:

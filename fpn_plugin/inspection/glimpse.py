@@ -18,6 +18,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
+from fpn_plugin.data import channels_first, resized_picture, rgb_of
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import recorded_levels
 from fpn_plugin.modeling import assign_levels
@@ -132,7 +133,7 @@ def glimpse(
     Args:
         model: trained, in evaluation mode.
         cfg: its config, for the resizing and the order of channels.
-        image: uint8 BGR ``(H, W, 3)``.
+        image: as :func:`fpn_plugin.data.read_picture` reads it for that config.
         annotations: Detectron2's, in pixels of ``image``; they are not changed.
 
     Raises:
@@ -143,15 +144,12 @@ def glimpse(
             "the model reads its proposals from a file (MODEL.PROPOSAL_GENERATOR.NAME "
             "PrecomputedProposals); an image alone is not enough for it"
         )
-    shortest = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    transform = shortest.get_transform(image)
-    resized = transform.apply_image(image)
+    resized, transform = resized_picture(cfg, image)
     height, width = resized.shape[:2]
-    pixels = resized[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else resized
-    tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     seen: dict[str, Any] = {}
     with _watched(model, seen), recorded_levels(model):
-        [output] = model([{"image": tensor, "height": height, "width": width}])
+        given = {"image": channels_first(cfg, resized), "height": height, "width": width}
+        [output] = model([given])
     strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
     names = sorted(strides, key=lambda name: strides[name])
     truths = matched = None
@@ -160,7 +158,7 @@ def glimpse(
         truths = _regions(wanted.gt_boxes.tensor, [""] * len(wanted), None, wanted.gt_classes)
         matched = _matched(model, seen, wanted)
     return Glimpse(
-        image=np.ascontiguousarray(resized[:, :, ::-1]),
+        image=rgb_of(cfg, resized),
         features={
             name: seen["maps"][name][0, :, : -(-height // s), : -(-width // s)].float().cpu()
             for name in names

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 from tqdm import tqdm
 
-from fpn_plugin.data import ensure_mini_datasets, read_image_or_say, register_datasets
+from fpn_plugin.data import ensure_mini_datasets, read_picture, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
@@ -140,7 +140,7 @@ def _models(args: argparse.Namespace) -> list[_Model]:
 
 
 def _look(model: _Model, given: GivenImage) -> Glimpse:
-    image = read_image_or_say(given.path)
+    image = read_picture(model.cfg, given.path)
     return glimpse(model.detector.model, model.cfg, image, given.annotations)
 
 
