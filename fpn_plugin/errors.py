@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-__all__ = ["NonFiniteError", "UserError", "near_names"]
+__all__ = ["NonFiniteError", "UserError", "by_keys", "naming_keys", "near_names"]
 
 
 class UserError(ValueError):
@@ -22,6 +24,29 @@ class NonFiniteError(UserError, FloatingPointError):
 
     Code that catches Detectron2's ``FloatingPointError`` catches it too.
     """
+
+
+def by_keys(message: str, keys: Mapping[str, str]) -> str:
+    """A message that names `arguments`, by the config keys that they were read from.
+
+    Args:
+        message: with each argument's name between backquotes.
+        keys: the key of each argument; others stay as they are.
+    """
+    return re.sub(r"`(\w+)`", lambda name: keys.get(name[1], name[0]), message)
+
+
+@contextmanager
+def naming_keys(keys: Mapping[str, str]) -> Iterator[None]:
+    """Makes errors of what is called within it speak of config keys, see :func:`by_keys`.
+
+    Classes and functions name their arguments; who calls them with values of a config wraps the
+    call in this.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(by_keys(str(error), keys)) from error
 
 
 def near_names(name: str, known: Iterable[str], most: int = 3) -> str:

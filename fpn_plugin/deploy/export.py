@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +20,12 @@ from fpn_plugin.modeling import image_channels
 
 from .folding import fold_batch_norms
 from .graph import DetectionGraph, detection_graph
+from .same_padding import fix_padding, padded_by_size
 
-__all__ = ["FORMATS", "batched", "export_graph", "exportable", "load_exported"]
+__all__ = ["FORMATS", "TIME_LIMIT", "batched", "export_graph", "exportable", "load_exported"]
+
+TIME_LIMIT = 900.0
+"""Seconds that writing a file may take, unless said otherwise."""
 
 FORMATS: dict[str, str] = {
     "torchscript": "model.ts",
@@ -33,7 +41,7 @@ _OPSET = 18
 
 
 def exportable(model: nn.Module) -> DetectionGraph:
-    """A copy of a model as one function of tensors, batch norms folded.
+    """A copy of a model as one function of tensors, batch norms folded and padding fixed.
 
     Args:
         model: Faster or Mask R-CNN, or RetinaNet; left untouched. Not an optimised one, whose
@@ -48,6 +56,7 @@ def exportable(model: nn.Module) -> DetectionGraph:
         raise UserError("a backbone that pads to squares (square_size) cannot be exported")
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     fold_batch_norms(model)
+    fix_padding(model.backbone)
     return detection_graph(model).eval()
 
 
@@ -70,22 +79,34 @@ def batched(images: Sequence[Tensor], side: int = 64, channels: int = 3) -> tupl
     return batch, sizes
 
 
-def export_graph(graph: DetectionGraph, kind: str, path: str | Path) -> None:
+def export_graph(
+    graph: DetectionGraph, kind: str, path: str | Path, time_limit: float = TIME_LIMIT
+) -> None:
     """Writes one format.
 
     Args:
         graph: as :func:`exportable` gives it.
         kind: a name in ``FORMATS``.
         path: of the file.
+        time_limit: seconds it may take; kept in the main thread of a process, where alone Python
+            can be interrupted.
 
     Raises:
         UserError: the format cannot carry the model, or a package is missing or too old; says what.
+            Or the time is up; says where the exporter was.
     """
     needs("onnx", kind)
     if kind != "torchscript" and not hasattr(torch.export.Dim, "DYNAMIC"):
         raise UserError(
             f"{kind} needs a torch whose torch.export has dynamic sizes (Dim.DYNAMIC), "
             f"and this is {torch.__version__}: install a newer one, or export torchscript"
+        )
+    by_size = padded_by_size(graph.model) if kind != "torchscript" else []
+    if by_size:
+        raise UserError(
+            f"{kind} would not come to an end with a network that computes its padding from the "
+            f"sizes of maps, as {by_size[0]} does, unless images are padded to its stride: set "
+            "match_lateral_size (MODEL.FPN.MATCH_LATERAL_SIZE) False, or export torchscript"
         )
     # Two images of unlike sides: an exporter takes equal sizes, and sizes of 1, for laws.
     side = 4 * max(graph.model.backbone.size_divisibility, 64)
@@ -96,12 +117,49 @@ def export_graph(graph: DetectionGraph, kind: str, path: str | Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # exporters warn of each size they see in Python
         try:
-            _WRITERS[kind](graph, example, str(path))
+            with _limited(graph, kind, time_limit):
+                _WRITERS[kind](graph, example, str(path))
+        except UserError:
+            raise
         except Exception as error:  # exporters raise whatever they meet
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise UserError(
                 f"{kind} cannot carry this model: {type(error).__name__}: {reason.strip()[:300]}"
             ) from error
+
+
+class _TimeIsUp(BaseException):  # exporters go on after an Exception
+    pass
+
+
+@contextmanager
+def _limited(graph: DetectionGraph, kind: str, seconds: float) -> Iterator[None]:
+    """Ends what runs within it after some seconds, with the name of the module it was in."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = {id(module): name for name, module in graph.named_modules()}
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame is not None and id(frame.f_locals.get("self")) not in names:
+            frame = frame.f_back
+        if frame is None:  # all modules are done
+            raise _TimeIsUp("converting what it had followed")
+        name, function = names[id(frame.f_locals["self"])], frame.f_code.co_name
+        raise _TimeIsUp(f"following {name or type(graph).__name__} ({function})")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsUp as error:
+        raise UserError(
+            f"{kind} was not written within {seconds:g} s: the exporter was {error}. Give it "
+            "longer (--time-limit), or export torchscript, which keeps no account of sizes"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _write_torchscript(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:

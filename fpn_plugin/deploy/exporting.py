@@ -23,7 +23,15 @@ from fpn_plugin.inference import Detector, class_names
 from fpn_plugin.modeling import image_channels
 
 from .agreement import Agreement
-from .export import FORMATS, Exported, batched, export_graph, exportable, load_exported
+from .export import (
+    FORMATS,
+    TIME_LIMIT,
+    Exported,
+    batched,
+    export_graph,
+    exportable,
+    load_exported,
+)
 from .graph import DetectionGraph
 
 __all__ = ["argument_parser", "differences", "export_main"]
@@ -51,6 +59,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", default="output/exported", help="folder to write to")
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="give a format up that takes longer to write (default: %(default)g)",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser
 
@@ -81,7 +96,7 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         started = time.perf_counter()
         print(f"{kind}: writing {path} (up to some minutes)", flush=True)
         try:
-            export_graph(graph, kind, path)
+            export_graph(graph, kind, path, args.time_limit)
             found = differences(model, load_exported(path), cases)
         except UserError as error:
             problems.append(str(error))

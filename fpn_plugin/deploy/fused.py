@@ -136,8 +136,7 @@ class FusedNeck(FeaturePyramidNetwork):
         plain = coarser is None or not self._top_down or self._match_lateral_size
         if plain or not isinstance(lateral, FusedConv2d):
             return super()._merge(stage, level, coarser)
-        upsampled = self._upsampled(coarser, level)
-        self._check_fits(upsampled, stage)
+        upsampled = self._fitting(self._upsampled(coarser, level), stage)
         merged = lateral.add_to(upsampled, stage)
         return merged.div_(2) if self._fuse_type == "avg" else merged
 

@@ -13,7 +13,7 @@ from fvcore.common.registry import Registry
 
 from fpn_plugin.data import check_channels
 from fpn_plugin.errors import UserError, near_names
-from fpn_plugin.modeling.neck import NORMS
+from fpn_plugin.modeling.neck import known_norms
 
 __all__ = ["explained_build_errors"]
 
@@ -89,7 +89,8 @@ def _missing(cfg: CfgNode, missing: object) -> str | None:
     norms = [key for key in _keys_of(cfg.MODEL, missing, "MODEL.") if key.endswith("NORM")]
     if norms:
         return (
-            f"{' and '.join(norms)} is {missing!r}: {near_names(str(missing), NORMS)} Or none, ''"
+            f"{' and '.join(norms)} is {missing!r}, no norm of this Detectron2: "
+            f"{near_names(str(missing), known_norms())} Or none, ''"
         )
     if missing == cfg.MODEL.RESNETS.DEPTH:
         known = ", ".join(map(str, _RESNET_DEPTHS))

@@ -14,12 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
@@ -35,6 +36,7 @@ from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper, train_stream
 from fpn_plugin.errors import UserError
+from fpn_plugin.lazy.training import dataset_node
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
 from fpn_plugin.visualization import plot_losses
@@ -125,9 +127,13 @@ class FPNTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader as a :class:`TrainStream`; unreadable images are named."""
-        mapper = ReadableImageMapper(cfg, is_train=True)
+        given: dict[str, Any] = {"mapper": ReadableImageMapper(cfg, is_train=True)}
         with _explained_loading(cfg.DATASETS.TRAIN):
-            return train_stream(build_detection_train_loader(cfg, mapper=mapper))
+            if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+                # Named, as Detectron2s differ in its seed: it is drawn, as a lazy config's is.
+                given["dataset"] = instantiate(dataset_node(cfg, is_train=True))
+                given["sampler"] = TrainingSampler(len(given["dataset"]))
+            return train_stream(build_detection_train_loader(cfg, **given))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

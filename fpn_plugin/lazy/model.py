@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, naming_keys, near_names
 from fpn_plugin.modeling import (
     FeaturePyramidNetwork,
     FPNCascadeROIHeads,
@@ -46,6 +46,8 @@ from fpn_plugin.modeling import (
 )
 from fpn_plugin.modeling.bottom_up import frozen
 from fpn_plugin.modeling.neck import build_top_block
+
+from .keys import newer_keys
 
 __all__ = [
     "build_network",
@@ -163,13 +165,14 @@ def build_pyramid(
     shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
     # Stages that are not there are reported by FeaturePyramidNetwork, with what is.
     if isinstance(top_block, str) and coarsest in shapes:
-        top_block = build_top_block(
-            top_block,
-            coarsest_stage=coarsest,
-            coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-            in_channels=shapes[coarsest].channels,
-            out_channels=out_channels,
-        )
+        with naming_keys({"name": "`top_block`"}):
+            top_block = build_top_block(
+                top_block,
+                coarsest_stage=coarsest,
+                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+                in_channels=shapes[coarsest].channels,
+                out_channels=out_channels,
+            )
     neck = FeaturePyramidNetwork(
         bottom_up,
         in_features,
@@ -200,6 +203,7 @@ def model_node(cfg: CfgNode) -> DictConfig:
         "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT",
         "MODEL.PANOPTIC_FPN.COMBINE.ENABLED",
         "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
+        *newer_keys(),
     )
     kinds = {
         "GeneralizedRCNN": _rcnn,

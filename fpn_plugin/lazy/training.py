@@ -25,7 +25,7 @@ from fpn_plugin.errors import UserError
 
 from .model import known, refuse_changed
 
-__all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
+__all__ = ["dataloader_node", "dataset_node", "optimizer_node", "schedule_node", "train_node"]
 
 
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
@@ -69,7 +69,8 @@ def _names(cfg: CfgNode, split: str) -> list[str] | str:
     return names[0] if split == "TEST" and len(names) == 1 else names
 
 
-def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+def dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+    """The records of training or evaluation, as Detectron2's yacs loaders read them."""
     split = "TRAIN" if is_train else "TEST"
     files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
     return L(get_detection_dataset_dicts)(
@@ -112,14 +113,14 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
     return OmegaConf.create(
         {
             "train": L(build_detection_train_loader)(
-                dataset=_dataset(cfg, is_train=True),
+                dataset=dataset_node(cfg, is_train=True),
                 mapper=_mapper(cfg, is_train=True),
                 total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
                 aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
             "test": L(build_detection_test_loader)(
-                dataset=_dataset(cfg, is_train=False),
+                dataset=dataset_node(cfg, is_train=False),
                 mapper=_mapper(cfg, is_train=False),
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
@@ -198,5 +199,7 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "device": cfg.MODEL.DEVICE,
             "seed": cfg.SEED,
             "cudnn_benchmark": cfg.CUDNN_BENCHMARK,
+            # Detectron2 has it since the end of 2024.
+            **({"float32_precision": cfg.FLOAT32_PRECISION} if "FLOAT32_PRECISION" in cfg else {}),
         }
     )

@@ -6,23 +6,32 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from omegaconf import DictConfig
 from torch import nn
 
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, naming_keys, near_names
 
 from .detectron2_networks import DETECTRON2_NETWORKS
 from .neck import FeaturePyramidNetwork, build_top_block
-from .networks import ImageNetwork
+from .networks import ImageNetwork, as_cfg_node
 
 __all__ = ["build_fpn_backbone", "frozen", "image_channels"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
 # Builders that take any MODEL.BACKBONE.FREEZE_AT in silence.
 _FROZEN_BY_STAGE = {"build_resnet_backbone", *DETECTRON2_NETWORKS}
+# Arguments of the pyramid and of its top block, and where a config has them.
+_KEYS = {
+    name: f"MODEL.FPN.{name.upper()}"
+    for name in (
+        "in_features", "out_channels", "norm", "top_block", "fuse_type", "coarsest_output_conv",
+        "top_down", "lateral", "match_lateral_size", "out_features",
+    )
+} | {"name": "MODEL.FPN.TOP_BLOCK"}  # fmt: skip
 
 
 @BACKBONE_REGISTRY.register()
-def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNetwork:
+def build_fpn_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> FeaturePyramidNetwork:
     """Builds a :class:`FeaturePyramidNetwork` over the builder that MODEL.FPN.BOTTOM_UP names.
 
     Args:
@@ -33,43 +42,41 @@ def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FeaturePyramidNe
         UserError: the plugin's keys are missing, the builder is unknown, or what it builds does
             not fit the pyramid that was asked for.
     """
+    cfg = as_cfg_node(cfg)
     fpn = cfg.MODEL.FPN
     if "BOTTOM_UP" not in fpn:
         raise UserError(
             "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
             "cfg.merge_from_file(...)"
         )
-    if fpn.OUT_CHANNELS < 1:
-        raise UserError(
-            f"MODEL.FPN.OUT_CHANNELS is {fpn.OUT_CHANNELS}; a level has 1 channel or more, 256 in "
-            "the paper"
-        )
     bottom_up = _build_bottom_up(cfg, input_shape)
     # Names that are not there are reported by FeaturePyramidNetwork, with what is.
     shapes = bottom_up.output_shape()
     coarsest = fpn.IN_FEATURES[-1] if fpn.IN_FEATURES else None
     top_block = None
-    if coarsest in shapes:
-        top_block = build_top_block(
-            fpn.TOP_BLOCK,
-            coarsest_stage=coarsest,
-            coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-            in_channels=shapes[coarsest].channels,
-            out_channels=fpn.OUT_CHANNELS,
+    with naming_keys(_KEYS):
+        if coarsest in shapes:
+            top_block = build_top_block(
+                fpn.TOP_BLOCK,
+                coarsest_stage=coarsest,
+                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+                in_channels=shapes[coarsest].channels,
+                out_channels=fpn.OUT_CHANNELS,
+            )
+        neck = FeaturePyramidNetwork(
+            bottom_up,
+            fpn.IN_FEATURES,
+            fpn.OUT_CHANNELS,
+            norm=fpn.NORM,
+            top_block=top_block,
+            fuse_type=fpn.FUSE_TYPE,
+            coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
+            top_down=fpn.TOP_DOWN,
+            lateral=fpn.LATERAL,
+            match_lateral_size=fpn.MATCH_LATERAL_SIZE,
+            out_features=fpn.OUT_FEATURES or None,
         )
-    neck = FeaturePyramidNetwork(
-        bottom_up,
-        fpn.IN_FEATURES,
-        fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
-        top_block=top_block,
-        fuse_type=fpn.FUSE_TYPE,
-        coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
-        top_down=fpn.TOP_DOWN,
-        lateral=fpn.LATERAL,
-        match_lateral_size=fpn.MATCH_LATERAL_SIZE,
-        out_features=fpn.OUT_FEATURES or None,
-    )
+    neck._config_keys = _KEYS
     return frozen(neck) if fpn.FREEZE else neck
 
 

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from omegaconf import DictConfig
 from torch import nn
 
 from fpn_plugin.errors import UserError
@@ -53,8 +54,8 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 DETECTRON2_NETWORKS = {builder: stages for builder, (stages, _) in _VARIANTS.items()}
 
 
-def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
-    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+def _builder(name: str) -> Callable[[CfgNode | DictConfig, ShapeSpec], Backbone]:
+    def build(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Backbone:
         try:
             return _built(*_VARIANTS[name], cfg, input_shape.channels)
         except ImportError as error:
@@ -72,7 +73,10 @@ def _builder(name: str) -> Callable[[CfgNode, ShapeSpec], Backbone]:
 
 
 def _built(
-    stages: tuple[str, ...], arguments: dict[str, Any], cfg: CfgNode, channels: int
+    stages: tuple[str, ...],
+    arguments: dict[str, Any],
+    cfg: CfgNode | DictConfig,
+    channels: int,
 ) -> Backbone:
     # Stages that nothing reads would have norms without gradients.
     wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or list(stages)

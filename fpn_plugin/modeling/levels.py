@@ -90,11 +90,12 @@ def check_finite(boxes: Tensor) -> None:
     finite = torch.isfinite(boxes)
     if finite.all():
         return
-    bad = (~finite.all(dim=1)).nonzero()[:, 0].tolist()
+    bad: list[int] = (~finite.all(dim=1)).nonzero()[:, 0].tolist()
+    first: list[float] = boxes[bad[0]].tolist()
     raise NonFiniteError(
         f"{len(bad)} of {len(boxes)} boxes have NaN or infinite coordinates, the first is box "
-        f"{bad[0]}: {boxes[bad[0]].tolist()}. Eq. (1) names no level for them; training that "
-        "diverged (try a lower SOLVER.BASE_LR) and broken annotations are the usual causes"
+        f"{bad[0]}: {first}. Eq. (1) names no level for them; training that diverged (try a lower "
+        "learning rate) and broken annotations are the usual causes"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -11,14 +12,16 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, by_keys, near_names
+
+from .scripting import spelt_out
 
 __all__ = ["TOP_BLOCKS", "FeaturePyramidNetwork", "build_top_block"]
 
 _FUSE_TYPES = ("sum", "avg")
-NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 TOP_BLOCKS = ("maxpool", "p6p7_c5", "p6p7_p5", "none")
 
 
@@ -83,17 +86,18 @@ class FeaturePyramidNetwork(Backbone):
         out_features: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        _check_channels(out_channels)
         shapes = _checked_shapes(bottom_up, in_features)
         if fuse_type not in _FUSE_TYPES:
             raise UserError(
-                f"MODEL.FPN.FUSE_TYPE {fuse_type!r} is unknown: "
-                f"{near_names(str(fuse_type), _FUSE_TYPES)}"
+                f"`fuse_type` {fuse_type!r} is unknown: {near_names(str(fuse_type), _FUSE_TYPES)}"
             )
         if not (top_down or lateral):
             raise UserError(
-                "MODEL.FPN.TOP_DOWN and MODEL.FPN.LATERAL are both False, which leaves the levels "
-                "below the coarsest without any input: set one of them True"
+                "`top_down` and `lateral` are both False, which leaves the levels below the "
+                "coarsest without any input: set one of them True"
             )
+        self._config_keys: Mapping[str, str] = {}  # set by who reads the arguments from a config
         self.in_features = tuple(in_features)
         self._fuse_type = fuse_type
         self._top_down = top_down
@@ -110,7 +114,7 @@ class FeaturePyramidNetwork(Backbone):
         for level, shape in zip(levels, shapes, strict=True):
             coarsest = level == levels[-1]
             convs = {}
-            if (lateral or coarsest) and (top_down or f"p{level}" in self._out_features):
+            if lateral or coarsest:
                 convs[f"fpn_lateral{level}"] = _conv(shape.channels, out_channels, 1, norm)
             if (coarsest_output_conv or not coarsest) and f"p{level}" in self._out_features:
                 convs[f"fpn_output{level}"] = _conv(out_channels, out_channels, 3, norm)
@@ -144,24 +148,23 @@ class FeaturePyramidNetwork(Backbone):
         for name in chosen:
             if name not in offered:
                 raise UserError(
-                    f"MODEL.FPN.OUT_FEATURES names {name!r}, which this pyramid does not have: "
+                    f"`out_features` names {name!r}, which this pyramid does not have: "
                     f"{near_names(str(name), offered)}"
                 )
         merged, extra = offered[:num_stages], offered[num_stages:]
         if extra and not {merged[-1], *extra} <= set(chosen):
             raise UserError(
-                f"MODEL.FPN.OUT_FEATURES {list(chosen)} leaves out some of "
-                f"{[merged[-1], *extra]}, which the top block reads or makes: name them all, or "
-                "set MODEL.FPN.TOP_BLOCK none"
+                f"`out_features` {list(chosen)} leaves out some of {[merged[-1], *extra]}, which "
+                "the top block reads or makes: name them all, or set `top_block` none"
             )
         # The top-down pathway reads every stage from the coarsest to the finest chosen level;
         # without it a stage is read by its own level alone.
         needed = [merged[0]] if self._top_down else merged
         if not set(needed) <= set(chosen):
             raise UserError(
-                f"MODEL.FPN.OUT_FEATURES {list(chosen)} leaves stages of MODEL.FPN.IN_FEATURES "
+                f"`out_features` {list(chosen)} leaves stages of `in_features` "
                 f"{list(self.in_features)} without use: it must have {', '.join(needed)}, or "
-                "IN_FEATURES must begin at a coarser stage"
+                "`in_features` must begin at a coarser stage"
             )
         return [name for name in offered if name in chosen]
 
@@ -193,8 +196,10 @@ class FeaturePyramidNetwork(Backbone):
         pyramid = dict(reversed(results.items()))
         if self.top_block is not None:
             source = self.top_block.in_feature
-            extra = self.top_block(stages[source] if source in stages else pyramid[source])
-            pyramid.update(zip(self._out_features[len(pyramid) :], extra, strict=True))
+            extra = self.top_block((stages if source in self.in_features else pyramid)[source])
+            names = self._out_features[len(pyramid) :]
+            extra = _as_many_as(len(names), extra)
+            pyramid |= {name: extra[i] for i, name in enumerate(names)}
         return pyramid
 
     def _merge(self, stage: Tensor, level: int, coarser: Tensor | None) -> Tensor:
@@ -206,7 +211,7 @@ class FeaturePyramidNetwork(Backbone):
             upsampled = F.interpolate(coarser, size=stage.shape[-2:], mode="nearest")
         else:
             upsampled = F.interpolate(coarser, scale_factor=2.0, mode="nearest")
-            self._check_fits(upsampled, stage)
+            upsampled = self._fitting(upsampled, stage)
         if lateral is None:
             return upsampled
         merged = lateral(stage) + upsampled
@@ -224,20 +229,39 @@ class FeaturePyramidNetwork(Backbone):
             key = f"{prefix}fpn_output{coarsest}.weight"
             saved, built = key in state_dict, hasattr(self, f"fpn_output{coarsest}")
             if saved != built:
-                raise UserError(
+                message = (
                     f"the checkpoint {'has' if saved else 'lacks'} {key}, which this model "
-                    f"{'has' if built else 'lacks'}: set MODEL.FPN.COARSEST_OUTPUT_CONV {saved}"
+                    f"{'has' if built else 'lacks'}: set `coarsest_output_conv` {saved}"
                 )
+                raise UserError(by_keys(message, self._config_keys))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_fits(self, upsampled: Tensor, stage: Tensor) -> None:
-        if torch.jit.is_tracing() or upsampled.shape[-2:] == stage.shape[-2:]:
-            return
+    def _fitting(self, upsampled: Tensor, stage: Tensor) -> Tensor:
+        matching = self._config_keys.get("match_lateral_size", "`match_lateral_size`")
+        return _fitting(upsampled, stage, self._size_divisibility, matching)
+
+    def __prepare_scriptable__(self) -> FeaturePyramidNetwork:
+        return spelt_out(self)
+
+
+@fx.wrap
+def _fitting(upsampled: Tensor, stage: Tensor, divisibility: int, matching: str) -> Tensor:
+    """The upsampled map, which must have as many cells as the stage that it meets."""
+    if not torch.jit.is_tracing() and upsampled.shape[-2:] != stage.shape[-2:]:
         raise UserError(
-            f"a map of {tuple(stage.shape[-2:])} cells meets an upsampled one of "
-            f"{tuple(upsampled.shape[-2:])}: input sides must be multiples of "
-            f"{self._size_divisibility} px; pad them, or set MODEL.FPN.MATCH_LATERAL_SIZE True"
+            f"a map of {stage.shape[-2]} x {stage.shape[-1]} cells meets an upsampled one of "
+            f"{upsampled.shape[-2]} x {upsampled.shape[-1]}: input sides must be multiples of "
+            f"{divisibility} px; pad them, or set {matching} True"
         )
+    return upsampled
+
+
+@fx.wrap
+def _as_many_as(count: int, maps: list[Tensor]) -> list[Tensor]:
+    """The maps of a top block, which must be as many as it says."""
+    if len(maps) != count:
+        raise UserError(f"the top block gives {len(maps)} maps, and its num_levels is {count}")
+    return maps
 
 
 def build_top_block(
@@ -255,20 +279,28 @@ def build_top_block(
         out_channels: channels of every level.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or convolutions of no channels.
     """
     level = f"p{coarsest_level}"
     if name == "maxpool":
         block = LastLevelMaxPool()
         block.in_feature = level  # Detectron2's says "p5" whatever the pyramid
         return block
-    if name == "p6p7_c5":
-        return LastLevelP6P7(in_channels, out_channels, coarsest_stage)
-    if name == "p6p7_p5":
-        return LastLevelP6P7(out_channels, out_channels, level)
+    if name in ("p6p7_c5", "p6p7_p5"):
+        _check_channels(out_channels)
+        on_stage = name == "p6p7_c5"
+        source, channels = (coarsest_stage, in_channels) if on_stage else (level, out_channels)
+        return LastLevelP6P7(channels, out_channels, source)
     if name == "none":
         return None
-    raise UserError(f"MODEL.FPN.TOP_BLOCK {name!r} is unknown: {near_names(str(name), TOP_BLOCKS)}")
+    raise UserError(f"`name` {name!r} is unknown: {near_names(str(name), TOP_BLOCKS)}")
+
+
+def _check_channels(out_channels: int) -> None:
+    if out_channels < 1:
+        raise UserError(
+            f"`out_channels` is {out_channels}; a level has 1 channel or more, 256 in the paper"
+        )
 
 
 def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[ShapeSpec]:
@@ -276,18 +308,18 @@ def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[Sha
     offered = bottom_up.output_shape()
     says = ", ".join(f"{name} (stride {shape.stride})" for name, shape in offered.items())
     if not in_features:
-        raise UserError(f"MODEL.FPN.IN_FEATURES is empty; the bottom-up pathway offers {says}")
+        raise UserError(f"`in_features` is empty; the bottom-up pathway offers {says}")
     for name in in_features:
         if name not in offered:
             raise UserError(
-                f"MODEL.FPN.IN_FEATURES names {name!r}, but the bottom-up pathway offers {says}"
+                f"`in_features` names {name!r}, but the bottom-up pathway offers {says}"
             )
     shapes = [offered[name] for name in in_features]
     strides = [shape.stride for shape in shapes]
     doubling = all(b == 2 * a for a, b in itertools.pairwise(strides))
     if not doubling or strides[0] != 2 ** (int(strides[0]).bit_length() - 1):
         raise UserError(
-            f"MODEL.FPN.IN_FEATURES {list(in_features)} have strides {strides}, which are not a "
+            f"`in_features` {list(in_features)} have strides {strides}, which are not a "
             "pyramid: list contiguous stages, finest first, with power-of-2 strides, each twice "
             f"the one before; the bottom-up pathway offers {says}"
         )
@@ -299,11 +331,12 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> C
     try:
         norm_layer = get_norm(norm, out_channels)
     except KeyError:
-        raise UserError(f"MODEL.FPN.NORM {norm!r} is unknown: {near_names(norm, NORMS)}") from None
+        known = near_names(norm, known_norms())
+        raise UserError(f"`norm` {norm!r} is no norm of this Detectron2: {known}") from None
     except ValueError as error:
         raise UserError(
-            f"MODEL.FPN.NORM {norm!r} does not fit MODEL.FPN.OUT_CHANNELS {out_channels}: {error}; "
-            "Detectron2's GN has 32 groups, so OUT_CHANNELS must be a multiple of 32"
+            f"`norm` {norm!r} does not fit `out_channels` {out_channels}: {error}; Detectron2's GN "
+            "has 32 groups, so `out_channels` must be a multiple of 32"
         ) from None
     return Conv2d(
         in_channels,
@@ -313,3 +346,13 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> C
         bias=norm_layer is None,
         norm=norm_layer,
     )
+
+
+def known_norms() -> list[str]:
+    """Names of the norms that the installed Detectron2 has; its release 0.6 has no LN."""
+    known = []
+    for name in _NORMS:
+        with contextlib.suppress(KeyError):
+            get_norm(name, 32)
+            known.append(name)
+    return known

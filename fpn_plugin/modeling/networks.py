@@ -11,12 +11,15 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fpn_plugin.errors import UserError, near_names
 
-__all__ = ["ImageNetwork", "build_timm_backbone", "build_torchvision_backbone"]
+from .scripting import spelt_out
+
+__all__ = ["ImageNetwork", "as_cfg_node", "build_timm_backbone", "build_torchvision_backbone"]
 
 _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
@@ -26,6 +29,11 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # What a network is tried on once: sides that differ, multiples of 32, not what it was trained on.
 _TRIED_ON = (128, 160)
 _ODD = (101, 131)
+
+
+def as_cfg_node(cfg: CfgNode | DictConfig) -> CfgNode:
+    """A config as a CfgNode, which it is unless OmegaConf made it of one."""
+    return cfg if isinstance(cfg, CfgNode) else CfgNode(OmegaConf.to_container(cfg, resolve=True))
 
 
 class ImageNetwork(Backbone):
@@ -80,8 +88,9 @@ class ImageNetwork(Backbone):
         self._channels_last = channels_last
         self._set_input(cfg, mean, std)
         self.net = net
+        maps = self._tried()
         self._size_divisibility = self._needed_divisibility()
-        self._freeze(self._tried(), cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
+        self._freeze(maps, cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
         if norm:
             self.net = converters[norm](self.net)
         self._frozen_norms = converters["FrozenBN"]
@@ -137,7 +146,9 @@ class ImageNetwork(Backbone):
         was_training = self.net.training
         self.net.eval()
         try:
-            maps = self._all_stages(torch.zeros(1, 3, height, width))
+            given = self.net(self._normalised(torch.zeros(1, 3, height, width)))
+            self._keys = list(given if isinstance(given, dict) else range(len(given)))
+            maps = self._by_stage(given)
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             raise UserError(_no_such_size(self.net, error)) from error
         finally:
@@ -185,20 +196,25 @@ class ImageNetwork(Backbone):
         Returns:
             ``{"res2": (N, C, H / 4, W / 4), ...}``, finest first.
         """
-        maps = self._all_stages(x)
+        maps = self._by_stage(self.net(self._normalised(x)))
         return {name: maps[name] for name in self._out_features}
 
-    def _all_stages(self, x: Tensor) -> dict[str, Tensor]:
+    def _normalised(self, x: Tensor) -> Tensor:
         x = x.flip(1) if self._flip else x
-        maps = self.net(x * self._scale + self._shift)
-        given = maps.values() if isinstance(maps, dict) else maps
+        return x * self._scale + self._shift
+
+    def _by_stage(self, given: list[Tensor] | dict[str, Tensor]) -> dict[str, Tensor]:
+        maps = [given[key] for key in self._keys]
         if self._channels_last:
-            given = [level.permute(0, 3, 1, 2) for level in given]
-        return dict(zip(self._stages, given, strict=True))
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
+        return dict(zip(self._stages, maps, strict=True))
+
+    def __prepare_scriptable__(self) -> ImageNetwork:
+        return spelt_out(self)
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
+def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> ImageNetwork:
     """A network of timm that offers ``features_only``: most CNNs and hierarchical transformers.
 
     MODEL.TIMM says which, and how; its stages are named by their stride, res2 to res5.
@@ -211,6 +227,7 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
         UserError: timm is not installed, has no network of that name or cannot fetch its weights,
             or the network lacks the stages or the stochastic depth that are asked for.
     """
+    cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TIMM
     if not 0 <= node.DROP_PATH < 1:
         raise UserError(
@@ -290,7 +307,7 @@ def _create_timm(
 
 
 @BACKBONE_REGISTRY.register()
-def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNetwork:
+def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> ImageNetwork:
     """A classification network of torchvision: ResNet, RegNet, ConvNeXt, MobileNet, and others.
 
     MODEL.TORCHVISION says which, and how. A stage is the last block of its stride, as in the
@@ -304,6 +321,7 @@ def build_torchvision_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ImageNet
         UserError: torchvision has no network or weights of that name or cannot fetch them, or the
             network lacks the stages that are asked for.
     """
+    cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TORCHVISION
     known = torchvision.models.list_models(module=torchvision.models)
     if node.NAME not in known:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes, RotatedBoxes
+from detectron2.structures import Boxes
 from torch import Tensor
 
 from fpn_plugin.errors import UserError, near_names
@@ -31,8 +31,8 @@ class PyramidROIPooler(ROIPooler):
     * non-square output over several levels;
     * box coordinates are never rounded to the features' dtype: where features are float16 or
       bfloat16, pooling is done in float32 and its result returned in the features' dtype;
-    * NaN and infinite coordinates are an error, not a row of zeros; in a trace, which cannot
-      raise one, a row of NaN.
+    * NaN and infinite coordinates are an error, not a row of zeros; in a trace and in an exported
+      program, which cannot raise one, a row of NaN.
 
     Args:
         output_size: height and width of the pooled region, in cells; one int for both.
@@ -66,35 +66,35 @@ class PyramidROIPooler(ROIPooler):
         sides = (output_size,) * 2 if isinstance(output_size, int) else tuple(output_size)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise UserError(
-                f"output_size (POOLER_RESOLUTION) is {output_size!r}; it must be a positive int "
-                "or two of them"
+                f"`output_size` is {output_size!r}; it must be a positive int or two of them"
             )
         if pooler_type not in _POOLER_TYPES:
             raise UserError(
-                f"POOLER_TYPE {pooler_type!r} is unknown: {near_names(pooler_type, _POOLER_TYPES)}"
+                f"`pooler_type` {pooler_type!r} is unknown: "
+                f"{near_names(str(pooler_type), _POOLER_TYPES)}"
             )
         levels = [-math.log2(scale) if scale > 0 else math.nan for scale in scales]
         pyramid = [levels[0] + i for i in range(len(levels))] if levels else [math.nan]
         if levels != pyramid or levels[0] != int(levels[0]) or levels[0] < 0:
             strides = [1 / scale if scale > 0 else math.inf for scale in scales]
             raise UserError(
-                f"feature maps of strides {strides} are not a pyramid: strides must be powers "
-                "of 2, each twice the one before (MODEL.ROI_HEADS.IN_FEATURES)"
+                f"`scales` of feature maps of strides {strides} are not a pyramid: strides must "
+                "be powers of 2, each twice the one before"
             )
         if not canonical_box_size > 0:
-            raise UserError(
-                f"MODEL.FPN.CANONICAL_BOX_SIZE is {canonical_box_size}; it must be above 0"
-            )
+            raise UserError(f"`canonical_box_size` is {canonical_box_size}; it must be above 0")
         super().__init__(
             sides, scales, sampling_ratio, pooler_type, canonical_box_size, canonical_level
         )
 
-    def forward(self, x: list[Tensor], box_lists: list[Boxes] | list[RotatedBoxes]) -> Tensor:
+    # torch.jit.script takes one kind of boxes: of RotatedBoxes only the docstring speaks.
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Pools every box of every image.
 
         Args:
             x: one ``(N, C, H, W)`` map per scale, finest first.
-            box_lists: N entries, the boxes of each image, in pixels of the network's input.
+            box_lists: N entries, the boxes of each image, in pixels of the network's input;
+                ``RotatedBoxes`` for "ROIAlignRotated".
 
         Returns:
             ``(M, C, *output_size)`` in the features' dtype; M boxes, in the order given.
@@ -103,16 +103,14 @@ class PyramidROIPooler(ROIPooler):
             UserError: maps or images do not fit the pooler or each other.
             NonFiniteError: a coordinate is NaN or infinite.
         """
-        if torch.jit.is_tracing():
-            # Counts of boxes read below would be frozen into a trace; Detectron2's way is not.
-            # A trace cannot raise: it gives NaN for boxes that are not finite.
-            finite = [torch.isfinite(boxes.tensor).all(dim=1) for boxes in box_lists]
-            boxes = [
-                type(boxes)(torch.where(of_image[:, None], boxes.tensor, 0.0))
-                for boxes, of_image in zip(box_lists, finite, strict=True)
-            ]
-            known = torch.cat(finite)[:, None, None, None]
-            return super().forward(x, boxes).masked_fill(~known, math.nan)
+        if torch.jit.is_scripting():
+            return self._pool_in_a_graph(x, [boxes.tensor for boxes in box_lists])
+        return self._pool(x, box_lists)
+
+    @torch.jit.unused
+    def _pool(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        if torch.jit.is_tracing() or _is_exporting():
+            return self._pool_in_a_graph(x, [boxes.tensor for boxes in box_lists])
         if len(x) != len(self.level_poolers):
             raise UserError(
                 f"got {len(x)} feature maps, but this pooler was built for "
@@ -126,7 +124,7 @@ class PyramidROIPooler(ROIPooler):
         if len(box_lists) == 0:
             return x[0].new_zeros((0, x[0].shape[1], *self.output_size), dtype=dtype)
 
-        rois = _with_image_indices(box_lists).to(x[0].dtype)
+        rois = _with_image_indices([boxes.tensor for boxes in box_lists]).to(x[0].dtype)
         if len(x) == 1:
             check_finite(rois[:, 1:])
             levels = rois.new_zeros(len(rois), dtype=torch.int64)
@@ -137,6 +135,24 @@ class PyramidROIPooler(ROIPooler):
             pooled = self._pool_on_cpu(x, rois, levels)
         else:
             pooled = self._pool_by_level(x, rois, levels, counts)
+        return pooled.to(dtype)
+
+    def _pool_in_a_graph(self, x: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """For scripts, traces and exported programs: nothing of it is decided in Python."""
+        dtype = x[0].dtype
+        if dtype != torch.float64:
+            x = [level.float() for level in x]
+        rois = _with_image_indices(boxes).to(x[0].dtype)
+        if torch.jit.is_scripting():
+            check_finite(rois[:, 1:])
+        finite = torch.isfinite(rois).all(dim=1)
+        size = float(self.canonical_box_size)
+        levels = levels_of(rois[:, 1:], self.min_level, self.max_level, size, self.canonical_level)
+        shape = (1, x[0].shape[1], self.output_size[0], self.output_size[1])
+        pooled = torch.full_like(rois[:, 0], math.nan)[:, None, None, None].repeat(shape)
+        for i, pool in enumerate(self.level_poolers):
+            of_level = (finite & (levels == self.min_level + i)).nonzero()[:, 0]
+            pooled = pooled.index_put((of_level,), pool(x[i], rois[of_level]))
         return pooled.to(dtype)
 
     def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
@@ -196,12 +212,14 @@ class PyramidROIPooler(ROIPooler):
         return torch.cat(pooled)[torch.argsort(order)]
 
 
-def _with_image_indices(box_lists: list[Boxes] | list[RotatedBoxes]) -> Tensor:
+def _with_image_indices(boxes: list[Tensor]) -> Tensor:
     """``(M, 5)`` or, rotated, ``(M, 6)``: the image's index before each box."""
-    tensors = [boxes.tensor for boxes in box_lists]
-    return torch.cat(
-        [
-            torch.cat([tensor.new_full((len(tensor), 1), image), tensor], dim=1)
-            for image, tensor in enumerate(tensors)
-        ]
-    )
+    rois = []
+    for image, of_image in enumerate(boxes):
+        rois.append(torch.cat([torch.full_like(of_image[:, :1], image), of_image], dim=1))
+    return torch.cat(rois)
+
+
+def _is_exporting() -> bool:
+    # Of torch 2.3 only this is known, which compiling says too.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

@@ -1,15 +1,14 @@
 """RoI heads that pool by Eq. (1) with the config's k0 and canonical size (paper, section 4.2)."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Final
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from omegaconf import DictConfig
 
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, naming_keys, near_names
 
 from .pooler import PyramidROIPooler
 
@@ -22,24 +21,29 @@ class _PyramidPooling:
     """
 
     @classmethod
-    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def _init_box_head(
+        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
+    ) -> dict[str, Any]:
         # Built first: its errors name the key that Detectron2 would only stumble over.
-        pooler = _pyramid_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, input_shape)
+        pooler = _pyramid_pooler(cfg, "ROI_BOX_HEAD", input_shape)
         return {**super()._init_box_head(cfg, input_shape), "box_pooler": pooler}
 
     @classmethod
-    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def _init_mask_head(
+        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
+    ) -> dict[str, Any]:
         parts = super()._init_mask_head(cfg, input_shape)
         if parts.get("mask_pooler") is not None:
-            parts["mask_pooler"] = _pyramid_pooler(cfg, cfg.MODEL.ROI_MASK_HEAD, input_shape)
+            parts["mask_pooler"] = _pyramid_pooler(cfg, "ROI_MASK_HEAD", input_shape)
         return parts
 
     @classmethod
-    def _init_keypoint_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def _init_keypoint_head(
+        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
+    ) -> dict[str, Any]:
         parts = super()._init_keypoint_head(cfg, input_shape)
         if parts.get("keypoint_pooler") is not None:
-            head = cfg.MODEL.ROI_KEYPOINT_HEAD
-            parts["keypoint_pooler"] = _pyramid_pooler(cfg, head, input_shape)
+            parts["keypoint_pooler"] = _pyramid_pooler(cfg, "ROI_KEYPOINT_HEAD", input_shape)
         return parts
 
 
@@ -52,6 +56,11 @@ class FPNROIHeads(_PyramidPooling, StandardROIHeads):
     state dict as :class:`detectron2.modeling.StandardROIHeads`.
     """
 
+    # Without a head torch.jit.script must not read what would call it. Detectron2 says so of its
+    # own class, in annotations that are not inherited; as text it would not know them.
+    mask_on: Final[bool]
+    keypoint_on: Final[bool]
+
 
 @ROI_HEADS_REGISTRY.register()
 class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
@@ -59,7 +68,7 @@ class FPNCascadeROIHeads(_PyramidPooling, CascadeROIHeads):
 
 
 def _pyramid_pooler(
-    cfg: CfgNode, head: CfgNode, input_shape: dict[str, ShapeSpec]
+    cfg: CfgNode | DictConfig, head_name: str, input_shape: dict[str, ShapeSpec]
 ) -> PyramidROIPooler:
     """The pooler of one head, over the levels that MODEL.ROI_HEADS.IN_FEATURES names."""
     if "CANONICAL_LEVEL" not in cfg.MODEL.FPN:
@@ -73,11 +82,19 @@ def _pyramid_pooler(
                 f"MODEL.ROI_HEADS.IN_FEATURES names {name!r}, which the backbone does not give: "
                 f"{near_names(name, input_shape)}"
             )
-    return PyramidROIPooler(
-        output_size=head.POOLER_RESOLUTION,
-        scales=[1 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
-        sampling_ratio=head.POOLER_SAMPLING_RATIO,
-        pooler_type=head.POOLER_TYPE,
-        canonical_box_size=cfg.MODEL.FPN.CANONICAL_BOX_SIZE,
-        canonical_level=cfg.MODEL.FPN.CANONICAL_LEVEL,
-    )
+    keys = {
+        "output_size": f"MODEL.{head_name}.POOLER_RESOLUTION",
+        "scales": "MODEL.ROI_HEADS.IN_FEATURES",
+        "pooler_type": f"MODEL.{head_name}.POOLER_TYPE",
+        "canonical_box_size": "MODEL.FPN.CANONICAL_BOX_SIZE",
+    }
+    head = cfg.MODEL[head_name]
+    with naming_keys(keys):
+        return PyramidROIPooler(
+            output_size=head.POOLER_RESOLUTION,
+            scales=[1 / input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+            sampling_ratio=head.POOLER_SAMPLING_RATIO,
+            pooler_type=head.POOLER_TYPE,
+            canonical_box_size=cfg.MODEL.FPN.CANONICAL_BOX_SIZE,
+            canonical_level=cfg.MODEL.FPN.CANONICAL_LEVEL,
+        )

@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import RPN_HEAD_REGISTRY
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fpn_plugin.errors import UserError
@@ -29,7 +30,7 @@ class PerLevelRPNHead(nn.Module):
         input_shape: channels and stride of each level, as RPN gives them.
     """
 
-    def __init__(self, cfg: CfgNode, input_shape: list[ShapeSpec]) -> None:
+    def __init__(self, cfg: CfgNode | DictConfig, input_shape: list[ShapeSpec]) -> None:
         super().__init__()
         generator = build_anchor_generator(cfg, input_shape)
         self.heads = nn.ModuleList(
@@ -64,5 +65,10 @@ class PerLevelRPNHead(nn.Module):
         """
         if len(features) != len(self.heads):
             raise UserError(f"got {len(features)} feature maps for {len(self.heads)} RPN heads")
-        each = [head([level]) for head, level in zip(self.heads, features, strict=True)]
-        return [logits for (logits,), _ in each], [deltas for _, (deltas,) in each]
+        logits: list[Tensor] = []
+        deltas: list[Tensor] = []
+        for i, head in enumerate(self.heads):  # as torch.jit.script can read it
+            of_level = head([features[i]])
+            logits += of_level[0]
+            deltas += of_level[1]
+        return logits, deltas
