@@ -14,7 +14,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.data import ReadableImageMapper
 from fpn_plugin.errors import UserError
+from fpn_plugin.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
 
@@ -83,16 +84,25 @@ def _dataset(cfg: CfgNode, *, is_train: bool) -> DictConfig:
 
 
 def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
-    coco: dict[str, Any] = {}
+    # It follows the model's own, whose place depends on the model.
+    place = "model.max_detections_per_image"
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        cascade = cfg.MODEL.ROI_HEADS.NAME == "FPNCascadeROIHeads"
+        last = f"s.{len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) - 1}" if cascade else ""
+        place = f"model.roi_heads.box_predictor{last}.test_topk_per_image"
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    coco: dict[str, Any] = {"detections_per_image": f"${{oc.select:{place},{most}}}"}
     if cfg.TEST.KEYPOINT_OKS_SIGMAS:
         coco["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     folder = "${train.output_dir}/inference"
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
-        return L(COCOEvaluator)(dataset_name="${..test.dataset.names}", output_dir=folder, **coco)
+        return L(DetectionEvaluator)(
+            dataset_name="${..test.dataset.names}", output_dir=folder, **coco
+        )
     name = "${...test.dataset.names}"
     return [
         L(SemSegEvaluator)(dataset_name=name, output_dir=folder),
-        L(COCOEvaluator)(dataset_name=name, output_dir=folder, **coco),
+        L(DetectionEvaluator)(dataset_name=name, output_dir=folder, **coco),
         L(COCOPanopticEvaluator)(dataset_name=name, output_dir=folder),
     ]
 
