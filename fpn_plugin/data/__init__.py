@@ -10,6 +10,7 @@ from .coco import (
     number_of_classes,
     register_datasets,
 )
+from .keypoints import check_keypoints, describe_keypoints, swapped_keypoints
 from .mapper import ReadableImageMapper, read_image_or_say
 from .mini import ensure_mini, ensure_mini_datasets, register_mini
 from .mini_weights import MINI_WEIGHTS, ensure_mini_weights, register_mini_weights
@@ -26,8 +27,10 @@ __all__ = [
     "check_config_datasets",
     "check_dataset",
     "check_datasets",
+    "check_keypoints",
     "check_proposal_files",
     "check_records",
+    "describe_keypoints",
     "ensure_mini",
     "ensure_mini_datasets",
     "ensure_mini_weights",
@@ -36,5 +39,6 @@ __all__ = [
     "register_datasets",
     "register_mini",
     "register_mini_weights",
+    "swapped_keypoints",
     "train_stream",
 ]

@@ -14,6 +14,7 @@ from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.proposal_files import read_proposals
 
 from .checking import check_coco
+from .keypoints import check_keypoints
 from .mini import MINI_NAMES
 from .needs import Needs
 
@@ -95,7 +96,8 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
     Raises:
         UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model; or proposals that the config reads are not there.
+            classes than the model; its keypoints do not fit, see :func:`check_keypoints`; or
+            proposals that the config reads are not there.
     """
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
@@ -119,6 +121,15 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
     if training:
         check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
     check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
+    if cfg.MODEL.KEYPOINT_ON:
+        flip = cfg.INPUT.RANDOM_FLIP
+        check_keypoints(
+            cfg.DATASETS.TRAIN if training else (),
+            cfg.DATASETS.TEST,
+            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
+            flips=() if flip == "none" else (flip,),
+            sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
     key, classes = number_of_classes(cfg)
     check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 
 from fpn_plugin.errors import UserError
 
 from .image_files import UNREADABLE, image_problem, why_unreadable
+from .keypoints import swapped_keypoints
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
@@ -25,6 +28,20 @@ class ReadableImageMapper(DatasetMapper):
     that Detectron2 would read wrongly (more than 8 bits a pixel) or that has another size than
     declared, or annotations that do not fit together.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """What a config says; see :class:`detectron2.data.DatasetMapper`."""
+        # Detectron2 asks the training's datasets for the keypoints' names, even to evaluate.
+        boxes = copy.deepcopy(cfg)
+        if isinstance(boxes, CfgNode):
+            boxes.defrost()
+        boxes.MODEL.KEYPOINT_ON = False
+        parts = super().from_config(boxes, is_train)
+        parts["use_keypoint"] = cfg.MODEL.KEYPOINT_ON
+        if cfg.MODEL.KEYPOINT_ON and is_train:
+            parts["keypoint_hflip_indices"] = swapped_keypoints(cfg.DATASETS.TRAIN)
+        return parts
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps a record; see :class:`detectron2.data.DatasetMapper`.

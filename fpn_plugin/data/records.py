@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .keypoint_names import category_keypoint_problems
 from .needs import BOXES, Needs
 from .problems import Problem, shortened
 from .screening import may_break_a_rule
@@ -55,6 +56,7 @@ def coco_problems(
         if not content[part] and (needs.training or part != "annotations"):
             yield Problem("nothing", "", f"has no {part}")
     yield from _category_problems(content["categories"])
+    yield from category_keypoint_problems(content["categories"], needs)
     yield from _image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
     known = Known(

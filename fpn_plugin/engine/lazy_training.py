@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data.transforms import RandomFlip
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -28,6 +29,7 @@ from fpn_plugin.data import (
     Needs,
     check_classes,
     check_datasets,
+    check_keypoints,
     check_proposal_files,
     check_records,
     ensure_mini_datasets,
@@ -35,6 +37,7 @@ from fpn_plugin.data import (
     train_stream,
 )
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.evaluation import DetectionEvaluator
 from fpn_plugin.lazy.checking import check_arguments, check_override_keys, check_override_types
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
@@ -142,6 +145,9 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
             check_proposal_files(names[split], files, key)
+    keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
+    if keypoints:
+        _check_keypoints(cfg, names, keypoints, not args.eval_only)
     make_output_dir(cfg.train.output_dir, "train.output_dir")
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
@@ -185,6 +191,37 @@ def _needs(cfg: DictConfig, split: str) -> Needs:
         keypoints=of("model.roi_heads.keypoint_head.num_keypoints", 0),
         training=split == "train",
     )
+
+
+def _check_keypoints(
+    cfg: DictConfig, names: dict[str, list[str]], keypoints: int, training: bool
+) -> None:
+    flips = [
+        way
+        for node in OmegaConf.select(cfg, "dataloader.train.mapper.augmentations") or ()
+        if OmegaConf.is_dict(node) and _is_target(node, RandomFlip)
+        for way, otherwise in (("horizontal", True), ("vertical", False))
+        if node.get(way, otherwise)
+    ]
+    evaluators = cfg.dataloader.get("evaluator")
+    sigmas = [
+        node.get("kpt_oks_sigmas")
+        for node in (evaluators if OmegaConf.is_list(evaluators) else [evaluators])
+        if OmegaConf.is_dict(node) and _is_target(node, DetectionEvaluator)
+    ]
+    check_keypoints(
+        names["train"] if training else (),
+        names["test"] if sigmas else (),
+        keypoints,
+        flips=flips,
+        sigmas=next(filter(None, sigmas), ()),
+    )
+
+
+def _is_target(node: DictConfig, target: type) -> bool:
+    """Whether a node makes this class, as LazyCall or a YAML names it."""
+    given = node.get("_target_")
+    return given is target or str(given).rpartition(".")[2] == target.__name__
 
 
 def _classes(model: DictConfig) -> tuple[str, int | None]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fpn_plugin.data import ensure_mini_datasets, read_image_or_say, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
-from fpn_plugin.inference import Detector, class_names
+from fpn_plugin.inference import Detector, class_names, keypoint_layout
 from fpn_plugin.inputs import GivenImage, add_input_arguments, given_images
 from fpn_plugin.visualization.contributions import contributions, draw_contributions
 from fpn_plugin.visualization.features import draw_features
@@ -155,7 +155,10 @@ def _draw(
         draw_features(seen, labels, folder / "norms.png", kinds=["norm"])
     if any(one.proposed is not None or one.detections is not None for one in seen):
         names = class_names(models[0].cfg)
-        draw_pooling(seen, labels, folder / "pooling.png", args.proposals, args.threshold, names)
+        layout = keypoint_layout(models[0].cfg)
+        draw_pooling(
+            seen, labels, folder / "pooling.png", args.proposals, args.threshold, names, layout
+        )
     drawn: list[Tensor] = []
     for one, label in zip(seen, labels, strict=True):
         # Anchors do not depend on weights: models of one config have the same.

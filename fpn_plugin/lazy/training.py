@@ -13,14 +13,13 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
-from fpn_plugin.data import ReadableImageMapper
+from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
 from fpn_plugin.errors import UserError
 from fpn_plugin.evaluation import DetectionEvaluator
 
@@ -49,9 +48,9 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     if cfg.MODEL.LOAD_PROPOSALS:
         split = "TRAIN" if is_train else "TEST"
         more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
-    if cfg.MODEL.KEYPOINT_ON:
-        more["keypoint_hflip_indices"] = L(create_keypoint_hflip_indices)(
-            dataset_names=_names(cfg, "TRAIN")
+    if cfg.MODEL.KEYPOINT_ON and is_train:
+        more["keypoint_hflip_indices"] = L(swapped_keypoints)(
+            dataset_names="${dataloader.train.dataset.names}"
         )
     return L(ReadableImageMapper)(
         is_train=is_train,
