@@ -483,7 +483,6 @@ def changed(cfg: CfgNode, key: str) -> CfgNode:
 UNREAD = {
     "VERSION",
     "GLOBAL.HACK",
-    "INPUT.CROP.TYPE", "INPUT.CROP.SIZE",  # of INPUT.CROP.ENABLED
     "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT",  # of DATALOADER.SAMPLER_TRAIN
     "DATALOADER.RANDOM_SUBSET_RATIO", "DATASETS.TRAIN_REPEAT_FACTOR",
     "MODEL.ANCHOR_GENERATOR.ANGLES",  # of rotated boxes
@@ -502,7 +501,7 @@ def test_every_key_is_carried_over_or_refused():
     bottom_up = ("MODEL.FPN.BOTTOM_UP",)
     bases = [
         yacs_of("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"),
-        yacs_of("mini/table2_c_FPN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
+        yacs_of("mini/table2_c_FPN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "INPUT.CROP.ENABLED", True),
         yacs_of("COCO-Detection/retinanet_R_50_FPN_1x"),
         yacs_of("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
                 "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),

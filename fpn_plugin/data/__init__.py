@@ -1,5 +1,6 @@
 """Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
 
+from .augmentations import check_augmentations, check_resizing
 from .checking import check_coco, check_dataset
 from .coco import (
     check_classes,
@@ -22,6 +23,7 @@ __all__ = [
     "Needs",
     "ReadableImageMapper",
     "TrainStream",
+    "check_augmentations",
     "check_classes",
     "check_coco",
     "check_config_datasets",
@@ -30,6 +32,7 @@ __all__ = [
     "check_keypoints",
     "check_proposal_files",
     "check_records",
+    "check_resizing",
     "describe_keypoints",
     "ensure_mini",
     "ensure_mini_datasets",

@@ -13,6 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.proposal_files import read_proposals
 
+from .augmentations import check_augmentations
 from .checking import check_coco
 from .keypoints import check_keypoints
 from .mini import MINI_NAMES
@@ -96,9 +97,11 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
     Raises:
         UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model; its keypoints do not fit, see :func:`check_keypoints`; or
+            classes than the model; INPUT has a value that no image could be prepared by; its
+            keypoints do not fit, see :func:`check_keypoints`; or
             proposals that the config reads are not there.
     """
+    check_augmentations(cfg, training=training)
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError, read_image
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    annotations_to_instances,
+    read_image,
+)
 
 from fpn_plugin.errors import UserError
 
@@ -55,7 +60,7 @@ class ReadableImageMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
-            return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
+            mapped = super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
         except UserError:
             raise
         except SizeMismatchError as error:
@@ -71,6 +76,24 @@ class ReadableImageMapper(DatasetMapper):
                 f"cannot use image {path!r} (image_id {image_id!r}) with its annotations: "
                 f"{why_unreadable(error)} ({_CHECK})"
             ) from error
+        except ImportError as error:
+            raise UserError(
+                f"cropping images with polygon masks (INPUT.CROP) needs {error.name}: pip install "
+                f"{error.name}"
+            ) from error
+        if mapped["image"].dtype == torch.float64:  # of INPUT.FORMAT YUV-BT.601
+            mapped["image"] = mapped["image"].float()
+        return mapped
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        if any(record.get("iscrowd", 0) == 0 for record in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        # Detectron2 takes boxes anew from masks, which no objects do not have.
+        del dataset_dict["annotations"]
+        dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
 
 def _in_floats(dataset_dict: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
-from fpn_plugin.errors import UserError
 from fpn_plugin.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
@@ -30,10 +29,6 @@ __all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     node = cfg.INPUT
-    if node.CROP.ENABLED and is_train:
-        raise UserError(
-            "INPUT.CROP.ENABLED has no lazy form here; add it to the mapper's augmentations"
-        )
     short = node.MIN_SIZE_TRAIN if is_train else node.MIN_SIZE_TEST
     resize = L(T.ResizeShortestEdge)(
         short_edge_length=list(short) if is_train else short,
@@ -45,13 +40,15 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
         horizontal = node.RANDOM_FLIP == "horizontal"
         augmentations.append(L(T.RandomFlip)(horizontal=horizontal, vertical=not horizontal))
     more: dict[str, Any] = {}
+    if is_train and node.CROP.ENABLED:
+        crop = L(T.RandomCrop)(crop_type=node.CROP.TYPE, crop_size=list(node.CROP.SIZE))
+        augmentations.insert(0, crop)
+        more["recompute_boxes"] = cfg.MODEL.MASK_ON
     if cfg.MODEL.LOAD_PROPOSALS:
         split = "TRAIN" if is_train else "TEST"
         more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
     if cfg.MODEL.KEYPOINT_ON and is_train:
-        more["keypoint_hflip_indices"] = L(swapped_keypoints)(
-            dataset_names="${dataloader.train.dataset.names}"
-        )
+        more["keypoint_hflip_indices"] = L(swapped_keypoints)(dataset_names="${...dataset.names}")
     return L(ReadableImageMapper)(
         is_train=is_train,
         augmentations=augmentations,
