@@ -18,7 +18,7 @@ from torch import nn
 from fpn_plugin.data import describe_keypoints
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.engine.building import explained_build_errors
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import FittingCheckpointer, classes_in
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler, assign_levels
 from fpn_plugin.visualization import KeypointLayout
@@ -119,7 +119,10 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes, as far as its datasets tell them."""
+    """Names of the model's classes, as far as its weights or else its datasets tell them."""
+    told = classes_in(cfg.MODEL.WEIGHTS)
+    if told is not None:
+        return told
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = MetadataCatalog.get(name).get("thing_classes")
         if names is None and name in DatasetCatalog.list():

@@ -2,6 +2,7 @@
 
 from .augmentations import check_augmentations, check_resizing
 from .checking import check_coco, check_dataset
+from .classes import class_order, follow_classes
 from .coco import (
     check_classes,
     check_config_datasets,
@@ -33,10 +34,12 @@ __all__ = [
     "check_proposal_files",
     "check_records",
     "check_resizing",
+    "class_order",
     "describe_keypoints",
     "ensure_mini",
     "ensure_mini_datasets",
     "ensure_mini_weights",
+    "follow_classes",
     "number_of_classes",
     "read_image_or_say",
     "register_datasets",

@@ -133,8 +133,9 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
             flips=() if flip == "none" else (flip,),
             sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-    key, classes = number_of_classes(cfg)
-    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
+    # Those that a training evaluates on are matched with its own by name.
+    names = cfg.DATASETS.TRAIN if training else cfg.DATASETS.TEST
+    check_classes(names, *number_of_classes(cfg))
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

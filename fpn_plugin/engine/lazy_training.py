@@ -32,6 +32,7 @@ from fpn_plugin.data import (
     check_keypoints,
     check_proposal_files,
     check_records,
+    class_order,
     ensure_mini_datasets,
     register_datasets,
     train_stream,
@@ -44,6 +45,7 @@ from fpn_plugin.proposal_files import proposals_read_as_arrays
 
 from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer
+from .class_names import match_datasets
 from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
@@ -140,7 +142,8 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
         check_records(names[split], _needs(cfg, split))
-        check_classes(names[split], *_classes(cfg.model))
+        if split == "train" or args.eval_only:  # others are matched with the training's by name
+            check_classes(names[split], *_classes(cfg.model))
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
@@ -148,10 +151,23 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
     if keypoints:
         _check_keypoints(cfg, names, keypoints, not args.eval_only)
+    _match_datasets(cfg, args)
     make_output_dir(cfg.train.output_dir, "train.output_dir")
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
     launch(_worker, args, cfg.train.device, (cfg, args))
+
+
+def _match_datasets(cfg: DictConfig, args: argparse.Namespace) -> None:
+    match_datasets(
+        _names(cfg, "train"),
+        _names(cfg, "test"),
+        cfg.train.init_checkpoint,
+        cfg.train.output_dir,
+        resume=args.resume,
+        training=not args.eval_only,
+        classes=_classes(cfg.model)[1],
+    )
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -284,6 +300,7 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
+    _match_datasets(cfg, args)
     default_setup(cfg, args)
     device = cfg.train.device
     model = _built(cfg.model, "model").to(device)
@@ -312,7 +329,8 @@ def _train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict[str, Any]:
     kind = AMPTrainer if train.amp.enabled else SimpleTrainer
     loader = train_stream(_built(cfg.dataloader.train, "dataloader.train"))
     trainer = kind(model, loader, optimizer)
-    checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
+    classes = class_order(_names(cfg, "train")[0])
+    checkpointer = FittingCheckpointer(model, train.output_dir, classes=classes, trainer=trainer)
     watch = LossWatch(model)
     main = comm.is_main_process()
     results: dict[str, Any] = {}

@@ -32,7 +32,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
-from fpn_plugin.data import ReadableImageMapper, train_stream
+from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
 from fpn_plugin.errors import UserError
 from fpn_plugin.evaluation import DetectionEvaluator
 from fpn_plugin.modeling.cpu_training import optimize_for_cpu_training
@@ -74,7 +74,10 @@ class FPNTrainer(DefaultTrainer):
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
         self.checkpointer = FittingCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self._trainer.model,
+            self.cfg.OUTPUT_DIR,
+            classes=class_order(self.cfg.DATASETS.TRAIN[0]),
+            trainer=weakref.proxy(self),
         )
         hooks = [
             JointEvalHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
