@@ -197,7 +197,8 @@ def test_training_keeps_its_classes_and_evaluation_takes_them(tmp_path):
     assert len({name for _, name, *_ in expected}) > 1
     # Of the training's sets nothing is said here; the weights tell their classes.
     forget({n for n in DatasetCatalog.list() if n not in orders})
-    evaluation = [*config, "--eval-only", *datasets[-2:], "DATASETS.TEST", "('val',)", *options]
+    alone = ["DATASETS.TRAIN", "('not there',)", "DATASETS.TEST", "('val',)"]
+    evaluation = [*config, "--eval-only", *datasets[-2:], *alone, *options]
     again = tmp_path / "again"
     train_main([*evaluation, "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(again)])
     assert named(again, tmp_path / "val.json") == expected
