@@ -247,8 +247,8 @@ def test_keypoint_rcnn_trains_evaluates_and_draws(spec, tmp_path, monkeypatch):
     weights = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     demo_main([
         "--config-file", str(tmp_path / "run" / "config.yaml"), "--ground-truth", "beetles",
-        "--dataset", spec, "--output", str(tmp_path / "seen"), "--threshold", "0", *weights,
-        "TEST.DETECTIONS_PER_IMAGE", "2",
+        "--dataset", spec, "--output", str(tmp_path / "seen"), "--threshold", "0",
+        "--max-images", "1", *weights, "TEST.DETECTIONS_PER_IMAGE", "2",
     ])  # fmt: skip
     image = json.loads((tmp_path / "seen" / "detections.json").read_text())[0]
     assert image["detections"]
