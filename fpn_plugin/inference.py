@@ -15,14 +15,15 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
-from fpn_plugin.data import channels_first, resized_picture
+from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.engine.building import explained_build_errors
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import FittingCheckpointer, classes_in
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler, assign_levels
+from fpn_plugin.visualization import KeypointLayout
 
-__all__ = ["Detector", "class_names", "recorded_levels"]
+__all__ = ["Detector", "class_names", "keypoint_layout", "recorded_levels"]
 
 
 class Detector:
@@ -112,7 +113,10 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes, as far as its datasets tell them."""
+    """Names of the model's classes, as far as its weights or else its datasets tell them."""
+    told = classes_in(cfg.MODEL.WEIGHTS)
+    if told is not None:
+        return told
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = MetadataCatalog.get(name).get("thing_classes")
         if names is None and name in DatasetCatalog.list():
@@ -124,3 +128,16 @@ def class_names(cfg: CfgNode) -> list[str]:
         if names is not None:
             return list(names)
     return []
+
+
+def keypoint_layout(cfg: CfgNode) -> KeypointLayout:
+    """Names and skeleton of the model's keypoints, as far as its datasets tell them."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else ():
+        describe_keypoints(name)
+        metadata = MetadataCatalog.get(name)
+        names = list(metadata.get("keypoint_names", ()))
+        if len(names) == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
+            rules = metadata.get("keypoint_connection_rules", ())
+            edges = tuple((names.index(one), names.index(other)) for one, other, _ in rules)
+            return KeypointLayout(tuple(names), edges)
+    return KeypointLayout()

@@ -29,6 +29,7 @@ from .records import coco_problems, declared_size, image_record
 
 __all__ = [
     "CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "digest_of", "read_coco",
+    "read_json",
 ]  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def digest_of(json_file: str) -> str:
         return ""
 
 
-def _read_json(json_file: str) -> tuple[Any, list[Problem], str]:
+def read_json(json_file: str) -> tuple[Any, list[Problem], str]:
     """What a JSON file holds, what is wrong with its encoding, and its digest.
 
     Raises:
@@ -125,7 +126,7 @@ def read_coco(
         UserError: names the file and the first record that is refused.
     """
     all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
-    content, changes, digest = _read_json(json_file)
+    content, changes, digest = read_json(json_file)
     report = Report(10)
     with _bar(content, json_file) as bar, _no_garbage_collection():
         changes += mended(content, images)
@@ -179,7 +180,7 @@ def convert_dataset(
     """
     if os.path.realpath(output) == os.path.realpath(json_file):
         raise UserError(f"{output} is the JSON that is converted: name another file")
-    content, changes, _ = _read_json(json_file)
+    content, changes, _ = read_json(json_file)
     changes += mended(content, images, converting=True)
     told = [str(change).removesuffix(f": {CONVERT}") for change in changes]
     told += converted(content, images, no_crowds=no_crowds)
@@ -216,7 +217,7 @@ def check_dataset(
     """
     if look != "none" and not Path(images).is_dir():
         raise UserError(f"no folder {images!r}")
-    content, changes, _ = _read_json(json_file)
+    content, changes, _ = read_json(json_file)
     report = Report(keep)
     refused_names: set[str] = set()
     with _bar(content, json_file) as bar, _no_garbage_collection():

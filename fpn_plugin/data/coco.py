@@ -18,7 +18,9 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.proposal_files import read_proposals
 
+from .augmentations import check_augmentations
 from .checking import CheckedCoco, digest_of, read_coco
+from .keypoints import check_keypoints
 from .mini import MINI_NAMES
 from .needs import Needs
 from .problems import CONVERT
@@ -31,6 +33,8 @@ __all__ = [
     "check_records",
     "current_json",
     "given_json",
+    "is_reread",
+    "number_classes",
     "number_of_classes",
     "register_datasets",
     "registered_specs",
@@ -38,7 +42,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _ANY_USE = Needs(training=False)
-_FROM_JSON = ("thing_classes", "thing_dataset_id_to_contiguous_id")  # in metadata
+# What metadata has of a JSON, and has of it if described_by_json is there.
+_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id", "classes_of_model")
+_KEYPOINTS = (
+    "keypoint_names", "keypoint_connection_rules", "keypoint_flip_map", "described_by_json",
+)  # fmt: skip
 
 
 def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
@@ -69,7 +77,8 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
             raise UserError(f"--dataset {spec!r}: no folder {images!r}")
         coco = None if checked else read_coco(json_file, images, needs=_ANY_USE, files=False)
         if new:
-            _renew(name, json_file=json_file, image_root=images, evaluator_type="coco")
+            files = {"json_file": json_file, "image_root": images}
+            _renew(name, **_of_no_json(name), **files, evaluator_type="coco")
             DatasetCatalog.register(name, partial(_load, name))
         if coco is not None:
             _take(name, coco)
@@ -103,10 +112,10 @@ def given_json(name: str) -> str:
 
 
 def _renew(name: str, **values: Any) -> None:
-    """Gives metadata other values, which Detectron2 does not let be set, and drops a JSON's own."""
+    """Gives metadata other values, which Detectron2 does not let be set; None takes one away."""
     known = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog.list() else {}
-    kept = {key: value for key, value in known.items() if key not in _FROM_JSON}
-    MetadataCatalog.get(name).set(**{**kept, **values})
+    kept = {key: value for key, value in {**known, **values}.items() if value is not None}
+    MetadataCatalog.get(name).set(**kept)
 
 
 def _take(name: str, coco: CheckedCoco) -> None:
@@ -117,17 +126,37 @@ def _take(name: str, coco: CheckedCoco) -> None:
         return
     if digest or classes not in (None, coco.classes):
         logger.warning("dataset %r: %s has changed and is read anew", name, json_file)
-    if coco.mended and not _is_reread(name):
+    if coco.mended and not is_reread(name):
         raise UserError(
             f"{json_file}: {coco.mended[0]}. Dataset {name!r} is read by a function of its own, so "
             f"that this cannot be mended: {CONVERT}"
         )
     values = {"json_digest": coco.digest, "given_json_file": json_file}
     values["json_file"] = _written(coco, json_file) if coco.mended else json_file
-    _renew(name, thing_classes=coco.classes, **values)
+    model_classes = known.get("classes_of_model")
+    _renew(name, **{**_of_no_json(name), **values, "thing_classes": coco.classes})
+    if model_classes is not None and sorted(model_classes) == sorted(coco.classes):
+        number_classes(name, model_classes)
 
 
-def _is_reread(name: str) -> bool:
+def number_classes(name: str, classes: Sequence[str]) -> None:
+    """Has a dataset number its categories in another order than that of their ids.
+
+    Args:
+        name: of a dataset that :func:`is_reread`.
+        classes: names of its categories in that order.
+    """
+    classes = list(classes)
+    _renew(name, thing_classes=classes, classes_of_model=classes)
+
+
+def _of_no_json(name: str) -> dict[str, None]:
+    """What metadata has of a JSON, as :func:`_renew` takes it away."""
+    known = MetadataCatalog.get(name)
+    return dict.fromkeys((*_CLASSES, *(_KEYPOINTS if known.get("described_by_json") else ())))
+
+
+def is_reread(name: str) -> bool:
     """Whether a dataset is read from the JSON that its metadata names; makes it so if it can."""
     function = DatasetCatalog[name]
     if getattr(function, "func", None) is _load:
@@ -141,8 +170,25 @@ def _is_reread(name: str) -> bool:
 
 def _load(name: str) -> list[dict[str, Any]]:
     """Detectron2's records of a dataset, of its JSON as it is now."""
-    known = MetadataCatalog.get(name)
-    return load_coco_json(current_json(name), known.image_root, name)
+    json_file, known = current_json(name), MetadataCatalog.get(name)
+    classes = known.get("classes_of_model")
+    if classes is None:
+        return load_coco_json(json_file, known.image_root, name)
+    # Loaded under another name, whose metadata has the order of the ids.
+    as_it_is = f"{name}, in the order of its ids"
+    try:
+        records = load_coco_json(json_file, known.image_root, as_it_is)
+        numbers = MetadataCatalog.get(as_it_is).thing_dataset_id_to_contiguous_id
+        order = [classes.index(each) for each in MetadataCatalog.get(as_it_is).thing_classes]
+    finally:
+        MetadataCatalog.pop(as_it_is, None)
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = order[annotation["category_id"]]
+    known.thing_dataset_id_to_contiguous_id = {
+        category: order[number] for category, number in numbers.items()
+    }
+    return records
 
 
 def current_json(name: str) -> str:
@@ -209,8 +255,11 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
     Raises:
         UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model; or proposals that the config reads are not there.
+            classes than the model; INPUT has a value that no image could be prepared by; its
+            keypoints do not fit, see :func:`check_keypoints`; or
+            proposals that the config reads are not there.
     """
+    check_augmentations(cfg, training=training)
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -233,8 +282,18 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
     if training:
         check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
     check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
-    key, classes = number_of_classes(cfg)
-    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
+    if cfg.MODEL.KEYPOINT_ON:
+        flip = cfg.INPUT.RANDOM_FLIP
+        check_keypoints(
+            cfg.DATASETS.TRAIN if training else (),
+            cfg.DATASETS.TEST,
+            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
+            flips=() if flip == "none" else (flip,),
+            sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+    # Those that a training evaluates on are matched with its own by name.
+    names = cfg.DATASETS.TRAIN if training else cfg.DATASETS.TEST
+    check_classes(names, *number_of_classes(cfg))
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

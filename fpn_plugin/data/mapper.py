@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError, read_image
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    annotations_to_instances,
+    read_image,
+)
 from detectron2.structures import BoxMode
 
 from fpn_plugin.errors import UserError
 
 from .image_files import UNREADABLE, image_problem, why_unreadable
+from .keypoints import swapped_keypoints
 from .shapes import Size, box_problem, covers_no_pixel, mask_problem
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
@@ -28,6 +36,20 @@ class ReadableImageMapper(DatasetMapper):
     declared, or annotations that do not fit together.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """What a config says; see :class:`detectron2.data.DatasetMapper`."""
+        # Detectron2 asks the training's datasets for the keypoints' names, even to evaluate.
+        boxes = copy.deepcopy(cfg)
+        if isinstance(boxes, CfgNode):
+            boxes.defrost()
+        boxes.MODEL.KEYPOINT_ON = False
+        parts = super().from_config(boxes, is_train)
+        parts["use_keypoint"] = cfg.MODEL.KEYPOINT_ON
+        if cfg.MODEL.KEYPOINT_ON and is_train:
+            parts["keypoint_hflip_indices"] = swapped_keypoints(cfg.DATASETS.TRAIN)
+        return parts
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps a record; see :class:`detectron2.data.DatasetMapper`.
 
@@ -40,7 +62,9 @@ class ReadableImageMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
-            return super().__call__(self._prepared(dataset_dict) if self.is_train else dataset_dict)
+            mapped = super().__call__(
+                self._prepared(dataset_dict) if self.is_train else dataset_dict
+            )
         except UserError:
             raise
         except SizeMismatchError as error:
@@ -56,6 +80,24 @@ class ReadableImageMapper(DatasetMapper):
                 f"cannot use image {path!r} (image_id {image_id!r}) with its annotations: "
                 f"{why_unreadable(error)} ({_CHECK})"
             ) from error
+        except ImportError as error:
+            raise UserError(
+                f"cropping images with polygon masks (INPUT.CROP) needs {error.name}: pip install "
+                f"{error.name}"
+            ) from error
+        if mapped["image"].dtype == torch.float64:  # of INPUT.FORMAT YUV-BT.601
+            mapped["image"] = mapped["image"].float()
+        return mapped
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        if any(record.get("iscrowd", 0) == 0 for record in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        # Detectron2 takes boxes anew from masks, which no objects do not have.
+        del dataset_dict["annotations"]
+        dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
     def _prepared(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """A record of the annotations that are trained on, their boxes and polygons in floats."""

@@ -47,6 +47,7 @@ KINDS = {
     "keypoints": Kind(True, "keypoints are not triples of numbers"),
     "mask_missing": Kind(True, "no mask that a model with masks could use"),
     "keypoints_missing": Kind(True, "not the keypoints that a model with keypoints asks for"),
+    "keypoint_names": Kind(True, "a category names other keypoints than the model has, or none"),
     "image_missing": Kind(True, "no such image file"),
     "image_unreadable": Kind(True, "the image file cannot be read"),
     "image_thin": Kind(True, "so long and thin that resizing it for the network leaves nothing"),
@@ -85,6 +86,11 @@ KINDS = {
     "category_name_twice": Kind(
         False, "several categories have one name; results hide all but one"
     ),
+    "keypoint_flips": Kind(
+        False,
+        "which keypoints a mirrored image swaps is not known; training refuses to mirror them",
+    ),
+    "skeleton": Kind(False, "a skeleton that joins no keypoints; pictures leave it out"),
     "image_converted": Kind(False, "read in INPUT.FORMAT, which loses something"),
 }
 

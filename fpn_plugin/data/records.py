@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .keypoint_names import category_keypoint_problems
 from .needs import BOXES, Needs
 from .problems import CONVERT, KINDS, Contents, Problem, shortened
 from .screening import may_break_a_rule
@@ -66,6 +67,7 @@ def coco_problems(
         told = "no annotation has it, and it counts as a class (Roboflow writes such)"
         where = f"category {shortened(root['id'])}"
         yield Problem("category_root", where, f"{shortened(root['name'])}: {told}: {CONVERT}")
+    yield from category_keypoint_problems(content["categories"], needs)
     yield from _image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
     contents = Contents() if contents is None else contents

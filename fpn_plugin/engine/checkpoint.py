@@ -26,7 +26,13 @@ from fpn_plugin.unpickling import NO_PICKLE, load_arrays
 
 from .atomic import AtomicWrites, explained_full_disk
 
-__all__ = ["FittingCheckpointer", "read_checkpoint", "weights_of", "write_checkpoint"]
+__all__ = [
+    "FittingCheckpointer",
+    "classes_in",
+    "read_checkpoint",
+    "weights_of",
+    "write_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,26 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str
         raise UserError(f"{path!r} is not a checkpoint: {_first_line(error)}") from error
 
 
+def classes_in(path: str | Path) -> list[str] | None:
+    """Names of the classes that a checkpoint's model was trained on, in its order.
+
+    Args:
+        path: of a file, which need not be there: whoever loads the weights says what is wrong.
+
+    Returns:
+        None where the file does not tell, as those of other programs.
+    """
+    try:
+        _check_kind(str(path), _OF_TORCH_SAVE)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except (*_NO_CHECKPOINT, OSError):
+        return None
+    classes = content.get("classes") if isinstance(content, dict) else None
+    if type(classes) is not list or not all(type(name) is str for name in classes):
+        return None
+    return classes
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -296,6 +322,8 @@ class FittingCheckpointer(DetectionCheckpointer):
         model: the model to load into.
         save_dir: where checkpoints are kept.
         complete: whether a file must give every parameter, as for evaluation.
+        classes: names of the model's classes in its order, kept in each checkpoint; None: not
+            known.
         checkpointables: see :class:`fvcore.common.checkpoint.Checkpointer`.
     """
 
@@ -305,9 +333,11 @@ class FittingCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         complete: bool = False,
+        classes: Sequence[str] | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
+        self._classes = classes
         self._complete = complete
         self._path = ""
         self.path_manager = AtomicWrites(self.path_manager)
@@ -324,6 +354,8 @@ class FittingCheckpointer(DetectionCheckpointer):
         last = self.get_checkpoint_file()
         remedy = "make room, then go on with --resume" + (f" from {last}" if last else "")
         with explained_full_disk(f"checkpoint {name}.pth in {self.save_dir}", remedy):
+            if self._classes is not None:
+                kwargs["classes"] = list(self._classes)
             super().save(name, **kwargs)
 
     def _check_finite(self, name: str) -> None:

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from fpn_plugin.data import (
     check_config_datasets,
     ensure_mini_datasets,
+    number_of_classes,
     register_datasets,
     registered_specs,
 )
@@ -21,6 +22,7 @@ from fpn_plugin.errors import UserError
 
 from .atomic import explained_full_disk, make_output_dir
 from .checkpoint import FittingCheckpointer
+from .class_names import match_datasets
 from .launch import launch
 from .settings import check_seed, check_solver, find_config_file, load_config, settle_device
 from .trainer import FPNTrainer, save_results
@@ -86,6 +88,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     args.dataset = registered_specs(args.dataset)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    _match_datasets(cfg, args)
     make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     cfg.freeze()
@@ -103,9 +106,22 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
         _run(cfg, args)
 
 
+def _match_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
+    match_datasets(
+        cfg.DATASETS.TRAIN,
+        cfg.DATASETS.TEST,
+        cfg.MODEL.WEIGHTS,
+        cfg.OUTPUT_DIR,
+        resume=args.resume,
+        training=not args.eval_only,
+        classes=number_of_classes(cfg)[1],
+    )
+
+
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Started processes begin with what an import registers.
     register_datasets(args.dataset, checked=True)
+    _match_datasets(cfg, args)
     default_setup(cfg, args)
     if args.eval_only:
         model = FPNTrainer.build_model(cfg)

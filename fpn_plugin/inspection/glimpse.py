@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -39,26 +39,27 @@ class Regions:
         levels: N names, "p2" for example; "" where a box has none.
         scores: float32 ``(N,)``: of detections; objectness logits of proposals; 1 otherwise.
         classes: int64 ``(N,)``; -1 where there are none.
+        keypoints: float32 ``(N, K, 2)``, x and y in the same pixels; None where there are none.
     """
 
     boxes: Tensor
     levels: tuple[str, ...]
     scores: Tensor
     classes: Tensor
+    keypoints: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.levels)
 
     def first(self, count: int) -> Regions:
         """The first so many."""
-        return Regions(
-            self.boxes[:count], self.levels[:count], self.scores[:count], self.classes[:count]
-        )
+        return self.chosen(torch.arange(len(self)) < count)
 
     def chosen(self, keep: Tensor) -> Regions:
         """Those that a boolean ``(N,)`` says."""
         levels = tuple(v for v, kept in zip(self.levels, keep.tolist(), strict=True) if kept)
-        return Regions(self.boxes[keep], levels, self.scores[keep], self.classes[keep])
+        points = None if self.keypoints is None else self.keypoints[keep]
+        return Regions(self.boxes[keep], levels, self.scores[keep], self.classes[keep], points)
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,10 @@ def _detections(model: nn.Module, output: dict[str, Any]) -> Regions | None:
             levels = [names[k - pooler.min_level] for k in found.pyramid_level.tolist()]
         elif len(names) == 1:
             levels = names * len(found)
-    return _regions(found.pred_boxes.tensor, levels, found.scores, found.pred_classes)
+    regions = _regions(found.pred_boxes.tensor, levels, found.scores, found.pred_classes)
+    if not found.has("pred_keypoints"):
+        return regions
+    return replace(regions, keypoints=found.pred_keypoints[:, :, :2].cpu().float())
 
 
 def _labels(

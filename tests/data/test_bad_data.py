@@ -406,6 +406,8 @@ def test_what_a_model_with_masks_or_keypoints_cannot_use_is_named(whole):
     for record in whole.content["annotations"]:
         record["keypoints"] = [1, 1, 2] * 2
         record["num_keypoints"] = 2
+    for record in whole.content["categories"]:
+        record["keypoints"] = ["left", "right"]
     assert found(whole, needs=Needs(keypoints=2)) == {}
     annotation(whole, keypoints=[1, 1, 2])
     assert found(whole, needs=Needs(keypoints=2)) == {"keypoints_missing": 1}
