@@ -242,7 +242,7 @@ def from_library(
         if tensor.shape != shape:
             raise UserError(
                 f"{name} is {tuple(tensor.shape)}, the model's {key} {tuple(shape)}: is the config "
-                "of its width and number of classes?"
+                "of its width, number of classes and image channels (MODEL.PIXEL_MEAN)?"
             )
         converted[key] = tensor.clone()
         if key.endswith("running_var"):

@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from tqdm import tqdm
 
 from fpn_plugin.arguments import ToolParser, between, output_folder
-from fpn_plugin.data import read_image_or_say, register_datasets
+from fpn_plugin.data import read_picture, register_datasets, rgb_of
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
-from fpn_plugin.inference import Detector, class_names
+from fpn_plugin.inference import Detector, class_names, keypoint_layout
 from fpn_plugin.inputs import add_input_arguments, given_images
-from fpn_plugin.visualization import DrawnBox, draw_detections
+from fpn_plugin.visualization import DrawnBox, KeypointLayout, draw_detections
 
 __all__ = ["argument_parser", "demo_main"]
 
@@ -71,7 +72,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     register_datasets(args.dataset)
     jobs = given_images(args)
     originals = {job.path.resolve() for job in jobs}
-    names = class_names(cfg)
+    names, layout = class_names(cfg), keypoint_layout(cfg)
     # The dataset was loaded for its images, and told its categories.
     truth_names = names
     if args.ground_truth:
@@ -86,12 +87,12 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
     records, unreadable = [], []
     for job in tqdm(jobs, desc="detecting", unit="image"):
         try:
-            image = read_image_or_say(job.path)
+            image = read_picture(cfg, job.path)
         except UserError as error:
             unreadable.append(str(error))
             continue
         found = detector(image)
-        detections = _describe(found, names)
+        detections = _describe(found, names, layout)
         picture = _free_name(job.path.stem, {record["picture"] for record in records})
         if (output / picture).resolve() in originals:
             raise UserError(
@@ -99,7 +100,7 @@ def demo_main(argv: Sequence[str] | None = None) -> None:
             )
         truth = None if job.annotations is None else _drawn_truth(job.annotations, truth_names)
         drawn = [_drawn(d) for d in detections if d["score"] >= args.threshold]
-        draw_detections(image[:, :, ::-1], drawn, output / picture, truth)
+        draw_detections(rgb_of(cfg, image), drawn, output / picture, truth, layout)
         records.append(
             {
                 "file": str(job.path),
@@ -120,14 +121,18 @@ def _class_name(index: int, names: Sequence[str]) -> str:
     return names[index] if index < len(names) else f"class {index}"
 
 
-def _describe(found: Instances, names: Sequence[str]) -> list[dict[str, Any]]:
+def _describe(
+    found: Instances, names: Sequence[str], layout: KeypointLayout
+) -> list[dict[str, Any]]:
     """Detections as JSON has them, best first; boxes XYWH in pixels, as COCO's."""
+    points = found.pred_keypoints.tolist() if found.has("pred_keypoints") else [None] * len(found)
     levels = found.pyramid_level.tolist() if found.has("pyramid_level") else [None] * len(found)
     rows = zip(
         found.pred_boxes.tensor.tolist(),
         found.scores.tolist(),
         found.pred_classes.tolist(),
         levels,
+        points,
         strict=True,
     )
     return [
@@ -137,22 +142,36 @@ def _describe(found: Instances, names: Sequence[str]) -> list[dict[str, Any]]:
             "score": round(score, 5),
             "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
             "level": level,
+            **({} if keypoints is None else {"keypoints": _named_keypoints(keypoints, layout)}),
         }
-        for (x0, y0, x1, y1), score, index, level in rows
+        for (x0, y0, x1, y1), score, index, level, keypoints in rows
+    ]
+
+
+def _named_keypoints(
+    points: Sequence[Sequence[float]], layout: KeypointLayout
+) -> list[dict[str, Any]]:
+    return [
+        {"name": layout.name(index), "x": round(x, 2), "y": round(y, 2), "score": round(score, 5)}
+        for index, (x, y, score) in enumerate(points)
     ]
 
 
 def _drawn(detection: dict[str, Any]) -> DrawnBox:
     x, y, width, height = detection["bbox"]
     text = f"{detection['category']} {detection['score']:.2f}"
-    return DrawnBox((x, y, x + width, y + height), text, detection["level"])
+    points = tuple((point["x"], point["y"]) for point in detection.get("keypoints", ()))
+    return DrawnBox((x, y, x + width, y + height), text, detection["level"], points)
 
 
 def _drawn_truth(annotations: Sequence[dict[str, Any]], names: Sequence[str]) -> list[DrawnBox]:
     drawn = []
     for annotation in annotations:
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        drawn.append(DrawnBox(tuple(box), _class_name(annotation["category_id"], names)))
+        triples = np.asarray(annotation.get("keypoints") or (), float).reshape(-1, 3).tolist()
+        points = tuple((x, y) if visible else None for x, y, visible in triples)
+        name = _class_name(annotation["category_id"], names)
+        drawn.append(DrawnBox(tuple(box), name, keypoints=points))
     return drawn
 
 

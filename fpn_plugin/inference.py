@@ -11,21 +11,24 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
+from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.engine.building import explained_build_errors
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import FittingCheckpointer, classes_in
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import PyramidROIPooler, assign_levels
+from fpn_plugin.visualization import KeypointLayout
 
-__all__ = ["Detector", "class_names", "recorded_levels"]
+__all__ = ["Detector", "class_names", "keypoint_layout", "recorded_levels"]
 
 
 class Detector:
-    """Detectron2's DefaultPredictor whose detections say the pyramid level they were pooled from.
+    """A trained detector, called as Detectron2's DefaultPredictor, whose detections say the pyramid
+    level they were pooled from, and whose images may have any number of channels.
 
     Args:
         cfg: the config; MODEL.WEIGHTS must give every parameter of its model.
@@ -36,38 +39,31 @@ class Detector:
     """
 
     def __init__(self, cfg: CfgNode, optimize: torch.dtype | None = None) -> None:
-        weights = cfg.MODEL.WEIGHTS
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
+        self._cfg = cfg.clone()
         with explained_build_errors(cfg):
-            self._predictor = DefaultPredictor(cfg)
-        FittingCheckpointer(self._predictor.model, complete=True).load(weights)
+            self.model: nn.Module = build_model(self._cfg).eval()
+        """The model; it may be replaced by an optimised copy."""
+        FittingCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
         if optimize is not None:
             self.model = optimize_for_inference(self.model, dtype=optimize)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, in evaluation mode; it may be replaced by an optimised copy."""
-        return self._predictor.model
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        self._predictor.model = model
 
     def __call__(self, image: np.ndarray) -> Instances:
         """Detects objects in an image.
 
         Args:
-            image: uint8 BGR ``(H, W, 3)``, of any size.
+            image: uint8 ``(H, W, C)``, of any size: BGR for a model of colours (INPUT.FORMAT BGR or
+                RGB), else in INPUT.FORMAT, as :func:`fpn_plugin.data.read_picture` reads it.
 
         Returns:
             ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``, and,
             for R-CNN models that pool from a pyramid, ``pyramid_level``: int64, k of Eq. (1) for
             the proposal that each detection came from.
         """
-        with recorded_levels(self.model):
-            output = self._predictor(image)
+        height, width = image.shape[:2]
+        resized, _ = resized_picture(self._cfg, image)
+        given = {"image": channels_first(self._cfg, resized), "height": height, "width": width}
+        with torch.no_grad(), recorded_levels(self.model):
+            [output] = self.model([given])
         if "instances" not in output:
             raise UserError(
                 "the config's model gives proposals, not detections: evaluate it with "
@@ -122,7 +118,10 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes, as far as its datasets tell them."""
+    """Names of the model's classes, as far as its weights or else its datasets tell them."""
+    told = classes_in(cfg.MODEL.WEIGHTS)
+    if told is not None:
+        return told
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = MetadataCatalog.get(name).get("thing_classes")
         if names is None and name in DatasetCatalog.list():
@@ -134,3 +133,16 @@ def class_names(cfg: CfgNode) -> list[str]:
         if names is not None:
             return list(names)
     return []
+
+
+def keypoint_layout(cfg: CfgNode) -> KeypointLayout:
+    """Names and skeleton of the model's keypoints, as far as its datasets tell them."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else ():
+        describe_keypoints(name)
+        metadata = MetadataCatalog.get(name)
+        names = list(metadata.get("keypoint_names", ()))
+        if len(names) == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
+            rules = metadata.get("keypoint_connection_rules", ())
+            edges = tuple((names.index(one), names.index(other)) for one, other, _ in rules)
+            return KeypointLayout(tuple(names), edges)
+    return KeypointLayout()

@@ -33,6 +33,7 @@ from fpn_plugin.data import (
     check_datasets,
     check_records,
     register_datasets,
+    registered_specs,
 )
 from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, load_config
 from fpn_plugin.engine.launch import launch
@@ -102,6 +103,7 @@ def dump_main(argv: Sequence[str] | None = None) -> None:
     register_datasets(args.dataset, checked=True)  # below
     check_datasets(args.splits, "--splits")
     check_records(args.splits, Needs.of(cfg, training=False))
+    args.dataset = registered_specs(args.dataset)
     if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which does not give "

@@ -3,12 +3,11 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.model_zoo import get_config as zoo_config
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -146,15 +145,9 @@ def test_lazy_and_yacs_train_to_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", model_zoo.lazy_names())
-def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, monkeypatch):
+def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name):
     # FCOS has no yacs config; it is trained as RetinaNet is.
     cfg, lazy = yacs_of(name.replace("fcos", "retinanet")), load_lazy_config(name)
-    meta = SimpleNamespace(
-        keypoint_names=("nose", "left", "right"), keypoint_flip_map=[("left", "right")]
-    )
-    if cfg.MODEL.KEYPOINT_ON:
-        monkeypatch.setattr(detection_utils, "check_metadata_consistency", lambda *_: None)
-        monkeypatch.setattr(detection_utils.MetadataCatalog, "get", lambda _: meta)
     for split, training in (("train", True), ("test", False)):
         ours = instantiate(lazy.dataloader[split].mapper)
         theirs = ReadableImageMapper(cfg, training)
@@ -162,6 +155,8 @@ def test_a_lazy_configs_data_optimizer_and_schedule_are_its_yacs_configs(name, m
         told = [{k: re.sub(r"[\[\](),]", " ", str(v)).split() for k, v in vars(mapper).items()}
                 for mapper in (ours, theirs)]  # fmt: skip
         assert told[0] == told[1]
+        has_sides = cfg.MODEL.KEYPOINT_ON and training
+        assert len(ours.keypoint_hflip_indices or ()) == (17 if has_sides else 0)
         node, upper = lazy.dataloader[split].dataset, split.upper()
         assert tuple([node.names] if training is False else node.names) == cfg.DATASETS[upper]
         files = cfg.DATASETS[f"PROPOSAL_FILES_{upper}"] if cfg.MODEL.LOAD_PROPOSALS else None
@@ -270,6 +265,7 @@ def test_a_lazy_models_keypoints_are_asked_of_the_data(squares, tmp_path, monkey
     monkeypatch.setattr(lazy_training, "launch", lambda *_: None)
     mapper = "dataloader.test.mapper"
     more = ["model.roi_heads.keypoint_head={num_keypoints:4}", f"{mapper}.augmentations=[]"]
+    more += ["dataloader.evaluator.kpt_oks_sigmas=[0.1,0.1,0.1,0.1]"]
     try:
         lazy_main(["--eval-only", *args, *more])
     finally:
@@ -491,7 +487,6 @@ def changed(cfg: CfgNode, key: str) -> CfgNode:
 UNREAD = {
     "VERSION",
     "GLOBAL.HACK",
-    "INPUT.CROP.TYPE", "INPUT.CROP.SIZE",  # of INPUT.CROP.ENABLED
     "DATALOADER.REPEAT_THRESHOLD", "DATALOADER.REPEAT_SQRT",  # of DATALOADER.SAMPLER_TRAIN
     "DATALOADER.RANDOM_SUBSET_RATIO", "DATASETS.TRAIN_REPEAT_FACTOR",
     "MODEL.ANCHOR_GENERATOR.ANGLES",  # of rotated boxes
@@ -510,7 +505,7 @@ def test_every_key_is_carried_over_or_refused():
     bottom_up = ("MODEL.FPN.BOTTOM_UP",)
     bases = [
         yacs_of("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x"),
-        yacs_of("mini/table2_c_FPN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1),
+        yacs_of("mini/table2_c_FPN", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "INPUT.CROP.ENABLED", True),
         yacs_of("COCO-Detection/retinanet_R_50_FPN_1x"),
         yacs_of("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
                 "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),

@@ -9,9 +9,18 @@ from typing import Any
 
 from .needs import Needs, needs_problem
 from .problems import Problem, shortened
-from .shapes import NUMBER, Size, box_problem, keypoint_problem, mask_problem
+from .shapes import (
+    NUMBER,
+    Size,
+    box_problem,
+    covers_no_pixel,
+    keypoint_problem,
+    mask_problem,
+)
 
-__all__ = ["Known", "annotation_problems", "first_with", "has_id", "id_problems"]
+__all__ = [
+    "Known", "annotation_problems", "empty_mask_problem", "first_with", "has_id", "id_problems",
+]  # fmt: skip
 
 Id = int | str
 
@@ -83,6 +92,25 @@ def id_problems(
             yield Problem("value", f"{where} (id {shortened(given)})", told)
 
 
+def empty_mask_problem(record: dict[str, Any], size: Size | None, needs: Needs) -> tuple[str, str]:
+    """Whether a mask that is trained on as a bitmap has no pixel.
+
+    Args:
+        record: an annotation.
+        size: width and height of its image, where they are known.
+        needs: what the model asks.
+
+    Returns:
+        As :func:`fpn_plugin.data.shapes.box_problem`.
+    """
+    mask = record.get("segmentation")
+    asked = needs.masks == "bitmask" and needs.training and record.get("iscrowd") != 1
+    drawn = asked and mask and size is not None and mask_problem(mask, size) == ("", "")
+    if drawn and covers_no_pixel(mask, size):
+        return "mask_empty", f"segmentation is {shortened(mask)}, which covers no pixel"
+    return "", ""
+
+
 def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Problem]:
     """What is wrong with an annotation.
 
@@ -110,6 +138,8 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         given = record.get(f"{part}_id")
         if type(given) not in (int, str) or given not in ids:
             yield Problem(f"{part}_unknown", where, f"no {part} has id {shortened(given)}")
+    if crowd == 1:
+        yield Problem("crowd", where, "is marked iscrowd")
     image = record.get("image_id")
     size = known.sizes.get(image) if type(image) in (int, str) else None
     for kind, told in (
@@ -117,6 +147,7 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         mask_problem(record.get("segmentation"), size),
         keypoint_problem(record.get("keypoints"), size),
         needs_problem(record, known.needs),
+        empty_mask_problem(record, size, known.needs),
     ):
         if kind:
             yield Problem(kind, where, told)

@@ -14,10 +14,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from fpn_plugin.arguments import ToolParser, at_least, output_file
 from fpn_plugin.errors import UserError, near_names
 
-from .checking import check_dataset
-from .coco import check_datasets
+from .checking import check_dataset, convert_dataset
+from .coco import check_datasets, given_json
 from .mini import MINI_NAMES, ensure_mini
 from .needs import Needs
+from .pictures import IMAGE_FORMATS
 
 __all__ = ["check_main"]
 
@@ -26,6 +27,7 @@ Examples:
   check_dataset.py cells/train.json cells/images
   check_dataset.py coco_2017_val --images headers
   check_dataset.py cells/train.json cells/images --json problems.json --examples 10
+  check_dataset.py cells/export.json cells/images --convert cells/train.json
 
 Exit status: 0 where nothing is refused, 1 where something is, 2 where the files cannot be found.
 """
@@ -51,6 +53,18 @@ def argument_parser() -> argparse.ArgumentParser:
         "--json", type=output_file(), metavar="FILE", help="write all problems there as JSON"
     )
     parser.add_argument(
+        "--convert",
+        metavar="FILE",
+        help="write the JSON anew there, and check that: values filled in, boxes that are "
+        "fractions, corners or centres as x, y, width, height in pixels, without Roboflow's root "
+        "category and records that are there twice, file names as they are in the folder",
+    )
+    parser.add_argument(
+        "--no-crowds",
+        action="store_true",
+        help="with --convert: iscrowd 0 throughout, for CVAT's brush, which writes 1",
+    )
+    parser.add_argument(
         "--max-size",
         type=at_least(1),
         default=1333,
@@ -64,6 +78,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keypoints", type=at_least(0), default=0, help="of an object, for such a model"
+    )
+    parser.add_argument(
+        "--format", choices=IMAGE_FORMATS, default="BGR", help="INPUT.FORMAT of the model"
     )
     parser.add_argument(
         "--test", action="store_true", help="data to evaluate on: it may have no annotations"
@@ -88,19 +105,32 @@ def check_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     json_file, folder = _files(args.dataset, args.folder)
+    if args.no_crowds and not args.convert:
+        raise UserError("--no-crowds is for --convert FILE: it writes other annotations")
+    if args.convert:
+        changes = convert_dataset(json_file, folder, args.convert, no_crowds=args.no_crowds)
+        print(*(f"converted: {change}" for change in changes or ["nothing"]), sep="\n")
+        json_file = args.convert
     print(f"checking {json_file}", flush=True)
     report = check_dataset(
         json_file,
         folder,
         look=args.images,
         keep=None if args.json else args.examples,
-        needs=Needs(args.max_size, args.masks, args.keypoints, not args.test),
+        needs=Needs(
+            args.max_size, args.masks, args.keypoints, not args.test, image_format=args.format
+        ),
         threads=args.threads,
     )
     if report.counts:
         print(report.text(args.examples))
     content = report.as_json()
-    print(f"{content['refused']} refused, {content['warnings']} warnings")
+    read = report.contents
+    classes = "1 class" if read.classes == 1 else f"{read.classes} classes"
+    told = f"{read.images} images, {read.boxes} boxes and {classes} were read"
+    if not args.test and not content["refused"]:
+        told += f"; {read.trained_on} boxes are trained on"
+    print(f"{told}\n{content['refused']} refused, {content['warnings']} warnings")
     if args.images != "decode":
         print("images were not read to their ends: those cut off are not found")
     if args.json:
@@ -131,4 +161,4 @@ def _files(dataset: str, folder: str | None) -> tuple[str, str]:
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("json_file") is None or metadata.get("image_root") is None:
         raise UserError(f"dataset {dataset!r} is not in COCO format: it has no JSON and folder")
-    return metadata.json_file, metadata.image_root
+    return given_json(dataset), metadata.image_root

@@ -3,39 +3,83 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detectron2.utils.logger import log_first_n
 from tqdm import tqdm
 
 from fpn_plugin.errors import UserError
 
+from .exports import converted, name_in_folder
 from .image_files import image_problem
+from .mending import mended
 from .needs import BOXES, Needs
-from .problems import Problem, Report
+from .problems import CONVERT, KINDS, Problem, Report
 from .records import coco_problems, declared_size, image_record
 
-__all__ = ["check_coco", "check_dataset", "read_json"]
+__all__ = [
+    "CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "digest_of", "read_coco",
+    "read_json",
+]  # fmt: skip
 
 
-def read_json(json_file: str) -> Any:
-    """What a JSON file holds.
+@dataclass(frozen=True)
+class CheckedCoco:
+    """A COCO JSON in which nothing is refused.
+
+    Args:
+        content: of it, mended.
+        mended: what was done to the content, so that the file is not to be used itself.
+        classes: names of the categories in the order of their ids, as Detectron2 numbers them.
+        digest: of the file.
+    """
+
+    content: dict[str, Any]
+    mended: list[Problem]
+    classes: list[str]
+    digest: str
+
+
+def digest_of(json_file: str) -> str:
+    """Of a file's bytes; "" if it cannot be read."""
+    try:
+        return _digest(Path(json_file).read_bytes())
+    except OSError:
+        return ""
+
+
+def read_json(json_file: str) -> tuple[Any, list[Problem], str]:
+    """What a JSON file holds, what is wrong with its encoding, and its digest.
 
     Raises:
         UserError: it is not there or not JSON.
     """
     try:
+        given = Path(json_file).read_bytes()
+        encoding = json.detect_encoding(given)
         with _no_garbage_collection():
-            return json.loads(Path(json_file).read_text(encoding="utf-8"))
+            content = json.loads(given)
     except OSError as error:
         raise UserError(f"cannot read {json_file}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{json_file} is not JSON: {error}") from error
+    told = f"is written in {encoding}, read as such; expected utf-8"
+    changes = [Problem("filled_in", "", told)] if encoding != "utf-8" else []
+    return content, changes, _digest(given)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content).hexdigest()
 
 
 def check_coco(
@@ -58,21 +102,94 @@ def check_coco(
     Raises:
         UserError: names the file and the first record that is refused.
     """
-    content = read_json(json_file)
-    within = images != ""
+    return read_coco(json_file, images, needs=needs).classes
+
+
+def read_coco(
+    json_file: str,
+    images: str | None = None,
+    *,
+    needs: Needs = BOXES,
+    files: bool = True,
+) -> CheckedCoco:
+    """Reads a JSON, mends what can be, and refuses what cannot be trained on or evaluated.
+
+    What is mended or left out is logged, once.
+
+    Args:
+        json_file: path of the annotation file.
+        images: folder of its images, "" and None as in :func:`check_coco`.
+        needs: what the model asks of the data.
+        files: whether each image must be there.
+
+    Raises:
+        UserError: names the file and the first record that is refused.
+    """
+    all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
+    content, changes, digest = read_json(json_file)
+    report = Report(10)
     with _bar(content, json_file) as bar, _no_garbage_collection():
-        found = coco_problems(content, bar.update, needs=needs, file_names=within)
-        for problem in found:
+        changes += mended(content, images)
+        within = images != ""
+        found = coco_problems(
+            content, bar.update, needs=needs, file_names=within, contents=report.contents
+        )
+        for problem in itertools.chain(changes, found):
+            report.add(problem)
             if problem.refused:
                 told = f": {problem}" if problem.record else f" {problem}"
-                all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
                 raise UserError(f"{json_file}{told} ({all_told})")
-    if images is not None:
+    if images is not None and files:
         for record in content["images"]:
             path = os.path.join(images, record["file_name"])
             if not os.path.isfile(path):
-                raise UserError(f"{json_file}: image {record['id']!r}: no file {path!r}")
-    return [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
+                hint = _elsewhere(images, record["file_name"])
+                raise UserError(f"{json_file}: image {record['id']!r}: no file {path!r}{hint}")
+    for kind in report.kinds(refused=False):
+        # Of changes to all records all are told, of records the first.
+        shown = report.kept[kind][: None if kind == "filled_in" else 1]
+        told = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}: "
+        told += f"{'; '.join(map(str, shown))} ({all_told})"
+        log_first_n(logging.WARNING, f"{json_file}: {told}", key="message", name=__name__)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return CheckedCoco(content, changes, [category["name"] for category in categories], digest)
+
+
+def _elsewhere(images: str, name: str) -> str:
+    """A hint for an image that is not there under its name but under one that is near."""
+    found = name_in_folder(images, name)
+    return "" if found is None else f", but {found!r} is there: {CONVERT}"
+
+
+def convert_dataset(
+    json_file: str, images: str, output: str, *, no_crowds: bool = False
+) -> list[str]:
+    """Writes a JSON anew without the mistakes of annotation tools that can be told for sure.
+
+    Args:
+        json_file: path of the annotation file.
+        images: folder of its images.
+        output: path of the new one.
+        no_crowds: whether to take all annotations for single objects, as CVAT's brush means them.
+
+    Returns:
+        What was changed, a line for each kind of change.
+
+    Raises:
+        UserError: the JSON is not there or not JSON, or the new one cannot be written.
+    """
+    if os.path.realpath(output) == os.path.realpath(json_file):
+        raise UserError(f"{output} is the JSON that is converted: name another file")
+    content, changes, _ = read_json(json_file)
+    changes += mended(content, images, converting=True)
+    told = [str(change).removesuffix(f": {CONVERT}") for change in changes]
+    told += converted(content, images, no_crowds=no_crowds)
+    told += [str(change) for change in mended(content, images)]  # ids that are free now
+    try:
+        Path(output).write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    return told
 
 
 def check_dataset(
@@ -100,24 +217,26 @@ def check_dataset(
     """
     if look != "none" and not Path(images).is_dir():
         raise UserError(f"no folder {images!r}")
-    content = read_json(json_file)
+    content, changes, _ = read_json(json_file)
     report = Report(keep)
     refused_names: set[str] = set()
     with _bar(content, json_file) as bar, _no_garbage_collection():
-        for problem in coco_problems(content, bar.update, needs=needs):
+        changes += mended(content, images)
+        found = coco_problems(content, bar.update, needs=needs, contents=report.contents)
+        for problem in itertools.chain(changes, found):
             report.add(problem)
             if problem.kind == "file_name":
                 refused_names.add(problem.record)
     if look != "none" and isinstance(content, dict) and isinstance(content.get("images"), list):
         for problem in _image_file_problems(
-            content["images"], images, look, threads, refused_names
+            content["images"], images, look, threads, refused_names, needs.image_format
         ):
             report.add(problem)
     return report
 
 
 def _image_file_problems(
-    records: list[Any], images: str, look: str, threads: int, refused: set[str]
+    records: list[Any], images: str, look: str, threads: int, refused: set[str], image_format: str
 ) -> Iterator[Problem]:
     """What is wrong with image files; one whose name leads out of the folder is not opened."""
 
@@ -127,7 +246,11 @@ def _image_file_problems(
         if type(name) is not str or image_record(index, record) in refused:
             return None
         path = Path(images, name)
-        kind, told = image_problem(path, declared_size(record), decode=look == "decode")
+        kind, told = image_problem(
+            path, declared_size(record), decode=look == "decode", image_format=image_format
+        )
+        if kind == "image_missing":
+            told += _elsewhere(images, name)
         record_name = f"{image_record(index, record)} {str(path)!r}"
         return Problem(kind, record_name, told) if kind else None
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.proposal_files import read_proposals
 
-from .checking import check_coco
+from .augmentations import check_augmentations
+from .checking import CheckedCoco, digest_of, read_coco
+from .keypoints import check_keypoints
 from .mini import MINI_NAMES
 from .needs import Needs
+from .problems import CONVERT
 
 __all__ = [
     "check_classes",
@@ -23,17 +31,33 @@ __all__ = [
     "check_datasets",
     "check_proposal_files",
     "check_records",
+    "current_json",
+    "given_json",
+    "is_reread",
+    "number_classes",
     "number_of_classes",
     "register_datasets",
+    "registered_specs",
 ]
+
+logger = logging.getLogger(__name__)
+_ANY_USE = Needs(training=False)
+# What metadata has of a JSON, and has of it if described_by_json is there.
+_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id", "classes_of_model")
+_KEYPOINTS = (
+    "keypoint_names", "keypoint_connection_rules", "keypoint_flip_map", "described_by_json",
+)  # fmt: skip
 
 
 def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
     """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
 
+    What their JSONs lack and can be computed is filled in, in a copy that is registered in their
+    place; see :mod:`fpn_plugin.data.mending`.
+
     Args:
         specs: for example ``"cells=data/cells.json:data/images"``. A name that is registered
-            already with the same files is left as it is.
+            already with the same files keeps them; if they have changed they are read anew.
         checked: whether the records are checked elsewhere, by :func:`check_records`.
 
     Raises:
@@ -41,25 +65,161 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
             there, a JSON that is not COCO.
     """
     for spec in specs:
-        name, equals, files = spec.partition("=")
-        json_file, colon, images = files.rpartition(":")
-        if not (name and equals and json_file and colon and images):
-            raise UserError(f"--dataset {spec!r}: give NAME=JSON:IMAGES")
+        name, json_file, images = _parts(spec)
         if not Path(json_file).is_file():
             raise UserError(f"--dataset {spec!r}: no file {json_file!r}")
         if not Path(images).is_dir():
             raise UserError(f"--dataset {spec!r}: no folder {images!r}")
-        if name in DatasetCatalog.list():
+        new = name not in DatasetCatalog.list()
+        if not new:
             known = MetadataCatalog.get(name)
-            if (known.get("json_file"), known.get("image_root")) == (json_file, images):
-                continue
-            raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
-        if checked:
-            register_coco_instances(name, {}, json_file, images)
-            continue
-        class_names = check_coco(json_file, needs=Needs(training=False))
-        register_coco_instances(name, {}, json_file, images)
-        MetadataCatalog.get(name).thing_classes = class_names
+            files = (known.get("json_file"), known.get("given_json_file"))
+            if json_file not in files or known.get("image_root") != images:
+                raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
+            json_file = given_json(name)
+        coco = None if checked else read_coco(json_file, images, needs=_ANY_USE, files=False)
+        if new:
+            files = {"json_file": json_file, "image_root": images}
+            _renew(name, **_of_no_json(name), **files, evaluator_type="coco")
+            DatasetCatalog.register(name, partial(_load, name))
+        if coco is not None:
+            _take(name, coco)
+
+
+def registered_specs(specs: Iterable[str]) -> list[str]:
+    """What ``--dataset`` would have to give for datasets to be as they are registered here.
+
+    For processes that are started: they take the JSONs that have been mended here.
+
+    Args:
+        specs: that :func:`register_datasets` was given, and :func:`check_records` has seen.
+    """
+    names = [_parts(spec)[0] for spec in specs]
+    known = [MetadataCatalog.get(name) for name in names]
+    return [f"{m.name}={m.json_file}:{m.image_root}" for m in known]
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+    name, equals, files = spec.partition("=")
+    json_file, colon, images = files.rpartition(":")
+    if not (name and equals and json_file and colon and images):
+        raise UserError(f"--dataset {spec!r}: give NAME=JSON:IMAGES")
+    return name, json_file, images
+
+
+def given_json(name: str) -> str:
+    """The JSON that a dataset in COCO format was registered with, whether or not it was mended."""
+    known = MetadataCatalog.get(name)
+    return known.get("given_json_file") or known.json_file
+
+
+def _renew(name: str, **values: Any) -> None:
+    """Gives metadata other values, which Detectron2 does not let be set; None takes one away."""
+    known = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog.list() else {}
+    kept = {key: value for key, value in {**known, **values}.items() if value is not None}
+    MetadataCatalog.get(name).set(**kept)
+
+
+def _take(name: str, coco: CheckedCoco) -> None:
+    """Lets a registered dataset be what its JSON was read to be."""
+    known, json_file = MetadataCatalog.get(name), given_json(name)
+    digest, classes = known.get("json_digest"), known.get("thing_classes")
+    if digest == coco.digest:
+        return
+    if digest or classes not in (None, coco.classes):
+        logger.warning("dataset %r: %s has changed and is read anew", name, json_file)
+    if coco.mended and not is_reread(name):
+        raise UserError(
+            f"{json_file}: {coco.mended[0]}. Dataset {name!r} is read by a function of its own, so "
+            f"that this cannot be mended: {CONVERT}"
+        )
+    values = {"json_digest": coco.digest, "given_json_file": json_file}
+    values["json_file"] = _written(coco, json_file) if coco.mended else json_file
+    model_classes = known.get("classes_of_model")
+    _renew(name, **{**_of_no_json(name), **values, "thing_classes": coco.classes})
+    if model_classes is not None and sorted(model_classes) == sorted(coco.classes):
+        number_classes(name, model_classes)
+
+
+def number_classes(name: str, classes: Sequence[str]) -> None:
+    """Has a dataset number its categories in another order than that of their ids.
+
+    Args:
+        name: of a dataset that :func:`is_reread`.
+        classes: names of its categories in that order.
+    """
+    classes = list(classes)
+    _renew(name, thing_classes=classes, classes_of_model=classes)
+
+
+def _of_no_json(name: str) -> dict[str, None]:
+    """What metadata has of a JSON, as :func:`_renew` takes it away."""
+    known = MetadataCatalog.get(name)
+    return dict.fromkeys((*_CLASSES, *(_KEYPOINTS if known.get("described_by_json") else ())))
+
+
+def is_reread(name: str) -> bool:
+    """Whether a dataset is read from the JSON that its metadata names; makes it so if it can."""
+    function = DatasetCatalog[name]
+    if getattr(function, "func", None) is _load:
+        return True
+    if function.__module__ != register_coco_instances.__module__:
+        return False
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, partial(_load, name))
+    return True
+
+
+def _load(name: str) -> list[dict[str, Any]]:
+    """Detectron2's records of a dataset, of its JSON as it is now."""
+    json_file, known = current_json(name), MetadataCatalog.get(name)
+    classes = known.get("classes_of_model")
+    if classes is None:
+        return load_coco_json(json_file, known.image_root, name)
+    # Loaded under another name, whose metadata has the order of the ids.
+    as_it_is = f"{name}, in the order of its ids"
+    try:
+        records = load_coco_json(json_file, known.image_root, as_it_is)
+        numbers = MetadataCatalog.get(as_it_is).thing_dataset_id_to_contiguous_id
+        order = [classes.index(each) for each in MetadataCatalog.get(as_it_is).thing_classes]
+    finally:
+        MetadataCatalog.pop(as_it_is, None)
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = order[annotation["category_id"]]
+    known.thing_dataset_id_to_contiguous_id = {
+        category: order[number] for category, number in numbers.items()
+    }
+    return records
+
+
+def current_json(name: str) -> str:
+    """The JSON of a registered dataset as it is now: read anew if it has changed on disk.
+
+    Args:
+        name: of a dataset in COCO format.
+
+    Raises:
+        UserError: it has changed to what cannot be used.
+    """
+    known = MetadataCatalog.get(name)
+    given, digest = given_json(name), known.get("json_digest")
+    if digest and digest_of(given) != digest:
+        _take(name, read_coco(given, known.image_root, needs=_ANY_USE, files=False))
+    return MetadataCatalog.get(name).json_file
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """For mended JSONs, as long as this process lives."""
+    return tempfile.TemporaryDirectory(prefix="fpn-plugin-")
+
+
+def _written(coco: CheckedCoco, json_file: str) -> str:
+    """Path of a mended JSON."""
+    path = Path(_folder().name, f"{Path(json_file).stem}-{coco.digest[:16]}.json")
+    path.write_text(json.dumps(coco.content), encoding="utf-8")
+    return str(path)
 
 
 def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) -> None:
@@ -98,8 +258,11 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
 
     Raises:
         UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model; or proposals that the config reads are not there.
+            classes than the model; INPUT has a value that no image could be prepared by; its
+            keypoints do not fit, see :func:`check_keypoints`; or
+            proposals that the config reads are not there.
     """
+    check_augmentations(cfg, training=training)
     if training:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -122,8 +285,18 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> None:
     if training:
         check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
     check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
-    key, classes = number_of_classes(cfg)
-    check_classes((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST), key, classes)
+    if cfg.MODEL.KEYPOINT_ON:
+        flip = cfg.INPUT.RANDOM_FLIP
+        check_keypoints(
+            cfg.DATASETS.TRAIN if training else (),
+            cfg.DATASETS.TEST,
+            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
+            flips=() if flip == "none" else (flip,),
+            sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+    # Those that a training evaluates on are matched with its own by name.
+    names = cfg.DATASETS.TRAIN if training else cfg.DATASETS.TEST
+    check_classes(names, *number_of_classes(cfg))
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
@@ -166,7 +339,8 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
     """Refuses datasets with a record that could not be trained on or evaluated.
 
     Looks at every record of those in COCO format, and whether its image is there; images are not
-    opened (tools/check_dataset.py does that).
+    opened (tools/check_dataset.py does that). What can be mended is, as in
+    :func:`register_datasets`.
 
     Args:
         names: of registered datasets.
@@ -180,9 +354,7 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
         json_file, images = metadata.get("json_file"), metadata.get("image_root")
         in_coco = metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg")
         if json_file and images is not None and in_coco and name not in MINI_NAMES:
-            classes = check_coco(json_file, images, needs=needs)
-            if metadata.get("thing_classes") is None:
-                metadata.thing_classes = classes
+            _take(name, read_coco(given_json(name), images, needs=needs))
 
 
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from .shapes import Size
 
-__all__ = ["UNREADABLE", "image_problem", "why_unreadable"]
+__all__ = ["UNREADABLE", "image_problem", "shown_size", "why_unreadable"]
 
 # What Pillow raises on files that are missing, cut off, damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -21,10 +21,14 @@ _FORMATS = (
 )  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _DEEP = ("I", "F")
-_PLAIN = ("1", "L", "P", "RGB")
+# Modes of files without more than this, and values of INPUT.FORMAT that keep no more, or alpha too.
+_GRAY, _COLOURS = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")
+_OF_GRAY, _WITH_ALPHA = ("L", "LA"), ("LA", "RGBA")
 
 
-def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple[str, str]:
+def image_problem(
+    path: str | Path, size: Size | None, *, decode: bool, image_format: str = "BGR"
+) -> tuple[str, str]:
     """What is wrong with an image file.
 
     Args:
@@ -32,6 +36,7 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
         size: width and height that its record states, if any; those of the image turned as its
             EXIF says, as Detectron2 turns it.
         decode: whether to read all of it; otherwise its header is.
+        image_format: INPUT.FORMAT, which it is read in.
 
     Returns:
         The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
@@ -45,28 +50,45 @@ def image_problem(path: str | Path, size: Size | None, *, decode: bool) -> tuple
                 told = f"is of format {image.format}, which is not read: write it as PNG or JPEG"
                 return "image_unreadable", told
             mode = image.mode
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
-                width, height = height, width
+            width, height = _shown_size(image)
+            turned = (width, height) != image.size
             transparent = "A" in image.getbands() or "transparency" in image.info
             frames = getattr(image, "n_frames", 1)
         if mode.startswith(_DEEP):
             told = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
             return "image_depth", f"{told}: write it with 8"
         if decode:
-            height, width = read_image(str(path), format="BGR").shape[:2]
+            height, width = read_image(str(path), format=image_format).shape[:2]
     except UNREADABLE as error:
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):
         told = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
+        if turned and size == (height, width):
+            told += ", its size before it is turned as its EXIF says; boxes are read as shown"
         return "image_other_size", told
-    if transparent:
-        return "image_converted", f"is read without its alpha ({mode})"
+    if transparent and image_format not in _WITH_ALPHA:
+        return "image_converted", f"is {mode}, read as {image_format} without its alpha"
     if frames > 1:
         return "image_converted", f"is read for the first of its {frames} frames alone"
-    if mode not in _PLAIN:
-        return "image_converted", f"is {mode}, read as RGB without a colour profile"
+    if mode not in _GRAY and image_format in _OF_GRAY:
+        return "image_converted", f"is {mode}, read as {image_format}: colours become gray"
+    if mode not in (*_GRAY, *_COLOURS, image_format):
+        return "image_converted", f"is {mode}, read as {image_format} without a colour profile"
     return "", ""
+
+
+def shown_size(path: str | Path) -> Size | None:
+    """Width and height of an image file, turned as its EXIF says; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return _shown_size(image) if image.format in _FORMATS else None
+    except UNREADABLE:
+        return None
+
+
+def _shown_size(image: Image.Image) -> Size:
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def why_unreadable(error: Exception) -> str:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError, read_image
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    annotations_to_instances,
+    read_image,
+)
+from detectron2.structures import BoxMode
 
 from fpn_plugin.errors import UserError
 
 from .image_files import UNREADABLE, image_problem, why_unreadable
+from .keypoints import swapped_keypoints
+from .shapes import Size, box_problem, covers_no_pixel, mask_problem
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
@@ -26,6 +36,20 @@ class ReadableImageMapper(DatasetMapper):
     declared, or annotations that do not fit together.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """What a config says; see :class:`detectron2.data.DatasetMapper`."""
+        # Detectron2 asks the training's datasets for the keypoints' names, even to evaluate.
+        boxes = copy.deepcopy(cfg)
+        if isinstance(boxes, CfgNode):
+            boxes.defrost()
+        boxes.MODEL.KEYPOINT_ON = False
+        parts = super().from_config(boxes, is_train)
+        parts["use_keypoint"] = cfg.MODEL.KEYPOINT_ON
+        if cfg.MODEL.KEYPOINT_ON and is_train:
+            parts["keypoint_hflip_indices"] = swapped_keypoints(cfg.DATASETS.TRAIN)
+        return parts
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps a record; see :class:`detectron2.data.DatasetMapper`.
 
@@ -38,7 +62,9 @@ class ReadableImageMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
-            return super().__call__(_in_floats(dataset_dict) if self.is_train else dataset_dict)
+            mapped = super().__call__(
+                self._prepared(dataset_dict) if self.is_train else dataset_dict
+            )
         except UserError:
             raise
         except SizeMismatchError as error:
@@ -54,36 +80,82 @@ class ReadableImageMapper(DatasetMapper):
                 f"cannot use image {path!r} (image_id {image_id!r}) with its annotations: "
                 f"{why_unreadable(error)} ({_CHECK})"
             ) from error
+        except ImportError as error:
+            raise UserError(
+                f"cropping images with polygon masks (INPUT.CROP) needs {error.name}: pip install "
+                f"{error.name}"
+            ) from error
+        if mapped["image"].dtype == torch.float64:  # of INPUT.FORMAT YUV-BT.601
+            mapped["image"] = mapped["image"].float()
+        return mapped
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
+    ) -> None:
+        if any(record.get("iscrowd", 0) == 0 for record in dataset_dict["annotations"]):
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        # Detectron2 takes boxes anew from masks, which no objects do not have.
+        del dataset_dict["annotations"]
+        dataset_dict["instances"] = annotations_to_instances([], image_shape)
+
+    def _prepared(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """A record of the annotations that are trained on, their boxes and polygons in floats."""
+        if "annotations" not in dataset_dict:
+            return dataset_dict
+        bitmasks = self.use_instance_mask and self.instance_mask_format == "bitmask"
+        size = dataset_dict.get("width"), dataset_dict.get("height")
+        annotations = [
+            _in_floats(annotation)
+            for annotation in dataset_dict["annotations"]
+            if None in size or not _is_nothing(annotation, size, bitmasks)
+        ]
+        return {**dataset_dict, "annotations": annotations}
 
 
-def _in_floats(dataset_dict: dict[str, Any]) -> dict[str, Any]:
-    """A record whose boxes and polygons are floats.
+def _is_nothing(annotation: dict[str, Any], size: Size, bitmasks: bool) -> bool:
+    """Whether training leaves an annotation out as it has no extent in its image.
+
+    tools/check_dataset.py says so by the same rules. Detectron2 would look at the resized box or
+    mask, and then rounding or the drawn scale decides.
+    """
+    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    in_coco = type(box) is list and annotation.get("bbox_mode") == BoxMode.XYWH_ABS
+    if in_coco and box_problem(box, size)[0] in ("box_empty", "box_outside"):
+        return True
+    usable = bitmasks and mask and mask_problem(mask, size) == ("", "")
+    return bool(usable) and covers_no_pixel(mask, size)
+
+
+def _in_floats(given: dict[str, Any]) -> dict[str, Any]:
+    """An annotation whose box and polygons are floats.
 
     Detectron2 resizes those of integers in integer arithmetic: all that lies behind the point of
     the resized coordinates, up to a pixel, would be cut off.
     """
-    annotations = []
-    for given in dataset_dict.get("annotations", ()):
-        annotation = dict(given)
-        if isinstance(annotation.get("bbox"), list):
-            annotation["bbox"] = [float(value) for value in annotation["bbox"]]
-        if isinstance(annotation.get("segmentation"), list):
-            annotation["segmentation"] = [
-                np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
-            ]
-        annotations.append(annotation)
-    return {**dataset_dict, **({"annotations": annotations} if annotations else {})}
+    annotation = dict(given)
+    if isinstance(annotation.get("bbox"), list):
+        annotation["bbox"] = [float(value) for value in annotation["bbox"]]
+    if isinstance(annotation.get("segmentation"), list):
+        annotation["segmentation"] = [
+            np.asarray(polygon, np.float64) for polygon in annotation["segmentation"]
+        ]
+    return annotation
 
 
-def read_image_or_say(path: str | Path) -> np.ndarray:
-    """Reads an image as uint8 BGR ``(H, W, 3)``, turned as its EXIF says.
+def read_image_or_say(path: str | Path, image_format: str = "BGR") -> np.ndarray:
+    """Reads an image as uint8 ``(H, W, C)``, turned as its EXIF says.
+
+    Args:
+        path: of the file.
+        image_format: see :func:`detectron2.data.detection_utils.read_image`.
 
     Raises:
         UserError: it cannot be read.
     """
     _refuse_by_header(path)
     try:
-        return read_image(str(path), format="BGR")
+        return read_image(str(path), format=image_format)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
 

@@ -23,12 +23,16 @@ class Needs:
         keypoints: of each object; 0 for a model without.
         training: whether the data is trained on; otherwise it is evaluated, where annotations
             may be missing altogether, but those of a model with masks must all have one.
+        visible: keypoints that an image must show to be trained on, by a model with keypoints.
+        image_format: INPUT.FORMAT, which images are read in.
     """
 
     max_size: int = 1333
     masks: str = ""
     keypoints: int = 0
     training: bool = True
+    visible: int = 1
+    image_format: str = "BGR"
 
     @staticmethod
     def of(cfg: CfgNode, *, training: bool) -> Needs:
@@ -38,7 +42,9 @@ class Needs:
             max_size=longest or 2**31,  # 0: not limited
             masks=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
             keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+            visible=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
             training=training,
+            image_format=cfg.INPUT.FORMAT,
         )
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ntpath
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .keypoint_names import category_keypoint_problems
 from .needs import BOXES, Needs
-from .problems import Problem, shortened
+from .problems import CONVERT, KINDS, Contents, Problem, shortened
 from .screening import may_break_a_rule
-from .shapes import Size
+from .shapes import Size, is_dropped
 
-__all__ = ["coco_problems", "declared_size", "image_record"]
+__all__ = [
+    "coco_problems", "declared_size", "file_name_problems", "image_record", "records_of",
+    "root_category", "visible_keypoints",
+]  # fmt: skip
 
 _PARTS = ("images", "annotations", "categories")
 _SCREENED_AT_ONCE = 8192
@@ -28,6 +33,7 @@ def coco_problems(
     *,
     needs: Needs = BOXES,
     file_names: bool = True,
+    contents: Contents | None = None,
 ) -> Iterator[Problem]:
     """Whatever is wrong with a COCO JSON; every record is looked at.
 
@@ -36,6 +42,7 @@ def coco_problems(
         advance: called with the number of annotations that were looked at since the last call.
         needs: what the model asks of it.
         file_names: whether file names must stay within a folder.
+        contents: is given what was counted.
 
     Yields:
         Problems of the file, then of its categories, images and annotations.
@@ -55,19 +62,107 @@ def coco_problems(
         if not content[part] and (needs.training or part != "annotations"):
             yield Problem("nothing", "", f"has no {part}")
     yield from _category_problems(content["categories"])
+    root = root_category(content)
+    if root is not None:
+        told = "no annotation has it, and it counts as a class (Roboflow writes such)"
+        where = f"category {shortened(root['id'])}"
+        yield Problem("category_root", where, f"{shortened(root['name'])}: {told}: {CONVERT}")
+    yield from category_keypoint_problems(content["categories"], needs)
     yield from _image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
+    contents = Contents() if contents is None else contents
+    contents.images, contents.classes = len(content["images"]), len(content["categories"])
+    contents.boxes = len(annotations)
     known = Known(
         sizes={record["id"]: declared_size(record) for record in filter(has_id, content["images"])},
         categories={record["id"] for record in filter(has_id, content["categories"])},
         first=first_with(annotations, "id"),
         needs=needs,
     )
+    left_out: dict[int, str] = {}  # why, by index
     for start in range(0, len(annotations), _SCREENED_AT_ONCE):
         rows = annotations[start : start + _SCREENED_AT_ONCE]
         for i in np.flatnonzero(may_break_a_rule(rows, start, known)).tolist():
-            yield from annotation_problems(start + i, rows[i], known)
+            for problem in annotation_problems(start + i, rows[i], known):
+                if KINDS[problem.kind].left_out:
+                    left_out.setdefault(start + i, problem.kind)
+                yield problem
         advance(len(rows))
+    if needs.training and needs.keypoints and needs.visible:
+        yield from _invisible(content["images"], annotations, needs.visible, left_out)
+    if needs.training:
+        contents.trained_on = len(annotations) - len(left_out)
+    yield from _uses(annotations, left_out, needs.training)
+
+
+def _uses(
+    annotations: Sequence[Any], left_out: dict[int, str], training: bool
+) -> Iterator[Problem]:
+    """Whether nothing is left to train on, or to evaluate on."""
+    why = Counter(left_out.values())
+    if not annotations:
+        if not training:
+            yield Problem("nothing_to_find", "", "has no annotations: evaluation gives no AP")
+        return
+    none_left = len(left_out) if training else why["crowd"]
+    if none_left < len(annotations):
+        return
+    reasons = ", ".join(f"{count} {kind}" for kind, count in why.items())
+    use = "train" if training else "evaluate"
+    told = f"has nothing to {use} on: of {len(annotations)} annotations, {reasons}"
+    if why["crowd"]:
+        told += "; CVAT's brush writes iscrowd 1: --convert NEW.json --no-crowds writes 0"
+    yield Problem("nothing", "", told)
+
+
+def _invisible(
+    images: Sequence[Any], annotations: Sequence[Any], least: int, left_out: dict[int, str]
+) -> Iterator[Problem]:
+    """Images that Detectron2 leaves out as they show fewer keypoints; adds what is marked there."""
+    visible: Counter[Any] = Counter()
+    of_image: dict[Any, list[int]] = {}
+    for index, record in enumerate(annotations):
+        image = record.get("image_id") if isinstance(record, dict) else None
+        if type(image) not in (int, str):
+            continue
+        of_image.setdefault(image, []).append(index)
+        visible[image] += visible_keypoints(record)
+    for number, record in enumerate(images):
+        if has_id(record) and record["id"] in of_image and visible[record["id"]] < least:
+            told = f"shows {visible[record['id']]} keypoints; {least} or more are expected"
+            yield Problem("keypoints_invisible", image_record(number, record), told)
+            for index in of_image[record["id"]]:
+                left_out.setdefault(index, "keypoints_invisible")
+
+
+def visible_keypoints(record: dict[str, Any]) -> int:
+    """How many keypoints of an annotation count for its image to be trained on, crowds' too."""
+    keypoints = record.get("keypoints")
+    if type(keypoints) is not list or is_dropped(record.get("segmentation")):
+        return 0
+    return sum(type(visible) in (int, float) and visible > 0 for visible in keypoints[2::3])
+
+
+def records_of(content: Any, part: str) -> list[dict[str, Any]]:
+    """The records of a part of a JSON that are objects, whatever the JSON holds."""
+    records = content.get(part) if type(content) is dict else None
+    return [record for record in records if type(record) is dict] if type(records) is list else []
+
+
+def root_category(content: Any) -> dict[str, Any] | None:
+    """The empty category that Roboflow puts above all others; None if there is none."""
+    categories, annotations = records_of(content, "categories"), records_of(content, "annotations")
+    roots = [category for category in categories if _is_root(category)]
+    if len(roots) != 1 or len(categories) < 2 or not annotations:
+        return None
+    [root] = roots
+    used = any(record.get("category_id") == root["id"] for record in annotations)
+    return None if used else root
+
+
+def _is_root(category: dict[str, Any]) -> bool:
+    named = has_id(category) and type(category.get("name")) is str
+    return named and category.get("supercategory") == "none"
 
 
 def declared_size(record: dict[str, Any]) -> Size | None:
@@ -127,12 +222,12 @@ def _image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> 
         name = record.get("file_name")
         if type(name) is str:
             if file_names:
-                yield from _file_name_problems(where, name)
+                yield from file_name_problems(where, name)
             if first_files[name] != index:
                 yield Problem("file_name_twice", where, f"another image is {shortened(name)} too")
 
 
-def _file_name_problems(where: str, name: str) -> Iterator[Problem]:
+def file_name_problems(where: str, name: str) -> Iterator[Problem]:
     """What is wrong with the path of an image.
 
     It must stay in the image folder: a JSON from elsewhere does not choose which files are read.
@@ -150,7 +245,7 @@ def _file_name_problems(where: str, name: str) -> Iterator[Problem]:
     if ".." in path:
         leads_out = leads_out or os.path.normpath(path).replace("\\", "/").split("/")[0] == ".."
     if leads_out:
-        expected = "expected a path relative to that folder"
+        expected = f"expected a path relative to that folder; if the file is in it, {CONVERT}"
         yield Problem(
             "file_name", where, f"{told}, which leads out of the image folder; {expected}"
         )

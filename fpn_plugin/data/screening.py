@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .annotations import Known
+from .annotations import Known, empty_mask_problem
 from .needs import needs_problem
 from .shapes import NO_EXTENT, ROUNDING, keypoint_problem, mask_problem
 
@@ -65,7 +65,7 @@ def _screen(records: Sequence[dict[str, Any]], start: int, known: Known) -> np.n
             & (np.array(ids, np.int64) >= 1)
             & (areas >= 0)
             & (areas < np.inf)
-            & ((crowds == 0) | (crowds == 1))
+            & (crowds == 0)
             & np.fromiter(map(known.categories.__contains__, categories), bool, count)
             & (np.minimum(width, height) >= NO_EXTENT)
             & (np.minimum(x, y) >= -ROUNDING)
@@ -88,7 +88,10 @@ def _screen(records: Sequence[dict[str, Any]], start: int, known: Known) -> np.n
             clear[i] = False
         if "ignore" in record and record["ignore"] != 0:
             clear[i] = False
-        if more and needs_problem(record, known.needs)[0]:
+        if more and (
+            needs_problem(record, known.needs)[0]
+            or empty_mask_problem(record, sizes[i], known.needs)[0]
+        ):
             clear[i] = False
     if outlines:
         farthest = 2 * pixels[outlines].max(axis=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from .problems import shortened
 
@@ -15,7 +16,11 @@ __all__ = [
     "NUMBER",
     "ROUNDING",
     "Size",
+    "are_pixels",
     "box_problem",
+    "covers_no_pixel",
+    "is_dropped",
+    "is_polygon",
     "keypoint_problem",
     "mask_problem",
 ]
@@ -89,14 +94,39 @@ def mask_problem(given: Any, size: Size | None) -> Found:
     told = f"segmentation is {shortened(given)}"
     if type(given) is not list or any(type(polygon) is not list for polygon in given):
         return "segmentation", f"{told}, expected [[x, y, ...], ...] or an RLE"
-    usable = False
     for polygon in given:
         # Coordinates far outside would be drawn edge by edge, pixel by pixel.
-        if polygon and not _are_pixels(polygon, size):
+        if polygon and not are_pixels(polygon, size):
             where = f"in an image of {size[0]} x {size[1]}" if size else ""
             return "segmentation", f"{told}, which is not all near or inside {where or 'an image'}"
-        usable = usable or (len(polygon) >= 6 and len(polygon) % 2 == 0)
-    return _NOTHING if usable else ("segmentation_unusable", told)
+    return ("segmentation_unusable", told) if is_dropped(given) else _NOTHING
+
+
+def covers_no_pixel(given: Any, size: Size) -> bool:
+    """Whether a mask has no pixel at its image's own size.
+
+    Args:
+        given: polygons or a run-length encoding in which :func:`mask_problem` finds nothing.
+        size: width and height of the image.
+    """
+    if type(given) is dict:
+        compressed = type(given["counts"]) is not list
+        runs = given if compressed else coco_mask.frPyObjects(given, *given["size"])
+        return not coco_mask.area(runs)
+    polygons = [polygon for polygon in given if is_polygon(polygon)]
+    return not any(coco_mask.area(coco_mask.frPyObjects(polygons, size[1], size[0])))
+
+
+def is_polygon(given: Sequence[Any]) -> bool:
+    """Whether a list of coordinates has three points or more; Detectron2 drops others."""
+    return len(given) >= 6 and len(given) % 2 == 0
+
+
+def is_dropped(given: Any) -> bool:
+    """Whether a segmentation is of polygons, but none that Detectron2 takes."""
+    if type(given) is not list or not given:
+        return False
+    return not any(type(polygon) is list and is_polygon(polygon) for polygon in given)
 
 
 def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
@@ -156,14 +186,19 @@ def keypoint_problem(given: Any, size: Size | None) -> Found:
     """
     if given is None or given == []:
         return _NOTHING
-    if type(given) is list and len(given) % 3 == 0 and _are_pixels(given, size):
+    if type(given) is list and len(given) % 3 == 0 and are_pixels(given, size):
         return _NOTHING
     told = f"keypoints are {shortened(given)}, expected [x, y, visible, ...] in pixels"
     return "keypoints", told
 
 
-def _are_pixels(values: Sequence[Any], size: Size | None) -> bool:
-    """Whether all are finite numbers, no farther from the image than its longer side."""
+def are_pixels(values: Sequence[Any], size: Size | None) -> bool:
+    """Whether all are finite numbers, no farther from the image than its longer side.
+
+    Args:
+        values: at least one.
+        size: width and height of the image, where they are known.
+    """
     farthest = 2 * max(size) if size else _FARTHEST
     try:
         # A sum is the fastest way to find a NaN, which compares with nothing.

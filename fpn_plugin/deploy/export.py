@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fpn_plugin.errors import UserError
+from fpn_plugin.modeling import image_channels
 
 from .folding import fold_batch_norms
 from .graph import DetectionGraph, detection_graph
@@ -59,19 +60,20 @@ def exportable(model: nn.Module) -> DetectionGraph:
     return detection_graph(model).eval()
 
 
-def batched(images: Sequence[Tensor], side: int = 64) -> tuple[Tensor, Tensor]:
+def batched(images: Sequence[Tensor], side: int = 64, channels: int = 3) -> tuple[Tensor, Tensor]:
     """Images of several sizes as exported models take them.
 
     Args:
-        images: each ``(3, H, W)``; there may be none.
+        images: each ``(C, H, W)``; there may be none.
         side: least height and width of the batch.
+        channels: C, for a batch without images.
 
     Returns:
-        ``(N, 3, H, W)`` float32, each image at the upper left; int64 ``(N, 2)``, their sizes.
+        ``(N, C, H, W)`` float32, each image at the upper left; int64 ``(N, 2)``, their sizes.
     """
     sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2)
     height, width = torch.cat([sizes, torch.tensor([[side, side]])]).amax(dim=0).tolist()
-    batch = torch.zeros(len(images), 3, height, width)
+    batch = torch.zeros(len(images), channels, height, width)
     for place, image in zip(batch, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     return batch, sizes
@@ -109,7 +111,8 @@ def export_graph(
     # Two images of unlike sides: an exporter takes equal sizes, and sizes of 1, for laws.
     side = 4 * max(graph.model.backbone.size_divisibility, 64)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, side, side + side // 2, generator=generator) * 255
+    channels = image_channels(graph.model)
+    images = torch.rand(2, channels, side, side + side // 2, generator=generator) * 255
     example = (images, torch.tensor([[side, side + side // 2], [side - 9, side]]))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # exporters warn of each size they see in Python

@@ -9,20 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import Boxes, Instances
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.arguments import ToolParser, output_folder
-from fpn_plugin.data import read_image_or_say, register_datasets
+from fpn_plugin.data import channels_first, read_picture, register_datasets, resized_picture
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector, class_names
+from fpn_plugin.modeling import image_channels
 
 from .agreement import Agreement
 from .export import (
@@ -105,6 +104,9 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         except UserError as error:
             problems.append(str(error))
             continue
+        except RuntimeError as error:  # of the file, for an image of a size that it does not take
+            problems.append(f"{path} fails on the images: {(str(error).splitlines() or [''])[0]}")
+            continue
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
         within = found["box (px)"] <= BOX_PX and found["score"] <= SCORE and found["mask"] <= MASK
@@ -118,10 +120,9 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         f"{folder / 'model.json'}. Resizing before, and pasting masks after, is the caller's."
     )
     if "torch_export" in args.formats:
-        coarsest = max(shape.stride for shape in model.backbone.output_shape().values())
         print(
-            f"torch_export's file takes images above {coarsest} px a side: a coarsest level of "
-            "one cell is a case of its own to it."
+            f"torch_export's file takes images above {_coarsest(model)} px a side: a coarsest "
+            "level of one cell is a case of its own to it."
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -135,7 +136,7 @@ def differences(
     Args:
         model: Detectron2's, in evaluation mode.
         exported: as :func:`load_exported` gives it.
-        cases: batches of images ``(3, H, W)`` in the model's channel order; one may be empty.
+        cases: batches of images ``(C, H, W)`` in the model's channel order; one may be empty.
 
     Returns:
         ``detections``, the model's in all; ``other``: those that only one has, see
@@ -146,7 +147,10 @@ def differences(
     for images in cases:
         with torch.no_grad():
             expected = _detected(model, images)
-            boxes, scores, classes, index, *of_masks = exported(*batched(images))
+            # A coarsest level of one cell is a case of its own to torch.export.
+            side = 64 if images else 2 * _coarsest(model)
+            batch = batched(images, side, image_channels(model))
+            boxes, scores, classes, index, *of_masks = exported(*batch)
         # Images beyond those given would be an error of the file's too.
         agreement.extra += int((index >= len(images)).sum())
         for number, theirs in enumerate(expected):
@@ -168,6 +172,10 @@ def differences(
     }
 
 
+def _coarsest(model: nn.Module) -> int:
+    return max(shape.stride for shape in model.backbone.output_shape().values())
+
+
 def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
     """The model's detections, masks as probabilities over their boxes."""
     if not images:
@@ -182,14 +190,8 @@ def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
 
 def _cases(cfg: CfgNode, paths: Sequence[str]) -> list[list[Tensor]]:
     """Each image as the config resizes it; all at once; smaller and narrower ones; none."""
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    images = []
-    for path in paths:
-        pixels = read_image_or_say(Path(path))
-        if cfg.INPUT.FORMAT == "RGB":
-            pixels = pixels[:, :, ::-1]
-        pixels = resize.get_transform(pixels).apply_image(pixels)
-        images.append(torch.tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1).float())
+    pictures = [resized_picture(cfg, read_picture(cfg, path))[0] for path in paths]
+    images = [channels_first(cfg, picture) for picture in pictures]
     first = images[0]
     small = F.interpolate(first[None], scale_factor=0.75, mode="bilinear")[0]
     narrow = first[:, :, : first.shape[2] * 2 // 3]
@@ -200,8 +202,8 @@ def _cases(cfg: CfgNode, paths: Sequence[str]) -> list[list[Tensor]]:
 def _description(cfg: CfgNode, graph: DetectionGraph) -> dict[str, Any]:
     return {
         "input": {
-            "images": f"float32 (N, 3, H, W), {cfg.INPUT.FORMAT}, values 0 to 255, padded right "
-            "and below; N, H and W may vary, N may be 0",
+            "images": f"float32 (N, {image_channels(graph.model)}, H, W), {cfg.INPUT.FORMAT}, "
+            "values 0 to 255, padded right and below; N, H and W may vary, N may be 0",
             "sizes": "int64 (N, 2), height and width of each image without padding",
             "resizing": {
                 "shorter side": cfg.INPUT.MIN_SIZE_TEST,

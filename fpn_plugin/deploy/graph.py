@@ -42,7 +42,7 @@ class DetectionGraph(nn.Module):
         """Detects.
 
         Args:
-            images: ``(N, 3, H, W)``, of any dtype, values 0 to 255, channels in the order of
+            images: ``(N, C, H, W)``, of any dtype, values 0 to 255, channels in the order of
                 INPUT.FORMAT; smaller images padded right and below with anything.
             sizes: int64 ``(N, 2)``, height and width of each image without padding.
 

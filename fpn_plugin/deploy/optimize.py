@@ -18,7 +18,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from torch import Tensor, nn
 
 from fpn_plugin.errors import UserError
-from fpn_plugin.modeling import FeaturePyramidNetwork, PyramidROIPooler
+from fpn_plugin.modeling import FeaturePyramidNetwork, PyramidROIPooler, image_channels
 
 from .convolution import can_fuse, fuse_convolutions, fuse_linears
 from .folding import fold_batch_norms
@@ -85,7 +85,7 @@ def optimize_for_inference(
         tf32: on a GPU, whether float32 may be rounded to TF32 in convolutions and products; None
             leaves it to torch's settings, which allow it in convolutions. See
             docs/performance.md for what that does to detections.
-        example: an image, ``(3, H, W)`` in the model's channel order, values 0 to 255, for a
+        example: an image, ``(C, H, W)`` in the model's channel order, values 0 to 255, for a
             first call, which takes longer than later ones; its time is logged.
 
     Returns:
@@ -165,10 +165,12 @@ def _check(model: nn.Module, dtype: torch.dtype, example: Tensor | None) -> None
         raise UserError(f"dtype {dtype} is none of float32, bfloat16 and float16")
     if example is None:
         return
-    if not isinstance(example, Tensor) or example.ndim != 3 or example.shape[0] != 3:
+    channels = image_channels(model)
+    if not isinstance(example, Tensor) or example.ndim != 3 or example.shape[0] != channels:
         what = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise UserError(
-            f"example is {what}; it must be one image, a tensor (3, H, W) of values 0 to 255"
+            f"example is {what}; it must be one image, a tensor ({channels}, H, W) of values 0 to "
+            "255"
         )
     if isinstance(model, GeneralizedRCNN) and model.proposal_generator is None:
         raise UserError(
@@ -223,7 +225,7 @@ def fold_observed(model: nn.Module, say: _Say) -> None:
     if not fold_batch_norms(bottom_up)[1]:
         return
     generator = torch.Generator().manual_seed(0)
-    example = torch.randn(1, 3, 128, 128, generator=generator)
+    example = torch.randn(1, image_channels(model), 128, 128, generator=generator)
     folded, _ = fold_batch_norms(bottom_up, example=example.to(next(model.parameters()).device))
     _, left = fold_batch_norms(model)
     say("folding what a pass shows", f"{folded} batch norms more, {left} left")
@@ -391,5 +393,5 @@ def _compile(model: nn.Module, say: _Say) -> None:
     sizes = [(1, side, 2 * side), (1, 3 * side, 2 * side), (2, side, 2 * side)]
     with torch.no_grad():
         for images, height, width in sizes:
-            backbone(weight.new_zeros(images, 3, height, width))
+            backbone(weight.new_zeros(images, image_channels(model), height, width))
     say("compiling", f"the backbone, in {time.perf_counter() - started:.0f} s")

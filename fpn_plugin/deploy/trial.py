@@ -15,7 +15,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from fpn_plugin.arguments import ToolParser, at_least
-from fpn_plugin.data import read_image_or_say, register_datasets
+from fpn_plugin.data import read_picture, register_datasets
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import Detector
@@ -85,7 +85,7 @@ def optimize_main(argv: Sequence[str] | None = None) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
     agreement = {name: Agreement() for name in detectors}
     for number, path in enumerate(tqdm(paths, desc="detecting", unit="image")):
-        image = read_image_or_say(path)
+        image = read_picture(cfg, path)
         outputs: dict[str, Instances] = {}
         for _ in range(2 if number == 0 else 1):  # a first call takes longer
             for name, detector in detectors.items():

@@ -11,6 +11,7 @@ from detectron2 import modeling
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 
+from fpn_plugin.data import check_channels
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling.neck import known_norms
 
@@ -29,6 +30,7 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
     Raises:
         UserError: names the key, or says what Detectron2 said.
     """
+    check_channels(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     try:
         yield
     except UserError:

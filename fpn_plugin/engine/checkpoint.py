@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
@@ -25,18 +26,86 @@ from fpn_plugin.unpickling import NO_PICKLE, load_arrays
 
 from .atomic import AtomicWrites, explained_full_disk
 
-__all__ = ["FittingCheckpointer", "read_checkpoint", "weights_of", "write_checkpoint"]
+__all__ = [
+    "FittingCheckpointer",
+    "classes_in",
+    "read_checkpoint",
+    "weights_of",
+    "write_checkpoint",
+]
 
-# Where in a model a tensor lies, and the keys that decide whether it is there and its shape.
+
+@dataclass(frozen=True)
+class _Dependent:
+    """Tensors with a dimension that a model for other data has otherwise.
+
+    Args:
+        names: what their names match from the beginning.
+        axis: the dimension.
+        on: what it depends on.
+        keys: the config keys that decide it.
+    """
+
+    names: str
+    axis: int
+    on: tuple[str, ...]
+    keys: str
+
+
+_BOXES = r"roi_heads\.box_predictor\.(\d+\.)?"  # cascades number their stages
+_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES (lazy: roi_heads.num_classes)"
+_ANCHORS = "MODEL.ANCHOR_GENERATOR (lazy: anchor_generator, num_anchors)"
+# Of all of Detectron2's architectures; FCOS has RetinaNet's names. The last row is for heads of
+# one's own.
+_DEPENDENT = (
+    _Dependent(_BOXES + r"cls_score\.", 0, ("classes",), _CLASSES),
+    _Dependent(
+        _BOXES + r"bbox_pred\.", 0, ("classes",), f"{_CLASSES}, ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
+    ),
+    _Dependent(
+        r"roi_heads\.mask_head\.predictor\.", 0, ("classes",),
+        f"{_CLASSES}, ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
+    ),
+    # A transposed convolution: its weight begins with the dimension of the input.
+    _Dependent(
+        r"roi_heads\.keypoint_head\.score_lowres\.weight", 1, ("keypoints",),
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (lazy: num_keypoints)",
+    ),
+    _Dependent(
+        r"roi_heads\.keypoint_head\.score_lowres\.bias", 0, ("keypoints",),
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (lazy: num_keypoints)",
+    ),
+    _Dependent(
+        r"sem_seg_head\.predictor\.", 0, ("classes",),
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES (lazy: sem_seg_head.num_classes)",
+    ),
+    _Dependent(
+        r"proposal_generator\.rpn_head\.(heads\.\d+\.)?(objectness_logits|anchor_deltas)\.", 0,
+        ("anchors",), _ANCHORS,
+    ),
+    _Dependent(
+        r"head\.cls_score\.", 0, ("classes", "anchors"),
+        f"MODEL.RETINANET.NUM_CLASSES (lazy: num_classes), {_ANCHORS}",
+    ),
+    _Dependent(r"head\.(bbox_pred|ctrness)\.", 0, ("anchors",), _ANCHORS),
+    _Dependent(r".*predictor\.", 0, ("classes",), _CLASSES),
+)  # fmt: skip
+_FIRST_CONVOLUTION = _Dependent(
+    "", 1, ("channels of the image",), "MODEL.PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT"
+)
+
+# Where in a model a tensor lies, and the keys that else decide whether it is there and its shape.
 _MENDED_BY = {
-    "fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
-    "top_block": "MODEL.FPN.TOP_BLOCK",
-    "bottom_up": "MODEL.RESNETS.DEPTH, NORM; MODEL.FPN.BOTTOM_UP",
-    "proposal_generator": "MODEL.ANCHOR_GENERATOR, MODEL.RPN",
-    "predictor": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "box_head": "MODEL.ROI_BOX_HEAD, MODEL.FPN.OUT_CHANNELS",
-    "mask_head": "MODEL.MASK_ON, MODEL.ROI_MASK_HEAD",
-    "keypoint_head": "MODEL.KEYPOINT_ON, MODEL.ROI_KEYPOINT_HEAD",
+    r"fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
+    r"top_block": "MODEL.FPN.TOP_BLOCK, OUT_CHANNELS",
+    r"bottom_up": "MODEL.RESNETS.DEPTH, NORM, NUM_GROUPS, WIDTH_PER_GROUP; MODEL.FPN.BOTTOM_UP",
+    r"^backbone": "MODEL.BACKBONE.NAME; MODEL.RESNETS",
+    r"^proposal_generator": "MODEL.ANCHOR_GENERATOR, MODEL.RPN; MODEL.FPN.OUT_CHANNELS",
+    r"box_head|box_predictor": "MODEL.ROI_BOX_HEAD, MODEL.FPN.OUT_CHANNELS; MODEL.ROI_HEADS.NAME",
+    r"mask_head": "MODEL.MASK_ON, MODEL.ROI_MASK_HEAD",
+    r"keypoint_head": "MODEL.KEYPOINT_ON, MODEL.ROI_KEYPOINT_HEAD",
+    r"^sem_seg_head": "MODEL.SEM_SEG_HEAD",
+    r"^head\.": "MODEL.META_ARCHITECTURE, MODEL.RETINANET, MODEL.FPN.OUT_CHANNELS",
 }
 
 # What reading something else, or looking for weights in it, ends in.
@@ -197,6 +266,26 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str
         raise UserError(f"{path!r} is not a checkpoint: {_first_line(error)}") from error
 
 
+def classes_in(path: str | Path) -> list[str] | None:
+    """Names of the classes that a checkpoint's model was trained on, in its order.
+
+    Args:
+        path: of a file, which need not be there: whoever loads the weights says what is wrong.
+
+    Returns:
+        None where the file does not tell, as those of other programs.
+    """
+    try:
+        _check_kind(str(path), _OF_TORCH_SAVE)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except (*_NO_CHECKPOINT, OSError):
+        return None
+    classes = content.get("classes") if isinstance(content, dict) else None
+    if type(classes) is not list or not all(type(name) is str for name in classes):
+        return None
+    return classes
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -222,16 +311,19 @@ class FittingCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that refuses weights which would leave a model half random, and
     whose files are written aside, put on the disk and then named.
 
-    Starting a training from weights that lack parts (a backbone's, or a detector's of other
-    classes) is ordinary and goes on as in Detectron2, with its warnings. What is refused: a file
-    of which nothing fits; a tensor of another shape anywhere but in a predictor; and, where
-    ``complete`` is asked for, any parameter that the file does not give. No code that a file
-    holds is run: see :func:`read_checkpoint`.
+    Starting a training from weights that lack parts (a backbone's) is ordinary and goes on as in
+    Detectron2, with its warnings. So is one from a detector of other classes, keypoints, anchors
+    or channels of the image: the tensors that depend on their number are left out, and one line
+    says which. What is refused: a file of which nothing fits; a tensor of another shape for any
+    other reason; and, where ``complete`` is asked for or a training is resumed, any parameter that
+    the file does not give. No code that a file holds is run: see :func:`read_checkpoint`.
 
     Args:
         model: the model to load into.
         save_dir: where checkpoints are kept.
         complete: whether a file must give every parameter, as for evaluation.
+        classes: names of the model's classes in its order, kept in each checkpoint; None: not
+            known.
         checkpointables: see :class:`fvcore.common.checkpoint.Checkpointer`.
     """
 
@@ -241,9 +333,11 @@ class FittingCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         complete: bool = False,
+        classes: Sequence[str] | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
+        self._classes = classes
         self._complete = complete
         self._path = ""
         self.path_manager = AtomicWrites(self.path_manager)
@@ -260,6 +354,8 @@ class FittingCheckpointer(DetectionCheckpointer):
         last = self.get_checkpoint_file()
         remedy = "make room, then go on with --resume" + (f" from {last}" if last else "")
         with explained_full_disk(f"checkpoint {name}.pth in {self.save_dir}", remedy):
+            if self._classes is not None:
+                kwargs["classes"] = list(self._classes)
             super().save(name, **kwargs)
 
     def _check_finite(self, name: str) -> None:
@@ -276,7 +372,8 @@ class FittingCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: as :meth:`load`; a last checkpoint that cannot be read, as another program
-                may have left it, is told with those that are beside it.
+                may have left it, or that is of another model, is told with those that are beside
+                it.
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
@@ -373,6 +470,9 @@ class FittingCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = set(checkpoint["model"])
+        state = self.model.state_dict()
+        dependent = _dependent(self.model, state)
+        initial = {key: state[key].clone() for key in dependent}
         try:
             incompatible = super()._load_model(checkpoint)
         except _NO_CHECKPOINT as error:  # matching names, or a tensor without values
@@ -381,28 +481,93 @@ class FittingCheckpointer(DetectionCheckpointer):
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
         # BN counts its batches in a tensor that is never missing.
-        parameters = [k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")]
+        parameters = [k for k in state if not k.endswith("num_batches_tracked")]
         if not set(parameters) - set(missing) - set(wrong):
             raise UserError(
                 f"none of the {len(given)} tensors of {self._path!r} fits this model; the file "
                 f"begins with {sorted(given)[:2]}, the model with {sorted(parameters)[:2]}"
             )
-        for key, (saved, built) in wrong.items():
-            if self._complete or "predictor" not in key:
+        left = {
+            key: dependent[key]
+            for key, shapes in wrong.items()
+            if key in dependent and _differ_in_one(*shapes, dependent[key].axis)
+        }
+        # What does not fit for a reason that no data explains is told first.
+        for key in sorted(wrong, key=lambda key: key in left):
+            if self._complete or key not in left:
+                saved, built = wrong[key]
+                keys = left[key].keys if key in left else _mended_by(key)
                 raise UserError(
                     f"{self._path!r} does not fit in {len(wrong)} tensors: {key} is {saved} in "
-                    f"the file and {built} in the model; see {_mended_by(key)}"
+                    f"the file and {built} in the model; see {keys}"
                 )
         if self._complete and missing:
             raise UserError(
                 f"{self._path!r} lacks {len(missing)} of the model's {len(parameters)} tensors, "
                 f"{', '.join(missing[:3])} among them; see {_mended_by(missing[0])}"
             )
+        if left:
+            # 9 anchors of 3 classes have the shape of 3 anchors of 9: only what depends on one of
+            # the two tells them apart.
+            single = {row.on[0] for row in left.values() if len(row.on) == 1}
+            for key, row in dependent.items():
+                if len(row.on) > 1 and single & set(row.on) and key not in (*left, *missing):
+                    state[key].copy_(initial[key])
+                    left[key] = row
+                    wrong[key] = (tuple(state[key].shape),) * 2
+            self.logger.warning(self._left_out(left, wrong, len(parameters) - len(missing)))
+            # They are told: Detectron2 would warn of each once more.
+            incompatible.incorrect_shapes.clear()
+            incompatible.missing_keys[:] = missing
         return incompatible
+
+    def _left_out(
+        self, left: dict[str, _Dependent], shapes: dict[str, tuple[Any, Any]], of: int
+    ) -> str:
+        """Which tensors were not loaded and why, in one line."""
+        reasons: dict[str, list[str]] = {}
+        for key, row in left.items():
+            saved, built = (shape[row.axis] for shape in shapes[key])
+            reason = f"another number of {' or '.join(row.on)} ({row.keys})"
+            reasons.setdefault(reason, []).append(f"{key} ({saved} in the file, {built} here)")
+        told = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in reasons.items())
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        frozen = [key for key in left if key not in trained]
+        if frozen:
+            told += (
+                f". Frozen, and so random for good: {', '.join(frozen)}; MODEL.BACKBONE.FREEZE_AT "
+                "0 and MODEL.FPN.FREEZE False train all"
+            )
+        return (
+            f"{self._path!r}: {of - len(left)} of {of} tensors are loaded, {len(left)} left out, "
+            f"which start from random values. {told}"
+        )
+
+
+def _dependent(model: nn.Module, state: dict[str, Tensor]) -> dict[str, _Dependent]:
+    """The tensors of a model that depend on its classes, keypoints, anchors or image channels."""
+    found = {
+        key: row
+        for key in state
+        if (row := next((row for row in _DEPENDENT if re.match(row.names, key)), None))
+    }
+    backbone = getattr(model, "backbone", nn.Module())
+    network = getattr(backbone, "bottom_up", backbone)
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        name = next(name for name, module in model.named_modules() if module is first)
+        found[f"{name}.weight"] = _FIRST_CONVOLUTION
+    return found
+
+
+def _differ_in_one(saved: Sequence[int], built: Sequence[int], axis: int) -> bool:
+    """Whether two shapes differ in one dimension only, this one."""
+    places = [i for i, (a, b) in enumerate(zip(saved, built, strict=False)) if a != b]
+    return len(saved) == len(built) and places == [axis]
 
 
 def _mended_by(key: str) -> str:
     for part, config_keys in _MENDED_BY.items():
-        if part in key:
+        if re.search(part, key):
             return config_keys
     return "the config that the weights were trained with"

@@ -209,6 +209,7 @@ def quiet_third_parties() -> None:
         (DeprecationWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
         (UserWarning, r"pkg_resources.*", ""),
         (UserWarning, r"torch\.utils\.data.*", r".*pin_memory.*"),
+        (UserWarning, r"detectron2\.data\..*", r"The given NumPy array is not writable.*"),
         (UserWarning, r"torch\.functional", r"torch\.meshgrid.*"),
         (FutureWarning, r"detectron2\..*", ""),
         (DeprecationWarning, r"detectron2\..*", ""),

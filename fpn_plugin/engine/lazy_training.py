@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data.transforms import RandomFlip
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -28,15 +29,20 @@ from torch.nn.parallel import DistributedDataParallel
 from fpn_plugin import model_zoo
 from fpn_plugin.data import (
     Needs,
+    check_channels,
     check_classes,
     check_datasets,
+    check_keypoints,
     check_proposal_files,
     check_records,
+    class_order,
     ensure_mini_datasets,
     register_datasets,
+    registered_specs,
     train_stream,
 )
 from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.evaluation import DetectionEvaluator
 from fpn_plugin.lazy.checking import check_arguments, check_override_keys, check_override_types
 from fpn_plugin.modeling.fast_training import optimize_for_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
@@ -44,6 +50,7 @@ from fpn_plugin.proposal_files import proposals_read_as_arrays
 from .atomic import explained_full_disk, make_output_dir
 from .changes import check_length, earlier_config_kept
 from .checkpoint import FittingCheckpointer
+from .class_names import match_datasets
 from .cpu_ddp import create_cpu_ddp_model
 from .evaluating import JointEvalHook
 from .exact import ExactResume
@@ -141,17 +148,44 @@ def lazy_main(argv: Sequence[str] | None = None) -> None:
     check_expected("train.expected_results", _expected(cfg), names["test"])
     _check_evaluators(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
+        _check_channels(cfg, f"dataloader.{split}.mapper.image_format")
         check_datasets(names[split], f"dataloader.{split}.dataset.names")
         check_records(names[split], _needs(cfg, split))
-        check_classes(names[split], *_classes(cfg.model))
+        if split == "train" or args.eval_only:  # others are matched with the training's by name
+            check_classes(names[split], *_classes(cfg.model))
         files = cfg.dataloader[split].dataset.get("proposal_files")
         if files is not None:
             key = f"dataloader.{split}.dataset.proposal_files"
             check_proposal_files(names[split], files, key)
+    args.dataset = registered_specs(args.dataset)
+    keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
+    if keypoints:
+        _check_keypoints(cfg, names, keypoints, not args.eval_only)
+    _match_datasets(cfg, args)
     make_output_dir(cfg.train.output_dir, "train.output_dir")
     ensure_mini_datasets(names["train"] + names["test"])
     args.config_file = ""  # Detectron2 would log it as if it were YAML
     launch(_worker, args, cfg.train.device, (cfg, args))
+
+
+def _check_channels(cfg: DictConfig, key: str) -> None:
+    """Refuses images of other channels than the model's."""
+    keys = (key, "model.pixel_mean", "model.pixel_std")
+    image_format, mean, std = (OmegaConf.select(cfg, each) for each in keys)
+    if None not in (image_format, mean, std):  # a config of one's own may go without
+        check_channels(image_format, mean, std, keys)
+
+
+def _match_datasets(cfg: DictConfig, args: argparse.Namespace) -> None:
+    match_datasets(
+        _names(cfg, "train"),
+        _names(cfg, "test"),
+        cfg.train.init_checkpoint,
+        cfg.train.output_dir,
+        resume=args.resume,
+        training=not args.eval_only,
+        classes=_classes(cfg.model)[1],
+    )
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -189,8 +223,40 @@ def _needs(cfg: DictConfig, split: str) -> Needs:
         max_size=min(resized, default=2**31),
         masks=of(f"{mapper}.instance_mask_format", "polygon") if has_masks else "",
         keypoints=of("model.roi_heads.keypoint_head.num_keypoints", 0),
+        visible=of("dataloader.train.dataset.min_keypoints", 0) if split == "train" else 1,
         training=split == "train",
     )
+
+
+def _check_keypoints(
+    cfg: DictConfig, names: dict[str, list[str]], keypoints: int, training: bool
+) -> None:
+    flips = [
+        way
+        for node in OmegaConf.select(cfg, "dataloader.train.mapper.augmentations") or ()
+        if OmegaConf.is_dict(node) and _is_target(node, RandomFlip)
+        for way, otherwise in (("horizontal", True), ("vertical", False))
+        if node.get(way, otherwise)
+    ]
+    evaluators = cfg.dataloader.get("evaluator")
+    sigmas = [
+        node.get("kpt_oks_sigmas")
+        for node in (evaluators if OmegaConf.is_list(evaluators) else [evaluators])
+        if OmegaConf.is_dict(node) and _is_target(node, DetectionEvaluator)
+    ]
+    check_keypoints(
+        names["train"] if training else (),
+        names["test"] if sigmas else (),
+        keypoints,
+        flips=flips,
+        sigmas=next(filter(None, sigmas), ()),
+    )
+
+
+def _is_target(node: DictConfig, target: type) -> bool:
+    """Whether a node makes this class, as LazyCall or a YAML names it."""
+    given = node.get("_target_")
+    return given is target or str(given).rpartition(".")[2] == target.__name__
 
 
 def _classes(model: DictConfig) -> tuple[str, int | None]:
@@ -253,6 +319,7 @@ def _worker(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
+    _match_datasets(cfg, args)
     folder = cfg.train.output_dir
     with proposals_read_as_arrays():
         with earlier_config_kept(folder, always=args.eval_only):
@@ -302,7 +369,8 @@ def _training(cfg: DictConfig, resume: bool) -> Callable[[], dict[str, Any]]:
     if train.amp.enabled:
         settle_precision(trainer, train.amp.get("dtype", "float16"), "train.amp.dtype")
     scales = train.amp.enabled and trainer.grad_scaler.is_enabled()
-    checkpointer = FittingCheckpointer(model, train.output_dir, trainer=trainer)
+    classes = class_order(_names(cfg, "train")[0])
+    checkpointer = FittingCheckpointer(model, train.output_dir, classes=classes, trainer=trainer)
     watch = LossWatch(
         model,
         "a lower optimizer.lr or a longer lr_multiplier.warmup_length",

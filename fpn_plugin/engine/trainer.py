@@ -24,7 +24,6 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, defaults
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -35,8 +34,9 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
-from fpn_plugin.data import ReadableImageMapper, train_stream
+from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
 from fpn_plugin.errors import UserError
+from fpn_plugin.evaluation import DetectionEvaluator
 from fpn_plugin.lazy.training import dataset_node
 from fpn_plugin.modeling.fast_training import optimize_for_training
 from fpn_plugin.proposal_files import proposals_read_as_arrays
@@ -61,9 +61,9 @@ __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 class FPNTrainer(DefaultTrainer):
     """DefaultTrainer that evaluates COCO-format datasets and also trains in processes on the CPU.
 
-    Detection is evaluated with COCOEvaluator; a model that gives proposals alone (RPN) is
-    evaluated by their recall. An image that cannot be read and weights that do not fit are a
-    :class:`UserError`. A resumed run is the run that was cut, see :class:`ExactResume`. When
+    Detection is evaluated with :class:`DetectionEvaluator`; a model that gives proposals alone
+    (RPN) is evaluated by their recall. An image that cannot be read and weights that do not fit
+    are a :class:`UserError`. A resumed run is the run that was cut, see :class:`ExactResume`. When
     training ends, ``loss_curve.png`` lies in OUTPUT_DIR.
 
     Args:
@@ -80,7 +80,10 @@ class FPNTrainer(DefaultTrainer):
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
         self.checkpointer = FittingCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self._trainer.model,
+            self.cfg.OUTPUT_DIR,
+            classes=class_order(self.cfg.DATASETS.TRAIN[0]),
+            trainer=weakref.proxy(self),
         )
         hooks: list[HookBase | None] = []
         for hook in super().build_hooks():
@@ -181,12 +184,16 @@ class FPNTrainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """COCOEvaluator, which infers from predictions whether to evaluate boxes, masks,
+        """DetectionEvaluator, which infers from predictions whether to evaluate boxes, masks,
         keypoints or proposals; for panoptic datasets, Detectron2's two others as well.
         """
         output = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        coco = COCOEvaluator(dataset_name, output_dir=output, kpt_oks_sigmas=sigmas)
+        coco = DetectionEvaluator(
+            dataset_name,
+            output_dir=output,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
         if MetadataCatalog.get(dataset_name).get("evaluator_type") != "coco_panoptic_seg":
             return coco
         parts = [SemSegEvaluator(dataset_name, output_dir=output), coco]
@@ -307,12 +314,19 @@ def results_table(results: dict[str, Any]) -> str:
         results: ``{task: {metric: value}}``, or that by dataset where there are several.
     """
     tables = []
-    for name, metrics in _tasks(results):
+    found = list(_tasks(results))
+    for name, metrics in found:
         overall = {key: value for key, value in metrics.items() if "-" not in key}
         table = tabulate(
             [list(overall.values())], headers=list(overall), tablefmt="github", floatfmt=".1f"
         )
         tables.append(f"{name}\n\n{table}\n")
+    if any("@" in name for name, _ in found):
+        tables.append(
+            "Where a task is there twice, the first is COCO's, which takes at most 100 detections "
+            "of a category in an image, and 20 with keypoints. The one with @ takes all that the "
+            "model may give for an image.\n"
+        )
     return "\n".join(tables)
 
 

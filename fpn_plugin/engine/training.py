@@ -11,7 +11,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from fpn_plugin.arguments import ToolParser, at_least, dist_url
-from fpn_plugin.data import check_config_datasets, ensure_mini_datasets, register_datasets
+from fpn_plugin.data import (
+    check_config_datasets,
+    ensure_mini_datasets,
+    number_of_classes,
+    register_datasets,
+    registered_specs,
+)
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.arguments import add_optimize_argument, optimize_dtype, print_steps
 from fpn_plugin.errors import UserError
@@ -19,6 +25,7 @@ from fpn_plugin.errors import UserError
 from .atomic import explained_full_disk, make_output_dir
 from .changes import earlier_config_kept
 from .checkpoint import FittingCheckpointer
+from .class_names import match_datasets
 from .expectations import check_augmentation, check_expected, verify_expected
 from .launch import launch
 from .settings import check_seed, check_solver, find_config_file, load_config, settle_device
@@ -98,8 +105,10 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
     register_datasets(args.dataset, checked=True)  # by the next line
     check_config_datasets(cfg, training=not args.eval_only)
+    args.dataset = registered_specs(args.dataset)
     if not args.eval_only and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
+    _match_datasets(cfg, args)
     make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     cfg.freeze()
@@ -138,9 +147,22 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
         _run(cfg, args)
 
 
+def _match_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
+    match_datasets(
+        cfg.DATASETS.TRAIN,
+        cfg.DATASETS.TEST,
+        cfg.MODEL.WEIGHTS,
+        cfg.OUTPUT_DIR,
+        resume=args.resume,
+        training=not args.eval_only,
+        classes=number_of_classes(cfg)[1],
+    )
+
+
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Started processes begin with what an import registers.
     register_datasets(args.dataset, checked=True)
+    _match_datasets(cfg, args)
     with earlier_config_kept(cfg.OUTPUT_DIR, always=args.eval_only):
         default_setup(cfg, args)
         trainer = None if args.eval_only else FPNTrainer(cfg)

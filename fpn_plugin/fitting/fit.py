@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from fpn_plugin.arguments import ToolParser, output_folder
-from fpn_plugin.data import register_datasets
+from fpn_plugin.data import Needs, register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError
 
@@ -190,5 +190,6 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
-    fit = fit_pyramid(cfg, read_ground_truth(sources, "--data" if args.data else "DATASETS.TRAIN"))
+    key = "--data" if args.data else "DATASETS.TRAIN"
+    fit = fit_pyramid(cfg, read_ground_truth(sources, Needs.of(cfg, training=True), key))
     print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))

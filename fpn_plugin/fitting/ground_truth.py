@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from fpn_plugin.data import check_datasets, ensure_mini_datasets
+from fpn_plugin.data import Needs, check_datasets, current_json, ensure_mini_datasets
+from fpn_plugin.data.annotations import empty_mask_problem
+from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
+from fpn_plugin.data.mending import mended_annotation, other_id
+from fpn_plugin.data.needs import BOXES
+from fpn_plugin.data.problems import CONVERT, KINDS
+from fpn_plugin.data.records import visible_keypoints
+from fpn_plugin.data.shapes import NO_EXTENT, Size, is_dropped
 from fpn_plugin.errors import UserError
 
 from .json_stream import JsonStream
@@ -26,9 +35,17 @@ LEFT_OUT = {
     "crowd": "marked iscrowd",
     "ignored": "marked ignore",
     "not_finite": "a coordinate is NaN or infinite",
-    "zero_area": "width or height is 0 or less",
+    "zero_area": "width or height is 0 or less, or next to it",
     "out_of_image": "no part of it lies in the image",
+    "segmentation_unusable": "no polygon of three points",
+    "mask_empty": "the mask has no pixel",
+    "keypoints_invisible": "the image does not show enough keypoints",
 }
+# The other reasons are a record's own values, whatever its box.
+_OF_BOX = ("not_finite", "zero_area", "out_of_image")
+_NUMBER = frozenset({int, float})
+_FLAG_TYPES = (int, bool, type(None))
+_FLAGS = [name for name in LEFT_OUT if name not in _OF_BOX]
 
 
 @dataclass(frozen=True)
@@ -65,17 +82,20 @@ class GroundTruth:
         return replace(self, boxes=self.boxes[kept], image=image, shapes=self.shapes[chosen])
 
 
-def read_ground_truth(sources: Sequence[str], key: str = "--data") -> GroundTruth:
+def read_ground_truth(
+    sources: Sequence[str], needs: Needs = BOXES, key: str = "--data"
+) -> GroundTruth:
     """Reads the boxes of datasets, with a progress bar.
 
     Args:
         sources: each a registered dataset or the path of a COCO instances JSON; taken together.
-        key: what names them, for messages.
+        needs: what the model asks of the data, which decides what it is trained on.
+        key: what names the sources, for messages.
 
     Raises:
         UserError: a source that is neither, is not COCO, or has no box left.
     """
-    raw = _Raw()
+    raw = _Raw(needs)
     for source in sources:
         if Path(source).is_file():
             _read_json(Path(source), raw)
@@ -84,9 +104,8 @@ def read_ground_truth(sources: Sequence[str], key: str = "--data") -> GroundTrut
             raise UserError(f"{key} names {source!r}, and there is no such file")
         check_datasets([source], key)
         ensure_mini_datasets([source])
-        json_file = MetadataCatalog.get(source).get("json_file")
-        if json_file:
-            _read_json(Path(json_file), raw)
+        if MetadataCatalog.get(source).get("json_file"):
+            _read_json(Path(current_json(source)), raw)
         else:
             _read_records(source, raw)
     return raw.finish(", ".join(sources))
@@ -95,7 +114,8 @@ def read_ground_truth(sources: Sequence[str], key: str = "--data") -> GroundTrut
 class _Raw:
     """Boxes as they are read, in arrays that hold a million in tens of megabytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
         self.boxes, self.image, self.flags = array("d"), array("q"), array("b")
         self.shapes = array("q")
         self.categories: set[int | None] = set()
@@ -103,6 +123,10 @@ class _Raw:
     @property
     def num_images(self) -> int:
         return len(self.shapes) // 2
+
+    def size(self, image: int | None) -> Size | None:
+        """Width and height of an image, if it has been read."""
+        return None if image is None else (self.shapes[2 * image + 1], self.shapes[2 * image])
 
     def finish(self, source: str) -> GroundTruth:
         """Sorts the boxes out.
@@ -116,14 +140,16 @@ class _Raw:
         shapes = np.frombuffer(self.shapes, np.int64).reshape(-1, 2)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         limits = np.tile(shapes[:, ::-1], 2)[image] if len(boxes) else np.zeros((0, 4))
+        self._check_layout(source, boxes, shapes[image, ::-1])
         inside = np.clip(corners, 0, limits)  # NaN stays NaN
-        reasons = {
-            "crowd": flags == 1,
-            "ignored": flags == 2,
+        by_flag = {name: flags == number for number, name in enumerate(_FLAGS, 1)}
+        by_box = {
             "not_finite": ~np.isfinite(corners).all(axis=1),
-            "zero_area": (boxes[:, 2:] <= 0).any(axis=1),
-            "out_of_image": (inside[:, 2:] <= inside[:, :2]).any(axis=1),
+            "zero_area": boxes[:, 2:].min(axis=1) < NO_EXTENT,
+            "out_of_image": np.hstack([corners[:, 2:], limits[:, :2] - corners[:, :2]]).min(axis=1)
+            < NO_EXTENT,
         }
+        reasons = {name: (by_flag | by_box)[name] for name in LEFT_OUT}
         kept = np.ones(len(boxes), bool)
         left_out = {}
         for name, applies in reasons.items():
@@ -136,16 +162,28 @@ class _Raw:
         [categories] = self.categories if len(self.categories) == 1 else [None]
         return GroundTruth(inside[kept], image[kept], shapes, left_out, clipped, categories)
 
+    @staticmethod
+    def _check_layout(source: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
+        """Refuses boxes that training refuses for the way they are written."""
+        finite = np.isfinite(boxes).all(axis=1)
+        layout = box_layout(boxes[finite], sizes[finite])
+        if layout.kind and KINDS[layout.kind].refused:
+            told = f"{source} has boxes that look like {layout}"
+            raise UserError(f"{told}; expected {COCO_LAYOUT}: {CONVERT}")
+
 
 def _read_json(path: Path, raw: _Raw) -> None:
     """Adds the boxes of a COCO JSON."""
     index: dict[Any, int] = {}
     image_ids: list[Any] = []  # of boxes; images may come after them
+    first, visible = len(raw.flags), Counter()
     found = set()
     categories = None
     try:
+        with path.open("rb") as file:
+            encoding = json.detect_encoding(file.read(4))
         with (
-            path.open(encoding="utf-8-sig") as stream,  # some editors begin a file with its mark
+            path.open(encoding=encoding) as stream,
             tqdm(
                 total=path.stat().st_size,
                 desc=f"reading {path.name}",
@@ -159,7 +197,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
                 if key == "images":
                     _read_images(path, parts.items(), index, raw)
                 elif key == "annotations":
-                    _read_annotations(path, parts.items(), image_ids, raw)
+                    _read_annotations(path, parts.items(), index, image_ids, visible, raw)
                 elif key == "categories":
                     categories = sum(1 for _ in parts.items())
                 found.add(key)
@@ -175,11 +213,13 @@ def _read_json(path: Path, raw: _Raw) -> None:
                 f"{path} is not COCO: it has no list {key!r}; it has {', '.join(sorted(found))}"
             )
     raw.categories.add(categories)
-    try:
-        raw.image.extend([index[image_id] for image_id in image_ids])
-    except KeyError as error:
-        told = _shown(error.args[0])
-        raise UserError(f"{path}: no image has id {told}, which a box names") from None
+    for number, image_id in enumerate(image_ids, first):
+        known = image_id if image_id in index else other_id(image_id, index)
+        if known is None:
+            raise UserError(f"{path}: no image has id {_shown(image_id)}, which a box names")
+        raw.image.append(index[known])
+        if raw.needs.keypoints and visible[image_id] < raw.needs.visible and not raw.flags[number]:
+            raw.flags[number] = 1 + _FLAGS.index("keypoints_invisible")
 
 
 def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw: _Raw) -> None:
@@ -203,20 +243,58 @@ def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw:
         raw.shapes.extend((height, width))
 
 
-def _read_annotations(path: Path, records: Iterable[Any], image_ids: list[Any], raw: _Raw) -> None:
+def _read_annotations(
+    path: Path,
+    records: Iterable[Any],
+    index: dict[Any, int],
+    image_ids: list[Any],
+    visible: Counter[Any],
+    raw: _Raw,
+) -> None:
     for number, record in enumerate(records):
         try:
+            if not _is_whole(record):
+                mended_annotation(record)
             x, y, width, height = record["bbox"]
             raw.boxes.extend((x, y, width, height))
-            hash(record["image_id"])  # a list would be found too late to name the record
-            image_ids.append(record["image_id"])
-            crowd, ignored = record.get("iscrowd"), record.get("ignore")
+            image_id = record["image_id"]
+            hash(image_id)  # a list would be found too late to name the record
+            image_ids.append(image_id)
+            flag = _flag(record, raw.needs, raw.size(index.get(image_id)))
+            if raw.needs.keypoints:
+                visible[image_id] += visible_keypoints(record)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise UserError(
                 f"{path}: annotations[{number}] lacks an image_id, or a bbox that is [x, y, width, "
                 f"height] in pixels: {_shown(record)}"
             ) from None
-        raw.flags.append(1 if crowd else 2 if ignored else 0)
+        raw.flags.append(1 + _FLAGS.index(flag) if flag else 0)
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether there is nothing to mend in what is read of an annotation; most are so."""
+    box = record.get("bbox")
+    return (
+        type(box) is list
+        and _NUMBER.issuperset(map(type, box))
+        and type(record.get("iscrowd")) in _FLAG_TYPES
+    )
+
+
+def _flag(record: dict[str, Any], needs: Needs, size: Size | None) -> str:
+    """Why an annotation is not trained on, whatever its box: one of the flags, or ""."""
+    if record.get("iscrowd"):
+        return "crowd"
+    if record.get("ignore"):
+        return "ignored"
+    mask = record.get("segmentation")
+    if not mask:
+        return ""
+    if is_dropped(mask):
+        return "segmentation_unusable"
+    # Of images that come after their annotations it cannot be said.
+    kind, _ = empty_mask_problem(record, size, needs)
+    return kind
 
 
 def _shown(record: object) -> str:

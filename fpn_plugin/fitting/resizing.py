@@ -8,7 +8,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.data import check_resizing
 
 from .ground_truth import GroundTruth
 
@@ -38,35 +38,15 @@ class ResizeRule:
         Raises:
             UserError: a range that is not two lengths, or lengths that no image can have.
         """
+        check_resizing(cfg, training=training)
         if not training:
-            edges = (int(cfg.INPUT.MIN_SIZE_TEST),)
-            return cls(edges, int(cfg.INPUT.MAX_SIZE_TEST))._checked("TEST")
+            return cls((int(cfg.INPUT.MIN_SIZE_TEST),), int(cfg.INPUT.MAX_SIZE_TEST))
         given = cfg.INPUT.MIN_SIZE_TRAIN
         edges = (given,) if isinstance(given, int) else tuple(given)
         if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not isinstance(given, int):
-            if len(edges) != 2 or edges[0] > edges[1]:
-                raise UserError(
-                    f"INPUT.MIN_SIZE_TRAIN is {edges}; with MIN_SIZE_TRAIN_SAMPLING range it must "
-                    "be (least, largest)"
-                )
             count = min(_MOST_SIZES, edges[1] - edges[0] + 1)
             edges = tuple(int(edge) for edge in np.linspace(*edges, count).round())
-        if not edges:
-            raise UserError("INPUT.MIN_SIZE_TRAIN is empty: name at least one length")
-        return cls(edges, int(cfg.INPUT.MAX_SIZE_TRAIN))._checked("TRAIN")
-
-    def _checked(self, split: str) -> ResizeRule:
-        if min(self.short_edges) < 0:
-            raise UserError(
-                f"INPUT.MIN_SIZE_{split} has {min(self.short_edges)}; expected lengths in pixels "
-                "above 0, or 0 to leave images as they are"
-            )
-        if self.max_size <= 0 and self.resizes:
-            raise UserError(
-                f"INPUT.MAX_SIZE_{split} is {self.max_size}, which leaves no pixel of an image; "
-                "expected the most that the longer side may have, as 1333, or 100000 for no limit"
-            )
-        return self
+        return cls(edges, int(cfg.INPUT.MAX_SIZE_TRAIN))
 
     @property
     def resizes(self) -> bool:

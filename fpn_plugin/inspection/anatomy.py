@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpn_plugin.modeling import image_channels
+
 from .flops import FlopCountAnalysis
 from .level_observer import box_pooling
 
@@ -126,7 +128,8 @@ def anatomy(
         detections = _most_detections(model)
     divisor = max(model.backbone.size_divisibility, 1)
     padded = tuple(math.ceil(side / divisor) * divisor for side in input_size)
-    image = torch.zeros(1, 3, *padded, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    image = torch.zeros(1, image_channels(model), *padded, device=device)
     with torch.no_grad():
         maps = model.backbone(image)
     pooled, pooler = box_pooling(heads) if heads is not None else ([], None)

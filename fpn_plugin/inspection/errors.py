@@ -21,7 +21,6 @@ MISS_KINDS = ("score too low", "wrong class", "poorly placed", "not seen")
 FALSE_ALARM_KINDS = ("duplicate", "wrong class", "poorly placed", "background")
 _FOUND_IOU = 0.5
 _NEAR_IOU = 0.1
-_MOST_DETECTIONS = 100  # of an image, as COCO counts
 
 LevelOf = Callable[[tuple[float, float, float, float], int], str]
 Box = tuple[float, float, float, float]
@@ -161,7 +160,7 @@ def _matched(
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.iouThrs = np.array([_FOUND_IOU])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [_MOST_DETECTIONS]
+        evaluation.params.maxDets = [len(results)]  # all: what COCO leaves out is no miss
         evaluation.evaluate()
     objects: list[dict[str, Any]] = []
     detections: dict[int, dict[str, Any]] = {}

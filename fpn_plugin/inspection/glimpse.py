@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
+from fpn_plugin.data import channels_first, resized_picture, rgb_of
 from fpn_plugin.errors import UserError
 from fpn_plugin.inference import recorded_levels
 from fpn_plugin.modeling import assign_levels
@@ -38,26 +39,27 @@ class Regions:
         levels: N names, "p2" for example; "" where a box has none.
         scores: float32 ``(N,)``: of detections; objectness logits of proposals; 1 otherwise.
         classes: int64 ``(N,)``; -1 where there are none.
+        keypoints: float32 ``(N, K, 2)``, x and y in the same pixels; None where there are none.
     """
 
     boxes: Tensor
     levels: tuple[str, ...]
     scores: Tensor
     classes: Tensor
+    keypoints: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.levels)
 
     def first(self, count: int) -> Regions:
         """The first so many."""
-        return Regions(
-            self.boxes[:count], self.levels[:count], self.scores[:count], self.classes[:count]
-        )
+        return self.chosen(torch.arange(len(self)) < count)
 
     def chosen(self, keep: Tensor) -> Regions:
         """Those that a boolean ``(N,)`` says."""
         levels = tuple(v for v, kept in zip(self.levels, keep.tolist(), strict=True) if kept)
-        return Regions(self.boxes[keep], levels, self.scores[keep], self.classes[keep])
+        points = None if self.keypoints is None else self.keypoints[keep]
+        return Regions(self.boxes[keep], levels, self.scores[keep], self.classes[keep], points)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def glimpse(
     Args:
         model: trained, in evaluation mode.
         cfg: its config, for the resizing and the order of channels.
-        image: uint8 BGR ``(H, W, 3)``.
+        image: as :func:`fpn_plugin.data.read_picture` reads it for that config.
         annotations: Detectron2's, in pixels of ``image``; they are not changed.
 
     Raises:
@@ -143,15 +145,12 @@ def glimpse(
             "the model reads its proposals from a file (MODEL.PROPOSAL_GENERATOR.NAME "
             "PrecomputedProposals); an image alone is not enough for it"
         )
-    shortest = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    transform = shortest.get_transform(image)
-    resized = transform.apply_image(image)
+    resized, transform = resized_picture(cfg, image)
     height, width = resized.shape[:2]
-    pixels = resized[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else resized
-    tensor = torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
     seen: dict[str, Any] = {}
     with _watched(model, seen), recorded_levels(model):
-        [output] = model([{"image": tensor, "height": height, "width": width}])
+        given = {"image": channels_first(cfg, resized), "height": height, "width": width}
+        [output] = model([given])
     strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
     names = sorted(strides, key=lambda name: strides[name])
     truths = matched = None
@@ -160,7 +159,7 @@ def glimpse(
         truths = _regions(wanted.gt_boxes.tensor, [""] * len(wanted), None, wanted.gt_classes)
         matched = _matched(model, seen, wanted)
     return Glimpse(
-        image=np.ascontiguousarray(resized[:, :, ::-1]),
+        image=rgb_of(cfg, resized),
         features={
             name: seen["maps"][name][0, :, : -(-height // s), : -(-width // s)].float().cpu()
             for name in names
@@ -271,7 +270,10 @@ def _detections(model: nn.Module, output: dict[str, Any]) -> Regions | None:
             levels = [names[k - pooler.min_level] for k in found.pyramid_level.tolist()]
         elif len(names) == 1:
             levels = names * len(found)
-    return _regions(found.pred_boxes.tensor, levels, found.scores, found.pred_classes)
+    regions = _regions(found.pred_boxes.tensor, levels, found.scores, found.pred_classes)
+    if not found.has("pred_keypoints"):
+        return regions
+    return replace(regions, keypoints=found.pred_keypoints[:, :, :2].cpu().float())
 
 
 def _labels(

@@ -14,10 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpn_plugin.arguments import ToolParser, at_least, between, output_folder
-from fpn_plugin.data import ensure_mini_datasets, read_image_or_say, register_datasets
+from fpn_plugin.data import (
+    class_order,
+    ensure_mini_datasets,
+    follow_classes,
+    read_picture,
+    register_datasets,
+)
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
-from fpn_plugin.inference import Detector, class_names
+from fpn_plugin.inference import Detector, class_names, keypoint_layout
 from fpn_plugin.inputs import GivenImage, add_input_arguments, given_images
 from fpn_plugin.visualization.contributions import contributions, draw_contributions
 from fpn_plugin.visualization.features import draw_features
@@ -91,8 +97,11 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
     register_datasets(args.dataset)
     if args.ground_truth:
         ensure_mini_datasets([args.ground_truth])
-    images = given_images(args)
     models = _models(args)
+    names = class_names(models[0].cfg)
+    if args.ground_truth and sorted(class_order(args.ground_truth) or ()) == sorted(names):
+        follow_classes([args.ground_truth], names, "the model")
+    images = given_images(args)
     labels = [model.label for model in models]
     output = Path(args.output)
     seen_by: list[list[Glimpse]] = [[] for _ in models]
@@ -145,7 +154,7 @@ def _models(args: argparse.Namespace) -> list[_Model]:
 
 
 def _look(model: _Model, given: GivenImage) -> Glimpse:
-    image = read_image_or_say(given.path)
+    image = read_picture(model.cfg, given.path)
     return glimpse(model.detector.model, model.cfg, image, given.annotations)
 
 
@@ -160,7 +169,10 @@ def _draw(
         draw_features(seen, labels, folder / "norms.png", kinds=["norm"])
     if any(one.proposed is not None or one.detections is not None for one in seen):
         names = class_names(models[0].cfg)
-        draw_pooling(seen, labels, folder / "pooling.png", args.proposals, args.threshold, names)
+        layout = keypoint_layout(models[0].cfg)
+        draw_pooling(
+            seen, labels, folder / "pooling.png", args.proposals, args.threshold, names, layout
+        )
     drawn: list[Tensor] = []
     for one, label in zip(seen, labels, strict=True):
         # Anchors do not depend on weights: models of one config have the same.

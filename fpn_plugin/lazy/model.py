@@ -80,8 +80,9 @@ def build_network(
         builder: its name there.
         freeze_at: MODEL.BACKBONE.FREEZE_AT.
         input_format: as the model's; networks of timm and torchvision read it.
-        pixel_mean: likewise; Detectron2's default by default.
-        pixel_std: likewise.
+        pixel_mean: as the model's, a value for each channel of an image; Detectron2's default by
+            default. Networks of timm and torchvision read the values.
+        pixel_std: as the model's; networks of timm and torchvision read it.
         nodes: nodes under MODEL with the keys that differ from their defaults, for example
             ``RESNETS={"DEPTH": 101}``.
     """
@@ -103,7 +104,7 @@ def build_network(
                 f"{builder} is given {node!r}, no node under MODEL: {near_names(node, known_nodes)}"
             )
         _set_keys(cfg, node, keys)
-    return BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3))
+    return BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
 
 
 def _defaults() -> CfgNode:
@@ -273,17 +274,19 @@ def _changed(cfg: CfgNode, node: str) -> dict[str, Any]:
     return {k: v for k, v in cfg.MODEL[node].items() if v != defaults[k]}
 
 
-def _network(cfg: CfgNode, builder: str, features: list[str] | str) -> DictConfig:
+def _network(cfg: CfgNode, builder: str, features: list[str] | str, model: str) -> DictConfig:
+    """A bottom-up network; ``model`` are as many dots as lead to the model's node."""
     if builder not in _NODES:
         raise UserError(
             f"MODEL.FPN.BOTTOM_UP {builder!r} has no lazy form here; those that have: "
             f"{', '.join(_NODES)}. Give model.backbone.bottom_up a node of your own"
         )
-    node, pixels = _NODES[builder], {}
+    node = _NODES[builder]
+    pixels = {"pixel_mean": f"${{{model}pixel_mean}}"}  # as many as an image has channels
     if node != "RESNETS":  # these put the model's normalisation into their own
-        pixels = {"pixel_mean": "${...pixel_mean}", "pixel_std": "${...pixel_std}"}
+        pixels["pixel_std"] = f"${{{model}pixel_std}}"
         has_format = cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork"
-        pixels["input_format"] = "${...input_format}" if has_format else cfg.INPUT.FORMAT
+        pixels["input_format"] = f"${{{model}input_format}}" if has_format else cfg.INPUT.FORMAT
     return L(build_network)(
         builder=builder,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -295,10 +298,11 @@ def _network(cfg: CfgNode, builder: str, features: list[str] | str) -> DictConfi
 def _backbone(cfg: CfgNode) -> DictConfig:
     if not _has_pyramid(cfg):
         known({"build_resnet_backbone": None}, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-        return _network(cfg, cfg.MODEL.BACKBONE.NAME, list(cfg.MODEL.RESNETS.OUT_FEATURES))
+        features = list(cfg.MODEL.RESNETS.OUT_FEATURES)
+        return _network(cfg, cfg.MODEL.BACKBONE.NAME, features, "..")
     fpn = cfg.MODEL.FPN
     return L(build_pyramid)(
-        bottom_up=_network(cfg, fpn.BOTTOM_UP, "${...in_features}"),
+        bottom_up=_network(cfg, fpn.BOTTOM_UP, "${...in_features}", "..."),
         in_features=list(fpn.IN_FEATURES),
         out_channels=fpn.OUT_CHANNELS,
         norm=fpn.NORM,

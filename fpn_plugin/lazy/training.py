@@ -13,15 +13,14 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.detection_utils import create_keypoint_hflip_indices
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, SemSegEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from omegaconf import DictConfig, OmegaConf
 
-from fpn_plugin.data import ReadableImageMapper
-from fpn_plugin.errors import UserError
+from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
+from fpn_plugin.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
 
@@ -30,10 +29,6 @@ __all__ = ["dataloader_node", "dataset_node", "optimizer_node", "schedule_node",
 
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     node = cfg.INPUT
-    if node.CROP.ENABLED and is_train:
-        raise UserError(
-            "INPUT.CROP.ENABLED has no lazy form here; add it to the mapper's augmentations"
-        )
     short = node.MIN_SIZE_TRAIN if is_train else node.MIN_SIZE_TEST
     resize = L(T.ResizeShortestEdge)(
         short_edge_length=list(short) if is_train else short,
@@ -45,13 +40,15 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
         horizontal = node.RANDOM_FLIP == "horizontal"
         augmentations.append(L(T.RandomFlip)(horizontal=horizontal, vertical=not horizontal))
     more: dict[str, Any] = {}
+    if is_train and node.CROP.ENABLED:
+        crop = L(T.RandomCrop)(crop_type=node.CROP.TYPE, crop_size=list(node.CROP.SIZE))
+        augmentations.insert(0, crop)
+        more["recompute_boxes"] = cfg.MODEL.MASK_ON
     if cfg.MODEL.LOAD_PROPOSALS:
         split = "TRAIN" if is_train else "TEST"
         more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
-    if cfg.MODEL.KEYPOINT_ON:
-        more["keypoint_hflip_indices"] = L(create_keypoint_hflip_indices)(
-            dataset_names=_names(cfg, "TRAIN")
-        )
+    if cfg.MODEL.KEYPOINT_ON and is_train:
+        more["keypoint_hflip_indices"] = L(swapped_keypoints)(dataset_names="${...dataset.names}")
     return L(ReadableImageMapper)(
         is_train=is_train,
         augmentations=augmentations,
@@ -84,16 +81,25 @@ def dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
 
 
 def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
-    coco: dict[str, Any] = {}
+    # It follows the model's own, whose place depends on the model.
+    place = "model.max_detections_per_image"
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        cascade = cfg.MODEL.ROI_HEADS.NAME == "FPNCascadeROIHeads"
+        last = f"s.{len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS) - 1}" if cascade else ""
+        place = f"model.roi_heads.box_predictor{last}.test_topk_per_image"
+    most = cfg.TEST.DETECTIONS_PER_IMAGE
+    coco: dict[str, Any] = {"detections_per_image": f"${{oc.select:{place},{most}}}"}
     if cfg.TEST.KEYPOINT_OKS_SIGMAS:
         coco["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     folder = "${train.output_dir}/inference"
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
-        return L(COCOEvaluator)(dataset_name="${..test.dataset.names}", output_dir=folder, **coco)
+        return L(DetectionEvaluator)(
+            dataset_name="${..test.dataset.names}", output_dir=folder, **coco
+        )
     name = "${...test.dataset.names}"
     return [
         L(SemSegEvaluator)(dataset_name=name, output_dir=folder),
-        L(COCOEvaluator)(dataset_name=name, output_dir=folder, **coco),
+        L(DetectionEvaluator)(dataset_name=name, output_dir=folder, **coco),
         L(COCOPanopticEvaluator)(dataset_name=name, output_dir=folder),
     ]
 

@@ -1,6 +1,6 @@
 """What runs in a forward pass. Importing it registers the classes with Detectron2."""
 
-from .bottom_up import build_fpn_backbone
+from .bottom_up import build_fpn_backbone, image_channels
 from .levels import assign_levels
 from .neck import FeaturePyramidNetwork
 from .networks import build_timm_backbone, build_torchvision_backbone
@@ -18,4 +18,5 @@ __all__ = [
     "build_fpn_backbone",
     "build_timm_backbone",
     "build_torchvision_backbone",
+    "image_channels",
 ]

@@ -7,6 +7,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from omegaconf import DictConfig
+from torch import nn
 
 from fpn_plugin.errors import UserError, naming_keys, near_names
 
@@ -14,7 +15,7 @@ from .detectron2_networks import DETECTRON2_NETWORKS
 from .neck import FeaturePyramidNetwork, build_top_block
 from .networks import ImageNetwork, as_cfg_node
 
-__all__ = ["build_fpn_backbone", "frozen"]
+__all__ = ["build_fpn_backbone", "frozen", "image_channels"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
 # Builders that take any MODEL.BACKBONE.FREEZE_AT in silence.
@@ -86,6 +87,13 @@ def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
     if isinstance(neck.bottom_up, ImageNetwork):  # it knows what its norms are made of
         neck.bottom_up.freeze_norms()
     return FrozenBatchNorm2d.convert_frozen_batchnorm(neck)
+
+
+def image_channels(model: nn.Module) -> int:
+    """How many channels a model's network takes: as many as its pixel_mean has values, 3 where it
+    has none.
+    """
+    return len(getattr(model, "pixel_mean", range(3)))
 
 
 def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -57,7 +57,7 @@ DETECTRON2_NETWORKS = {builder: stages for builder, (stages, _) in _VARIANTS.ite
 def _builder(name: str) -> Callable[[CfgNode | DictConfig, ShapeSpec], Backbone]:
     def build(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Backbone:
         try:
-            return _built(*_VARIANTS[name], cfg)
+            return _built(*_VARIANTS[name], cfg, input_shape.channels)
         except ImportError as error:
             if (error.name or "").startswith("timm"):  # its Swin and MViT drop paths by timm
                 raise UserError(
@@ -73,7 +73,10 @@ def _builder(name: str) -> Callable[[CfgNode | DictConfig, ShapeSpec], Backbone]
 
 
 def _built(
-    stages: tuple[str, ...], arguments: dict[str, Any], cfg: CfgNode | DictConfig
+    stages: tuple[str, ...],
+    arguments: dict[str, Any],
+    cfg: CfgNode | DictConfig,
+    channels: int,
 ) -> Backbone:
     # Stages that nothing reads would have norms without gradients.
     wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or list(stages)
@@ -82,7 +85,8 @@ def _built(
         from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 
         return RegNet(
-            stem_class=SimpleStem,
+            # It would be given the 3 channels of colours.
+            stem_class=lambda _, *rest: SimpleStem(channels, *rest),
             stem_width=32,
             block_class=ResBottleneckBlock,
             norm=cfg.MODEL.RESNETS.NORM,
@@ -96,6 +100,7 @@ def _built(
         return SwinTransformer(
             out_indices=[stages.index(stage) for stage in wanted],
             frozen_stages=freeze_at or -1,  # counted as FREEZE_AT, but for none
+            in_chans=channels,
             **arguments,
         )
     if freeze_at:
@@ -106,7 +111,7 @@ def _built(
     from detectron2.modeling.backbone.mvit import MViT
 
     norm = partial(nn.LayerNorm, eps=1e-6)
-    return MViT(norm_layer=norm, out_features=wanted, **arguments)
+    return MViT(norm_layer=norm, out_features=wanted, in_chans=channels, **arguments)
 
 
 for _name in _VARIANTS:

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from fpn_plugin import model_zoo
 from fpn_plugin.arguments import ToolParser, at_least
-from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset
+from fpn_plugin.data import Needs, ReadableImageMapper, check_dataset
+from fpn_plugin.data.checking import read_coco
 from fpn_plugin.data.problems import Report
 from fpn_plugin.errors import UserError
 
@@ -37,6 +38,7 @@ __all__ = ["fuzz_main", "judge", "load_records", "make_mapper"]
 _SIZES = (32, 64)  # shortest and longest side of mapped images
 _COLOUR_TOLERANCE = 3  # of JPEG's and of Pillow's integer arithmetic
 _PIXELS = 1e-3
+_LEAST_EXTENT = 1e-3  # that check_dataset says is trained on
 _SAID_OF_IMAGES = ("image_unreadable", "image_other_size", "image_depth")
 
 
@@ -68,7 +70,7 @@ def judge(made: Broken, mapper: ReadableImageMapper) -> str:
     of_images = {kind for kind in report.counts if kind in _SAID_OF_IMAGES}
     before = set(report.kinds(refused=True)) - of_images
     try:
-        check_coco(made.json_file, made.images, needs=needs)
+        coco = read_coco(made.json_file, made.images, needs=needs)
     except UserError as error:
         _expect(before, f"refused, but the report finds nothing: {error}")
         _expect_one_line(str(error), made.json_file)
@@ -78,12 +80,16 @@ def judge(made: Broken, mapper: ReadableImageMapper) -> str:
         _expect(found or "no file" in told, f"names none of {named[:3]}: {told}")
         return "refused before training"
     _expect(not before, f"accepted, but the report finds {before}")
+    # What training and evaluation are given in the place of data that lack something.
+    mended = Broken(made.folder / "mended", coco.content, made.colours)
+    mended.folder.mkdir(exist_ok=True)
+    mended.write()
     with contextlib.redirect_stdout(io.StringIO()):
-        records = load_records(made)
-        _evaluate_itself(made)
-    images = {image["id"]: image for image in made.content["images"]}
+        records = load_records(mended, made.images)
+        _evaluate_itself(mended)
+    images = {image["id"]: image for image in mended.content["images"]}
     _expect([r["image_id"] for r in records] == sorted(images), "images are lost")
-    outcome = "loads"
+    outcome, trained_on = "loads", 0
     for record in records:
         image = images[record["image_id"]]
         unusable = _is_named(report, image)
@@ -95,15 +101,23 @@ def judge(made: Broken, mapper: ReadableImageMapper) -> str:
             outcome = "refused at an image"
         else:
             _expect(not unusable, f"the check refuses {record['file_name']!r}, which is mapped")
-            _expect_right(made, image, mapped)
+            _expect_right(mended, image, mapped)
+            trained_on += len(mapped["instances"])
+    said = report.contents.trained_on
+    _expect(outcome != "loads" or trained_on == said, f"{trained_on} trained on, not {said}")
     return outcome
 
 
-def load_records(made: Broken) -> list[dict[str, Any]]:
-    """Detectron2's records of a dataset, categories numbered."""
+def load_records(made: Broken, images: str = "") -> list[dict[str, Any]]:
+    """Detectron2's records of a dataset, categories numbered.
+
+    Args:
+        made: the dataset.
+        images: folder of its images, if it is not its own.
+    """
     name = "fpn_plugin_broken"
     try:
-        return load_coco_json(made.json_file, made.images, name)
+        return load_coco_json(made.json_file, images or made.images, name)
     finally:
         MetadataCatalog.pop(name, None)
 
@@ -156,9 +170,9 @@ def _expect_right(made: Broken, image: dict[str, Any], mapped: dict[str, Any]) -
             continue  # Detectron2 leaves these out; check_dataset warns of them
         x, y, box_width, box_height = annotation["bbox"]
         corners = np.array([x, y, x + box_width, y + box_height], float)
-        corners *= [across / width, down / height] * 2
-        corners = np.clip(corners, 0, [across, down] * 2)
-        if (corners[2:] - corners[:2] > 1e-5).all():
+        corners = np.clip(corners, 0, [width, height] * 2)
+        if (corners[2:] - corners[:2] >= _LEAST_EXTENT).all():
+            corners *= [across / width, down / height] * 2
             expected.append((*corners, order.index(annotation["category_id"])))
     given = mapped["instances"]
     rows = np.column_stack([given.gt_boxes.tensor.numpy(), given.gt_classes.numpy()])

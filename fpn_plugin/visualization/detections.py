@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from .keypoints import KeypointLayout, draw_keypoints
 from .palette import level_color
 
 __all__ = ["DrawnBox", "draw_detections"]
@@ -20,13 +21,14 @@ _PANEL_INCHES = 5.0
 
 @dataclass(frozen=True)
 class DrawnBox:
-    """A box to draw: ``box`` XYXY in pixels of the picture, its text, and the level it was pooled
-    from where that is known.
+    """A box to draw: ``box`` XYXY in pixels of the picture, its text, the level it was pooled from
+    where that is known, and ``(x, y)`` of each of its keypoints, None for those not there.
     """
 
     box: tuple[float, float, float, float]
     text: str
     level: int | None = None
+    keypoints: tuple[tuple[float, float] | None, ...] = ()
 
 
 def draw_detections(
@@ -34,6 +36,7 @@ def draw_detections(
     detections: Sequence[DrawnBox],
     path: Path,
     ground_truth: Sequence[DrawnBox] | None = None,
+    layout: KeypointLayout | None = None,
 ) -> Path:
     """Writes a picture of detections, beside ground truth where that is given.
 
@@ -42,6 +45,7 @@ def draw_detections(
         detections: drawn in the colour of their level, which a legend names.
         path: the file to write; its suffix says the format.
         ground_truth: boxes as labelled; None for a picture of the detections alone.
+        layout: names and skeleton of keypoints.
 
     Returns:
         ``path``.
@@ -60,6 +64,9 @@ def draw_detections(
         axes.set_axis_off()
         for drawn in boxes:
             _draw_box(axes, drawn)
+            draw_keypoints(
+                axes, drawn.keypoints, layout or KeypointLayout(), level_color(drawn.level)
+            )
     levels = sorted({drawn.level for drawn in detections if drawn.level is not None})
     if levels:
         handles = [Patch(color=level_color(level), label=f"P{level}") for level in levels]

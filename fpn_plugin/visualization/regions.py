@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from .keypoints import KeypointLayout, draw_keypoints
 from .palette import INK, level_color, level_title
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def draw_pooling(
     proposals: int = 100,
     threshold: float = 0.5,
     class_names: Sequence[str] = (),
+    layout: KeypointLayout | None = None,
 ) -> Path:
     """Draws proposals and detections in the colour of the level they were pooled from.
 
@@ -43,6 +45,7 @@ def draw_pooling(
         proposals: how many of the best to draw.
         threshold: least score of a detection to draw.
         class_names: of the detections.
+        layout: names and skeleton of their keypoints.
 
     Returns:
         ``path``.
@@ -57,6 +60,7 @@ def draw_pooling(
             axes.imshow(glimpses[number].image)
             axes.set_title(f"{label}: {title}" if len(columns) > 1 else title, fontsize=14)
             _draw_regions(axes, regions, texts)
+            _draw_keypoints(axes, regions, layout or KeypointLayout())
     drawn = [regions for panels in columns for _, regions, _ in panels]
     _legend(figure, drawn, f"{labels[0]}: " if len(columns) == 1 else "")
     return _saved(figure, path)
@@ -150,6 +154,13 @@ def _draw_regions(axes: Axes, regions: Regions, texts: Sequence[str], width: flo
                 ha="right" if right else "left", va="bottom" if room else "top", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.9, "alpha": 0.95},
             )  # fmt: skip
+
+
+def _draw_keypoints(axes: Axes, regions: Regions, layout: KeypointLayout) -> None:
+    for index, points in enumerate(() if regions.keypoints is None else regions.keypoints.tolist()):
+        draw_keypoints(
+            axes, [tuple(xy) for xy in points], layout, level_color(regions.levels[index] or None)
+        )
 
 
 def _legend(figure: Figure, drawn: Sequence[Regions], label: str) -> None:

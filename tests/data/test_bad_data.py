@@ -21,6 +21,7 @@ from fpn_plugin import UserError, model_zoo
 from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset, read_image_or_say
 from fpn_plugin.data.annotations import Known, annotation_problems, first_with
 from fpn_plugin.data.check_tool import check_main
+from fpn_plugin.data.checking import read_coco
 from fpn_plugin.data.problems import KINDS
 from fpn_plugin.data.screening import may_break_a_rule
 from fpn_plugin.data.shapes import mask_problem
@@ -72,7 +73,26 @@ CASES = {
     "category twice": (lambda m: twice(m, "categories"), "id_twice category_name_twice"),
     "ids of two types": (lambda m: m.content["images"].append(
         {**m.content["images"][0], "id": "x"}), "id_unusable file_name_twice"),
-    "id of 70 bits": (lambda m: annotation(m, id=2**70), "id_unusable"),
+    "image id of 70 bits": (lambda m: m.content["images"].append(
+        {**m.content["images"][0], "id": 2**70}), "id_unusable file_name_twice"),
+    "id of 70 bits": (lambda m: annotation(m, id=2**70), "renumbered"),
+    "id 0": (lambda m: annotation(m, id=0), "renumbered"),
+    "id text": (lambda m: annotation(m, id="a"), "renumbered"),
+    "id missing": (lambda m: m.content["annotations"][0].pop("id"), "renumbered"),
+    "two of one id": (lambda m: annotation(
+        m, id=m.content["annotations"][1]["id"]), "renumbered"),
+    "area missing": (lambda m: m.content["annotations"][0].pop("area"), "filled_in"),
+    "iscrowd missing": (lambda m: m.content["annotations"][0].pop("iscrowd"), "filled_in"),
+    "box missing": (lambda m: m.content["annotations"][0].pop("bbox"), "filled_in"),
+    "box null": (lambda m: annotation(m, bbox=None), "filled_in"),
+    "box and mask missing": (lambda m: annotation(
+        m, bbox=None, segmentation=None), "box_malformed"),
+    "box with null": (lambda m: annotation(m, bbox=[1, 2, None, 4]), "box_malformed"),
+    "image id float": (lambda m: (image(m, id=5.0), annotation(m, image_id=5.0)), "filled_in"),
+    "image id half": (lambda m: image(m, id=5.5), "id_missing image_unknown"),
+    "image id text": (lambda m: annotation(m, image_id="5"), "filled_in"),
+    "category id text": (lambda m: annotation(m, category_id="9"), "filled_in"),
+    "crowd": (lambda m: annotation(m, iscrowd=1), "crowd"),
     "box negative": (lambda m: annotation(m, bbox=[9, 9, -3, 4]), "box_negative"),
     "box empty": (lambda m: annotation(m, bbox=[3, 3, 0, 4]), "box_empty"),
     "box outside": (lambda m: annotation(m, bbox=[-12, 3, 9, 4]), "box_outside"),
@@ -81,7 +101,8 @@ CASES = {
     "box infinite": (lambda m: annotation(m, bbox=[0, 3, 9, math.inf]), "box_not_finite"),
     "box 1e9 wide": (lambda m: annotation(m, bbox=[0, 3, 1e9, 4]), "box_far_out"),
     "box of three": (lambda m: annotation(m, bbox=[0, 3, 9]), "box_malformed"),
-    "box of text": (lambda m: annotation(m, bbox=[0, 3, "9", 4]), "box_malformed"),
+    "box of text": (lambda m: annotation(m, bbox=[0, 3, "x", 4]), "box_malformed"),
+    "box as text": (lambda m: annotation(m, bbox=["0", "3", "9", " 4.5"]), "filled_in"),
     "no image": (lambda m: annotation(m, image_id=77), "image_unknown"),
     "no category": (lambda m: annotation(m, category_id=77), "category_unknown"),
     "polygon NaN": (lambda m: annotation(m, segmentation=[[math.nan] * 6]), "segmentation"),
@@ -94,8 +115,12 @@ CASES = {
     "no images": (lambda m: m.content.update(images=[], annotations=[]), "nothing"),
     "no annotations": (lambda m: m.content.update(annotations=[]), "nothing"),
     "no list": (lambda m: m.content.update(images={}), "not_coco"),
-    "width text": (lambda m: image(m, width="40"), "value"),
-    "width missing": (lambda m: m.content["images"][0].pop("width"), "value"),
+    "width text": (lambda m: image(m, width="x"), "value"),
+    "width as text": (lambda m: image(m, width=str(size(m)[0])), "filled_in"),
+    "width as float": (lambda m: image(m, width=float(size(m)[0])), "filled_in"),
+    "width missing": (lambda m: m.content["images"][0].pop("width"), "filled_in"),
+    "width missing, no file": (lambda m: (m.content["images"][0].pop("width"), image(
+        m, file_name="none.png")), "value image_missing"),
     "height 0": (lambda m: image(m, height=0), "value"),
     "traversal": (lambda m: image(m, file_name="../5.png"), "file_name"),
     "no file": (lambda m: image(m, file_name="none.png"), "image_missing"),
@@ -239,6 +264,8 @@ def test_images_are_turned_as_their_exif_says(whole, orientation):
     width, height = size(whole)
     if orientation >= 5:
         assert found(whole) == {"image_other_size": 1}
+        report = check_dataset(whole.json_file, whole.images)
+        assert "before it is turned as its EXIF says" in report.text(1)
         width, height = height, width
     image(whole, width=width, height=height)
     for record in whole.content["annotations"]:
@@ -366,21 +393,28 @@ def test_what_a_model_with_masks_or_keypoints_cannot_use_is_named(whole):
     for masks in ("polygon", "bitmask"):
         assert found(whole, needs=Needs(masks=masks)) == {"mask_missing": 1}
     annotation(whole, iscrowd=1)  # is not trained on, but evaluated
-    assert found(whole, needs=Needs(masks="polygon")) == {}
-    assert found(whole, needs=Needs(masks="polygon", training=False)) == {"mask_missing": 1}
+    assert found(whole, needs=Needs(masks="polygon")) == {"crowd": 1}
+    assert found(whole, needs=Needs(masks="polygon", training=False)) == {
+        "crowd": 1, "mask_missing": 1,
+    }  # fmt: skip
     width, height = size(whole)
-    rle = {"size": [height, width], "counts": [width * height]}
+    rle = {"size": [height, width], "counts": [0, width * height]}
     annotation(whole, iscrowd=0, segmentation=rle)
     assert found(whole, needs=Needs(masks="polygon")) == {"mask_missing": 1}
     assert found(whole, needs=Needs(masks="bitmask")) == {}
     assert found(whole, needs=Needs(masks="polygon", training=False)) == {}
     for record in whole.content["annotations"]:
         record["keypoints"] = [1, 1, 2] * 2
+        record["num_keypoints"] = 2
+    for record in whole.content["categories"]:
+        record["keypoints"] = ["left", "right"]
     assert found(whole, needs=Needs(keypoints=2)) == {}
     annotation(whole, keypoints=[1, 1, 2])
     assert found(whole, needs=Needs(keypoints=2)) == {"keypoints_missing": 1}
-    count = len(whole.content["annotations"])
-    assert found(whole, needs=Needs(keypoints=2, training=False)) == {"keypoints_missing": count}
+    annotation(whole, keypoints=[1, 1, 2, 1, 1, 0])
+    del whole.content["annotations"][0]["num_keypoints"]
+    assert found(whole, needs=Needs(keypoints=2, training=False)) == {"filled_in": 1}
+    assert read_coco(whole.json_file).content["annotations"][0]["num_keypoints"] == 1
 
 
 @pytest.fixture

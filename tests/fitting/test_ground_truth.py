@@ -88,6 +88,7 @@ def test_what_is_left_out_is_counted_by_name(tmp_path):
     assert truth.image.tolist() == [1]
     assert truth.left_out == {
         "crowd": 2, "ignored": 1, "not_finite": 2, "zero_area": 2, "out_of_image": 2,
+        "segmentation_unusable": 0, "mask_empty": 0, "keypoints_invisible": 0,
     }  # fmt: skip
 
 

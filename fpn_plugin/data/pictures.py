@@ -1,0 +1,110 @@
+"""How an image is read for a config, given to its model, and shown: one place for every tool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_image_to_rgb
+from torch import Tensor
+
+from fpn_plugin.errors import UserError, near_names
+
+from .mapper import read_image_or_say
+
+__all__ = [
+    "IMAGE_FORMATS",
+    "channels_first",
+    "check_channels",
+    "read_picture",
+    "resized_picture",
+    "rgb_of",
+]
+
+IMAGE_FORMATS = {
+    "BGR": 3, "RGB": 3, "L": 1, "RGBA": 4, "LA": 2, "CMYK": 4, "HSV": 3, "LAB": 3, "RGBX": 4,
+    "YCbCr": 3, "YUV-BT.601": 3,
+}  # fmt: skip
+"""Values of INPUT.FORMAT and their channels: Pillow's modes of 8 bits, and two of Detectron2's."""
+
+
+def check_channels(
+    image_format: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    keys: tuple[str, str, str] = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
+) -> None:
+    """Refuses a format that no image can be read in, and means of other channels than its own.
+
+    Args:
+        image_format: as images are read in.
+        mean: a value for each channel. One channel may have several: it is given to each of them.
+        std: likewise.
+        keys: the names of the three.
+
+    Raises:
+        UserError: says which key, and what it is expected to be.
+    """
+    if image_format not in IMAGE_FORMATS:
+        raise UserError(f"{keys[0]} is {image_format!r}: {near_names(image_format, IMAGE_FORMATS)}")
+    if len(mean) != len(std):
+        raise UserError(
+            f"{keys[1]} has {len(mean)} values and {keys[2]} {len(std)}: give both a value for "
+            f"each channel of {keys[0]} {image_format}"
+        )
+    channels = IMAGE_FORMATS[image_format]
+    if channels not in (1, len(mean)):
+        raise UserError(
+            f"{keys[0]} {image_format} has {channels} channels, {keys[1]} and {keys[2]} "
+            f"{len(mean)}: give them {channels} values each"
+        )
+
+
+def picture_format(cfg: CfgNode) -> str:
+    """BGR for models of colours, as Detectron2's DefaultPredictor takes them; INPUT.FORMAT for
+    others.
+    """
+    return "BGR" if cfg.INPUT.FORMAT in ("BGR", "RGB") else cfg.INPUT.FORMAT
+
+
+def read_picture(cfg: CfgNode, path: str | Path) -> np.ndarray:
+    """An image file as tools take it: uint8 ``(H, W, C)``, turned as its EXIF says; BGR, or the
+    channels of another INPUT.FORMAT. YUV-BT.601 is float64.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return read_image_or_say(path, picture_format(cfg))
+
+
+def resized_picture(cfg: CfgNode, picture: np.ndarray) -> tuple[np.ndarray, T.Transform]:
+    """A picture at the size at which the config tests, and what resized it.
+
+    Raises:
+        UserError: it has other channels than :func:`read_picture` gives it.
+    """
+    expected = IMAGE_FORMATS[picture_format(cfg)]
+    if picture.ndim != 3 or picture.shape[2] != expected:
+        raise UserError(
+            f"the image has shape {picture.shape}; for INPUT.FORMAT {cfg.INPUT.FORMAT} it must be "
+            f"(H, W, {expected}), {picture_format(cfg)}"
+        )
+    shortest = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    transform = shortest.get_transform(picture)
+    return transform.apply_image(picture), transform
+
+
+def channels_first(cfg: CfgNode, picture: np.ndarray) -> Tensor:
+    """A picture as the config's model takes it: float32 ``(C, H, W)`` in INPUT.FORMAT."""
+    pixels = picture[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else picture
+    return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
+
+
+def rgb_of(cfg: CfgNode, picture: np.ndarray) -> np.ndarray:
+    """A picture to look at: uint8 RGB ``(H, W, 3)``, gray for one channel, without alpha."""
+    rgb = convert_image_to_rgb(picture, picture_format(cfg))
+    return np.ascontiguousarray(rgb.clip(0, 255).astype(np.uint8))

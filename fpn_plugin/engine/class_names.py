@@ -1,0 +1,53 @@
+"""The classes of a model by name, from its weights or from the data that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fpn_plugin.data import class_order, follow_classes
+
+from .checkpoint import classes_in
+
+__all__ = ["match_datasets"]
+
+
+def match_datasets(
+    train: Sequence[str],
+    test: Sequence[str],
+    weights: str,
+    output_dir: str,
+    *,
+    resume: bool,
+    training: bool,
+    classes: int | None,
+) -> None:
+    """Has all datasets of a run number their categories as its model does.
+
+    The order is that of the weights, if they tell it and the classes are those trained on; or else
+    that of the first dataset to train on.
+
+    Args:
+        train: names of the datasets to train on.
+        test: names of those to evaluate on.
+        weights: what the run begins with.
+        output_dir: where its checkpoints are.
+        resume: whether it goes on from the last of these, if there is one.
+        training: whether it trains, or only evaluates.
+        classes: the model's number of them; None for a model without.
+
+    Raises:
+        UserError: a dataset has categories of other names.
+    """
+    if classes is None:
+        return
+    last = Path(output_dir, "last_checkpoint")
+    if resume and last.is_file():
+        weights = str(Path(output_dir, last.read_text(errors="replace").strip()))
+    told, first = classes_in(weights), class_order(train[0]) if train else None
+    datasets = (*train, *test) if training else test
+    # Training on others than the weights know is fine-tuning.
+    if told is not None and (not training or sorted(told) == sorted(first or ())):
+        follow_classes(datasets, told, f"the weights {Path(weights).name!r}")
+    elif first is not None and (training or len(first) == classes):
+        follow_classes(datasets, first, f"the training's dataset {train[0]!r}")
