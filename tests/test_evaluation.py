@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,9 @@ def test_up_to_cocos_own_limit_results_are_detectron2s(crowded, tmp_path):
     }  # fmt: skip
 
 
-def test_too_few_detections_for_the_objects_are_said(crowded, tmp_path, caplog):
+def test_too_few_detections_for_the_objects_are_said(crowded, tmp_path, caplog, monkeypatch):
+    # Detectron2's setup, in another test, keeps its log to itself.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     DetectionEvaluator(crowded, output_dir=str(tmp_path), detections_per_image=159)
     assert "1 images of 'crowd' have more objects than the 159 detections" in caplog.text
     assert "160 at most" in caplog.text
