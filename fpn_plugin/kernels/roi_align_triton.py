@@ -152,7 +152,8 @@ def _extent(begin, end, scale, OUTPUTS: tl.constexpr, RATIO: tl.constexpr, ALIGN
 @triton.jit
 def _between(begin, step, cell, sample, samples, size):
     """The two feature cells that a sample lies between, their weights, and if it is counted."""
-    at = begin + cell * step + tl.div_rn((sample + 0.5) * step, samples)
+    # Rounded as torchvision's kernel is by its compiler.
+    at = tl.fma(cell.to(tl.float32), step, begin) + tl.div_rn((sample + 0.5) * step, samples)
     counted = (at >= -1.0) & (at <= size)
     at = tl.minimum(tl.maximum(at, 0.0), size - 1.0)
     low = tl.floor(at)

@@ -113,6 +113,10 @@ class BatchedRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See :meth:`RPN.predict_proposals`; boxes are decoded of the best anchors alone."""
+        if torch.jit.is_tracing():  # which would freeze numbers of proposals
+            return super().predict_proposals(
+                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
+            )
         boxes, scores = [], []
         for of_level, logits, deltas in zip(
             anchors, pred_objectness_logits, pred_anchor_deltas, strict=True

@@ -100,7 +100,9 @@ def _upload(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _sent(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value if value.is_cuda else value.pin_memory().to(device, non_blocking=True)
+        if value.device.type == "cpu" and value.numel():
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
     if isinstance(value, Boxes):
         return Boxes(_sent(value.tensor, device))
     if isinstance(value, Instances):

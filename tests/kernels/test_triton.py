@@ -60,7 +60,8 @@ def check(levels, rois, level_of, size=(2, 3), ratio=0, aligned=True, atol=1e-5)
     other = torch.autograd.grad(theirs, exact, weight.float())
     for a, b, level in zip(mine, other, levels, strict=True):
         assert a.dtype == level.dtype and a.stride() == level.stride()
-        torch.testing.assert_close(a.float(), b, rtol=max(step, 1e-5), atol=max(step, atol))
+        scale = b.abs().amax().clamp(min=1)  # sums of many, in any order
+        torch.testing.assert_close(a.float() / scale, b / scale, rtol=step, atol=max(step, atol))
     return ours
 
 
@@ -279,11 +280,11 @@ def test_nothing_waits_for_the_device_and_all_stands_in_a_graph():
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
     for level in levels:
         level.mul_(2)
     boxes.add_(1)
