@@ -51,6 +51,7 @@ NOT_RUN = FRAGMENTS | {
     "lazyconfig_train_net.py --config-file my.py --num-gpus 8": "likewise",
     "python tools/benchmark.py": "a quarter of an hour; tests/benchmark",
     "tools/benchmark.py": "minutes; tests/benchmark",
+    "tools/gpu_check.sh": "needs a GPU; tests/benchmark starts it",
     "tools/kill_and_resume.py": "minutes; tests/engine/test_resume.py kills as it does",
 }
 # What these words are followed by.

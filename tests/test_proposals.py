@@ -92,7 +92,7 @@ def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_
         np.testing.assert_array_equal(np.sort(record["proposal_boxes"], 0), np.sort(boxes, 0))
     train_main(
         ["--config-file", "mini/table2_c_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "2",
-         "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
+         "MODEL.WEIGHTS", "", "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
          "DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)",
          "DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "OUTPUT_DIR", str(tmp_path / "fast")]
     )  # fmt: skip

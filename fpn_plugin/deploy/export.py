@@ -24,7 +24,7 @@ from .same_padding import fix_padding, padded_by_size
 
 __all__ = ["FORMATS", "TIME_LIMIT", "batched", "export_graph", "exportable", "load_exported"]
 
-TIME_LIMIT = 900.0
+TIME_LIMIT = 900
 """Seconds that writing a file may take, unless said otherwise."""
 
 FORMATS: dict[str, str] = {

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn_plugin.arguments import ToolParser, output_folder
+from fpn_plugin.arguments import ToolParser, at_least, output_folder
 from fpn_plugin.data import channels_first, read_picture, register_datasets, resized_picture
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
@@ -63,10 +63,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=at_least(1),
         default=TIME_LIMIT,
         metavar="SECONDS",
-        help="give a format up that takes longer to write (default: %(default)g)",
+        help="give a format up that takes longer to write (default: %(default)s)",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
     return parser

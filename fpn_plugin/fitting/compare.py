@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.arguments import ToolParser, at_least, output_folder
-from fpn_plugin.data import check_datasets, ensure_mini_datasets
+from fpn_plugin.data import Needs, check_datasets, ensure_mini_datasets
 from fpn_plugin.data.mini_scene import KINDS
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError, near_names
@@ -168,7 +168,8 @@ def _fitted(name: str, args: argparse.Namespace, output: Path) -> Compared:
     for split in ("TRAIN", "TEST"):
         check_datasets(cfg.DATASETS[split], f"DATASETS.{split}", registers=False)
     ensure_mini_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
-    fit = fit_pyramid(cfg, read_ground_truth(cfg.DATASETS.TRAIN))
+    needs = Needs.of(cfg, training=True)
+    fit = fit_pyramid(cfg, read_ground_truth(cfg.DATASETS.TRAIN, needs, "DATASETS.TRAIN"))
     base = Path(find_config_file(args.config_file))
     write_report(fit, cfg.DATASETS.TRAIN, base, opts[::2], output / name / "fit")
     return Compared(name, fit.recommendations)
