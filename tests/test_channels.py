@@ -293,8 +293,9 @@ def test_check_dataset_says_what_a_format_loses(tmp_path, capsys):
 def test_channels_that_do_not_fit_are_named(opts, told):
     for tool in (inspect_main, demo_main):
         given = ["--input", __file__] if tool is demo_main else []
+        output = "nowhere" if tool is demo_main else "nowhere.png"
         with pytest.raises(UserError, match=told) as raised:
-            tool(["--config-file", FASTER, *given, "--output", "nowhere", *NARROW, *opts])
+            tool(["--config-file", FASTER, *given, "--output", output, *NARROW, *opts])
         assert "\n" not in str(raised.value)
 
 

@@ -28,7 +28,7 @@ from fpn_plugin import model_zoo
 from fpn_plugin.arguments import ToolParser
 from fpn_plugin.conversion import CONFIG_KEYS
 from fpn_plugin.data.mini import ensure_mini, mini_root
-from fpn_plugin.data.mini_scene import KINDS
+from fpn_plugin.data.mini_scene import CATEGORIES, KINDS
 from fpn_plugin.engine import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ NOT_RUN = FRAGMENTS | {
 }
 # What these words are followed by.
 SMALLER = {
-    "--cases": "2", "--pairs": "1", "--max-images": "1",
+    "--convert": "mended.json", "--cases": "2", "--pairs": "1", "--max-images": "1",
     "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()", "INPUT.MIN_SIZE_TRAIN": "(64,)",
 }  # fmt: skip
 # What is added to a tool's commands, in front.
@@ -221,9 +221,10 @@ def reader(tmp_path, monkeypatch, datasets) -> None:
     for images in ("folder/of/photos", "photos", "output/demo/pictures", "images"):
         make_data("unused.json", images, 2, {1: "a"})
     shutil.copy("photos/1.png", "photo.jpg")
-    fourteen = {number: f"kind {number}" for number in range(1, 15)}
+    fourteen = {each["id"]: each["name"] for each in CATEGORIES}  # as in mini_val
     three = dict(list(fourteen.items())[:3])
     make_data("cells/train.json", "cells/images", 4, three)
+    make_data("cells/export.json", "cells/images", 4, three)
     make_data("cells/val.json", "cells/images", 4, three)
     make_data("cells.json", "images", 2, fourteen)
     make_data("train.json", "images", 2, fourteen)

@@ -54,6 +54,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--convert",
+        type=output_file(),
         metavar="FILE",
         help="write the JSON anew there, and check that: values filled in, boxes that are "
         "fractions, corners or centres as x, y, width, height in pixels, without Roboflow's root "

@@ -46,8 +46,8 @@ class FusedBlock(nn.Module):
         last = self.convs[-1]
         if self.shortcut is not None and None not in (last.bias, self.shortcut.bias):
             # One addition of a whole map less, where a convolution does not add its own bias.
-            both = [block.shortcut.bias, getattr(block, names[-1]).bias]
-            last.bias.copy_(sum(bias.detach().float() for bias in both))
+            both = last.bias.float() + self.shortcut.bias.float()
+            last.bias = nn.Parameter(both.to(dtype), requires_grad=False)
             self.shortcut.bias = None
         self.stride = block.stride
         # The input of a stage's first block may be read by others; later ones' by the block alone.

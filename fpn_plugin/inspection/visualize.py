@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fpn_plugin.arguments import ToolParser, at_least, between, output_folder
 from fpn_plugin.data import (
+    check_datasets,
     class_order,
     ensure_mini_datasets,
     follow_classes,
@@ -96,12 +97,14 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     register_datasets(args.dataset)
     if args.ground_truth:
+        check_datasets([args.ground_truth], "--ground-truth")
         ensure_mini_datasets([args.ground_truth])
+    images = [] if args.ground_truth else given_images(args)
     models = _models(args)
     names = class_names(models[0].cfg)
     if args.ground_truth and sorted(class_order(args.ground_truth) or ()) == sorted(names):
         follow_classes([args.ground_truth], names, "the model")
-    images = given_images(args)
+    images = images or given_images(args)
     labels = [model.label for model in models]
     output = Path(args.output)
     seen_by: list[list[Glimpse]] = [[] for _ in models]

@@ -19,6 +19,7 @@ TWINS = [name for name in model_zoo.names() if (ZOO / name).is_file()]
 FASTER = "COCO-Detection/faster_rcnn_{}.yaml"
 PLUGIN_KEYS = {
     "BOTTOM_UP",
+    "COMPILE",
     "TOP_DOWN",
     "LATERAL",
     "COARSEST_OUTPUT_CONV",
