@@ -47,6 +47,7 @@ def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name)
         ours.MODEL.FPN.pop(key)
     for node in ("TIMM", "TORCHVISION"):
         ours.MODEL.pop(node)
+    ours.SOLVER.AMP.pop("DTYPE")
     assert ours.MODEL.BACKBONE.NAME == "build_fpn_backbone"
     ours.MODEL.BACKBONE.NAME = theirs.MODEL.BACKBONE.NAME
     if theirs.MODEL.META_ARCHITECTURE != "RetinaNet":
