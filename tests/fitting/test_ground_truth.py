@@ -207,7 +207,7 @@ def test_a_file_without_a_box_to_fit_to_says_why(coco_json):
 
 
 def test_a_missing_file_and_an_unknown_name_are_told():
-    with pytest.raises(UserError, match=r"no file 'nothing/here.json'"):
+    with pytest.raises(UserError, match=r"'nothing/here.json', and there is no such file"):
         read_ground_truth(["nothing/here.json"])
     with pytest.raises(
         UserError, match=r"'mini_trian', which is not registered: did you mean mini"
