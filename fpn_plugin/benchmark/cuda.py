@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.convolution import FusedConv2d
+from fpn_plugin.deploy.graphs import tf32_set
 
 from .measure import Bench, bare_convolutions, no_grad
 from .models import (
@@ -34,7 +35,7 @@ from .models import (
 )
 from .timing import Comparison, compare, seconds_of
 
-__all__ = ["COUNTS", "ROWS", "Count", "CudaBench", "Row", "waits_among", "without_tf32"]
+__all__ = ["COUNTS", "ROWS", "Count", "CudaBench", "Row", "waits_among"]
 
 _Found = TypeVar("_Found")
 _Calls = tuple[Callable[[], object], Callable[[], object]]
@@ -147,7 +148,7 @@ class CudaBench(Bench):
         if part == "comparisons":
             for floor in self._tried("floor", self.floor):
                 yield "floor", floor
-            with without_tf32():
+            with tf32_set(False):
                 for found in self._tried("differences, TF32 off", self.differences):
                     yield "differences_without_tf32", found
             yield "graphs", self.graphs
@@ -423,20 +424,6 @@ ROWS: dict[str, tuple[Row, ...]] = {
     ),
 }
 """By part, in the order of measuring."""
-
-
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Within it, cuDNN and cuBLAS compute float32 in float32."""
-    libraries = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [library.allow_tf32 for library in libraries]
-    for library in libraries:
-        library.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for library, was in zip(libraries, before, strict=True):
-            library.allow_tf32 = was
 
 
 def waits(call: Callable[[], object]) -> int:

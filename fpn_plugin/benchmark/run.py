@@ -17,12 +17,13 @@ from tqdm import tqdm
 from fpn_plugin.arguments import ToolParser, at_least, input_file, output_folder
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.agreement import Agreement
+from fpn_plugin.deploy.graphs import tf32_set
 from fpn_plugin.engine.checkpoint import FittingCheckpointer
 from fpn_plugin.engine.settings import load_config, settled_device
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.errors import UserError
 
-from .cuda import CudaBench, without_tf32
+from .cuda import CudaBench
 from .measure import SCALINGS, Bench, memory, scaling
 from .models import photograph
 from .report import LEAST_PAIRS, UNITS, environment, one_line, spread, write_report
@@ -153,7 +154,7 @@ def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
     loader = partial(FPNTrainer.build_test_loader, cfg, dataset)
     found = {"accuracy": points, "agreement": _agreement(original, fast, loader())}
     if device == "cuda":
-        with without_tf32():
+        with tf32_set(False):
             found["agreement_without_tf32"] = _agreement(original, fast, loader())
         found["trained_calls"] = dict(getattr(getattr(fast, "graphs", None), "counts", {}))
     return found

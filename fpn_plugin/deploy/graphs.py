@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .static import FixedDetections, Geometry, StaticDetector, static_detector
 
-__all__ = ["GraphLimits", "Graphs", "use_graphs"]
+__all__ = ["GraphLimits", "Graphs", "tf32_set", "use_graphs"]
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +353,7 @@ def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
 
 
 @contextmanager
-def _tf32(allowed: bool | None) -> Iterator[None]:
+def tf32_set(allowed: bool | None) -> Iterator[None]:
     """Whether cuDNN and cuBLAS may round float32 to TF32 within it; None: as torch is set."""
     libraries = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [library.allow_tf32 for library in libraries]
@@ -374,7 +374,7 @@ class _Graphed(nn.Module):
         """See the base class."""
         if self.training:
             return super().forward(batched_inputs)
-        with _tf32(self.graphs.tf32):
+        with tf32_set(self.graphs.tf32):
             found = self.graphs(self, batched_inputs)
             if found is None:
                 return super().forward(batched_inputs)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fpn_plugin.errors import UserError
 from fpn_plugin.kernels import nms_mask, pyramid_roi_align, select_proposals
 from fpn_plugin.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
+from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
 from fpn_plugin.modeling.levels import levels_of
 
 from .fused import SelectingRPN
@@ -264,6 +265,7 @@ def static_detector(model: nn.Module) -> StaticDetector:
     return kind(model)
 
 
+_PREDICTORS = (FastRCNNOutputLayers, BatchedFastRCNNOutputLayers)
 _HEADS = (StandardROIHeads, FPNROIHeads, CascadeROIHeads, FPNCascadeROIHeads)
 
 
@@ -274,7 +276,7 @@ def _unknown_part(model: nn.Module) -> str:
     rpn, heads = model.proposal_generator, getattr(model, "roi_heads", None)
     if rpn is None:
         return "Fast R-CNN, which reads proposals,"
-    unknown = _unknown((rpn, RPN, SelectingRPN)) or _unknown(
+    unknown = _unknown((rpn, RPN, SelectingRPN, BatchedRPN)) or _unknown(
         (rpn.anchor_generator, DefaultAnchorGenerator), *_decoder_of(rpn)
     )
     if unknown or heads is None:
@@ -285,7 +287,7 @@ def _unknown_part(model: nn.Module) -> str:
 def _unknown_in(heads: nn.Module) -> str:
     cascade = isinstance(heads, CascadeROIHeads)
     for predictor in heads.box_predictor if cascade else [heads.box_predictor]:
-        unknown = _unknown((predictor, FastRCNNOutputLayers), *_decoder_of(predictor))
+        unknown = _unknown((predictor, *_PREDICTORS), *_decoder_of(predictor))
         if unknown:
             return unknown
         if predictor.test_topk_per_image < 0:

@@ -13,6 +13,7 @@ from detectron2.structures import Instances
 from fpn_plugin import UserError, optimize_for_inference
 from fpn_plugin.deploy import graphs, static, steps_of
 from fpn_plugin.deploy.graphs import GraphLimits, HostInstances
+from fpn_plugin.modeling.fast_training import use_batched_parts
 
 FIELDS = {"scores": 1e-4, "objectness_logits": 1e-3, "pred_keypoints": 0.05}
 
@@ -117,7 +118,10 @@ def test_more_candidates_than_there_is_room_for_are_not_exact_unless_enough_are_
 
 def test_parts_that_the_pipeline_does_not_know_are_named(config_of):
     model = other("faster", config_of("faster"))
-    static.static_detector(optimize_for_inference(model))
+    trained = copy.deepcopy(model)
+    use_batched_parts(trained)  # as a training on a GPU leaves it
+    for each in (model, trained):
+        static.static_detector(optimize_for_inference(each))
 
     class OwnRPN(type(model.proposal_generator)):
         pass
