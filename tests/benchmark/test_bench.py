@@ -1,8 +1,8 @@
 """Each measurement of tools/benchmark.py, once, on a network small enough for a test."""
 
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
