@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.modeling import FeaturePyramidNetwork
+from fpn_plugin.modeling.batched_parts import decoded_best
 
 from .convolution import FusedConv2d
 
@@ -232,25 +233,13 @@ class SelectingRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See the base class."""
-        chosen_logits, boxes = [], []
-        most = self.pre_nms_topk[self.training]
-        for of_level, logits, deltas in zip(
-            anchors, pred_objectness_logits, pred_anchor_deltas, strict=True
-        ):
-            top, index = logits.topk(min(most, logits.shape[1]), dim=1)
-            box_dim = deltas.shape[-1]
-            picked = deltas.gather(1, index[:, :, None].expand(-1, -1, box_dim))
-            decoded = self.box2box_transform.apply_deltas(
-                picked.reshape(-1, box_dim), of_level.tensor[index].reshape(-1, box_dim)
-            )
-            chosen_logits.append(top)
-            boxes.append(decoded.view(*index.shape, box_dim))
+        boxes, logits = decoded_best(self, anchors, pred_objectness_logits, pred_anchor_deltas)
         return find_top_rpn_proposals(
             boxes,
-            chosen_logits,
+            logits,
             image_sizes,
             self.nms_thresh,
-            most,
+            self.pre_nms_topk[self.training],
             self.post_nms_topk[self.training],
             self.min_box_size,
             self.training,

@@ -4,12 +4,11 @@ Kernels for GPUs are written in Triton, each next to plain torch that computes t
 device.
 """
 
-from .nms import batched_nms, nms_fixpoint, nms_mask
+from .nms import nms_fixpoint, nms_mask
 from .proposals import select_proposals
 from .roi_align import pays, pyramid_roi_align, pyramid_roi_align_by_level
 
 __all__ = [
-    "batched_nms",
     "nms_fixpoint",
     "nms_mask",
     "pays",

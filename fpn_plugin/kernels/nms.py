@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from .fallback import triton_or_plain, triton_runs
+from .fallback import triton_or_plain
 
-__all__ = ["batched_nms", "nms_fixpoint", "nms_mask"]
-
-_LONGEST = 20_000  # of a list that the kernel takes: overlaps of n boxes are n^2 / 8 bytes
+__all__ = ["nms_fixpoint", "nms_mask"]
 
 
 @torch.compiler.disable
@@ -92,30 +90,6 @@ def nms_fixpoint(
         before = keep
         keep = valid & ~(torch.matmul(suppresses, keep.to(dtype)[:, :, None])[:, :, 0] > 0)
     return keep, (keep == before).all(dim=1)
-
-
-def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
-    """May stand for :func:`torchvision.ops.batched_nms` and Detectron2's; on a GPU it is faster.
-
-    There groups are compared, where torchvision moves boxes of different groups apart, which
-    rounds their coordinates.
-
-    Args:
-        boxes: ``(M, 4)`` XYXY.
-        scores: ``(M,)``.
-        groups: int ``(M,)``: boxes of one group alone suppress each other.
-        threshold: as ``iou_threshold``.
-
-    Returns:
-        int64 indices of the boxes kept, in order of falling score.
-    """
-    if triton_runs(boxes) and len(boxes) <= _LONGEST:
-        order = scores.sort(descending=True, stable=True).indices
-        valid = torch.ones_like(order, dtype=torch.bool)
-        keep, _ = nms_mask(boxes[order][None], valid[None], threshold, groups[order][None])
-        if triton_runs(boxes):  # else it has just turned out not to
-            return order[keep[0]]
-    return ops.batched_nms(boxes.float(), scores, groups, threshold)
 
 
 def rounded_down(threshold: float) -> float:

@@ -14,7 +14,7 @@ from .fallback import triton_or_plain, triton_runs
 
 __all__ = ["pays", "pyramid_roi_align", "pyramid_roi_align_by_level"]
 
-_MOST_LEVELS = 6  # of the kernel
+MOST_LEVELS = 6  # of the kernel
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,7 +78,7 @@ def pays(levels: Sequence[Tensor], boxes: int) -> bool:
     """
     if levels[0].is_cuda:
         return (
-            len(levels) <= _MOST_LEVELS
+            len(levels) <= MOST_LEVELS
             and levels[0].dtype in _KERNEL_DTYPES
             and not torch.are_deterministic_algorithms_enabled()
             and triton_runs(levels[0])

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["MOST_LEVELS", "pyramid_roi_align"]
+from .roi_align import MOST_LEVELS
 
-MOST_LEVELS = 6
+__all__ = ["pyramid_roi_align"]
+
 _UNSPECIALISED = [f"{name}{level}" for name in "hw" for level in range(MOST_LEVELS)]
 """Sizes of maps vary from image to image: kernels are compiled for all of them at once."""
 

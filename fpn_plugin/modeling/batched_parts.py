@@ -21,7 +21,35 @@ from fpn_plugin.kernels import select_proposals
 
 from .sampling import sample_labels
 
-__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "BatchedSampling"]
+__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "BatchedSampling", "decoded_best"]
+
+
+def decoded_best(
+    rpn: RPN, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The best anchors of each level and image, decoded: which those are logits alone decide.
+
+    Args:
+        rpn: gives how many, and the transform.
+        anchors: of each level, K.
+        logits: of each level, ``(N, K)``.
+        deltas: of each level, ``(N, K, box_dim)``.
+
+    Returns:
+        Boxes ``(N, k, box_dim)`` in pixels of the network's input and logits ``(N, k)`` of each
+        level, in order of falling logit.
+    """
+    boxes, scores = [], []
+    for of_level, of_each, by in zip(anchors, logits, deltas, strict=True):
+        top, index = of_each.topk(min(rpn.pre_nms_topk[rpn.training], of_each.shape[1]), dim=1)
+        box_dim = by.shape[-1]
+        picked = by.gather(1, index[:, :, None].expand(-1, -1, box_dim))
+        decoded = rpn.box2box_transform.apply_deltas(
+            picked.reshape(-1, box_dim), of_level.tensor[index].reshape(-1, box_dim)
+        )
+        boxes.append(decoded.view(*index.shape, box_dim))
+        scores.append(top)
+    return boxes, scores
 
 
 class BatchedRPN(RPN):
@@ -117,18 +145,7 @@ class BatchedRPN(RPN):
             return super().predict_proposals(
                 anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
             )
-        boxes, scores = [], []
-        for of_level, logits, deltas in zip(
-            anchors, pred_objectness_logits, pred_anchor_deltas, strict=True
-        ):
-            most = min(self.pre_nms_topk[self.training], logits.shape[1])
-            best = logits.topk(most, dim=1)
-            chosen = deltas.gather(1, best.indices[:, :, None].expand(-1, -1, 4))
-            decoded = self.box2box_transform.apply_deltas(
-                chosen.flatten(0, 1), of_level.tensor[best.indices].flatten(0, 1)
-            )
-            boxes.append(decoded.view(len(logits), most, 4))
-            scores.append(best.values)
+        boxes, scores = decoded_best(self, anchors, pred_objectness_logits, pred_anchor_deltas)
         sizes = torch.tensor(image_sizes)
         if boxes[0].is_cuda:
             sizes = sizes.pin_memory().to(boxes[0].device, non_blocking=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import ops
 
-from fpn_plugin.kernels import batched_nms, fallback, nms_fixpoint, nms_mask, select_proposals
+from fpn_plugin.kernels import fallback, nms_fixpoint, nms_mask, select_proposals
 from fpn_plugin.kernels.nms import rounded_down
 
 box = st.tuples(*[st.integers(0, 5)] * 2, *[st.integers(0, 3)] * 2).map(
@@ -61,15 +61,6 @@ def test_a_threshold_rounded_down_parts_float32_as_it_does_itself(threshold):
     low = rounded_down(threshold)
     near = torch.tensor([low] * 3).nextafter(torch.tensor([-1.0, low, 2.0]))
     assert [v > threshold for v in near.double().tolist()] == (near > low).tolist()
-
-
-def test_batched_nms_is_torchvisions_on_a_cpu():
-    generator = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(2, 200, 2, generator=generator) * 40
-    boxes = torch.cat([corner, corner + size], dim=1)
-    scores, groups = torch.rand(200, generator=generator), torch.arange(200) % 3
-    kept = batched_nms(boxes, scores, groups, 0.4)
-    assert torch.equal(kept, ops.batched_nms(boxes, scores, groups, 0.4))
 
 
 def levels_of_proposals(images, sizes, ties, generator):

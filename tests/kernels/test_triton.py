@@ -11,7 +11,6 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision import ops
 
 from fpn_plugin import PyramidROIPooler
 from fpn_plugin.errors import NonFiniteError
@@ -291,29 +290,6 @@ def test_nothing_waits_for_the_device_and_all_stands_in_a_graph():
     graph.replay()
     for again, now in zip(captured, run(), strict=True):
         torch.testing.assert_close(again, now, rtol=0, atol=0)
-
-
-@cuda_only
-def test_batched_nms_keeps_what_the_cpu_keeps():
-    from fpn_plugin.kernels import batched_nms
-
-    generator = torch.Generator().manual_seed(1)
-    corner, size = torch.rand(2, 3000, 2, generator=generator) * 300
-    boxes = torch.cat([corner, corner + size], dim=1)
-    scores = torch.rand(3000, generator=generator).mul(50).round()  # many are equal
-    groups = torch.randint(0, 5, (3000,), generator=generator)
-    kept = batched_nms(boxes.to(device), scores.to(device), groups.to(device), 0.6).cpu()
-    expected = (
-        torch.cat(
-            [
-                members[ops.nms(boxes[members], scores[members], 0.6)]
-                for members in ((groups == group).nonzero()[:, 0] for group in range(5))
-            ]
-        )
-        .sort()
-        .values
-    )
-    assert torch.equal(kept, expected[scores[expected].sort(descending=True, stable=True).indices])
 
 
 @cuda_only
