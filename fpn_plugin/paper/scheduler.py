@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
                 if not slots:
                     break
                 slot = slots.pop(0)
-                running[task] = (_start(task, slot, at_once), slot)
+                with _interrupts_after():  # a process that is started must be known, to be ended
+                    running[task] = (_start(task, slot, at_once), slot)
                 waiting.remove(task)
             for task, (process, _) in list(running.items()):
                 if process.poll() is not None:
@@ -156,6 +158,21 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
 
 def _leave(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts_after() -> Iterator[None]:
+    """An interrupt that comes within it is raised at its end; an ignored one stays ignored."""
+    came: list[int] = []
+    heeded = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.data import ensure_mini
-from fpn_plugin.paper import runs
+from fpn_plugin.paper import runs, scheduler
 from fpn_plugin.paper.report import read_runs, summarize, write_report
 from fpn_plugin.paper.reproduce import reproduce_main
 from fpn_plugin.paper.runs import Outcome, RunFolder, _by_part
@@ -257,6 +258,30 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
         read_runs(second / "results.json", [folder])
     reproduce_main([*args[:3], "--dry-run", *args[3:]])
     assert "0 of 3 to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_an_interrupt_meets_while_it_starts_is_ended(number, tmp_path, monkeypatch):
+    ensure_mini({"train": 6, "val": 4})
+    started = []
+    start = subprocess.Popen
+
+    def interrupted(*_, **__):
+        started.append(start([sys.executable, "-c", "import time; time.sleep(600)"]))
+        os.kill(os.getpid(), number)
+        return started[0]
+
+    monkeypatch.setattr(scheduler.subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce_main(["1c", "--output", str(tmp_path)])
+        assert [each.poll() for each in started] == [-signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for each in started:
+            each.kill()
+            each.wait()
 
 
 def test_a_run_that_fails_is_told_with_its_log(tmp_path):
