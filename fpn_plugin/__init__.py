@@ -20,10 +20,10 @@ with _warnings.catch_warnings():
 
     from . import model_zoo
     from .config import add_fpn_config
-    from .data import register_mini as _register_mini
-    from .data import register_mini_weights as _register_mini_weights
     from .deploy import optimize_for_inference
     from .errors import UserError
+    from .mini import register_mini as _register_mini
+    from .mini import register_mini_weights as _register_mini_weights
     from .modeling import (
         FeaturePyramidNetwork,
         FPNCascadeROIHeads,

@@ -22,11 +22,11 @@ from detectron2.modeling import build_model
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fpn_plugin.arguments import ToolParser, between, input_file, output_file
-from fpn_plugin.engine.building import explained_build_errors
-from fpn_plugin.engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
-from fpn_plugin.engine.settings import load_config
-from fpn_plugin.errors import UserError
+from .cli.common import ToolParser, between, input_file, output_file
+from .engine.build_errors import explained_build_errors
+from .engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
+from .engine.settings import load_config
+from .errors import UserError
 
 __all__ = [
     "CONFIG_KEYS",

@@ -14,7 +14,7 @@ if "gpu" not in sys.argv:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from fpn_plugin.reliability.tiny import make_squares  # noqa: E402
+from evidence.tiny import make_squares  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from evidence.tiny import tiny_options
 from fpn_plugin import FeaturePyramidNetwork, PyramidROIPooler, model_zoo
-from fpn_plugin.reliability.tiny import tiny_options
 
 PAGE = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"

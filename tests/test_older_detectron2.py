@@ -20,14 +20,15 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.env import seed_all_rng
 
 from fpn_plugin import UserError, add_fpn_config, model_zoo
-from fpn_plugin.data import ensure_mini, train_stream
+from fpn_plugin.data import train_stream
 from fpn_plugin.engine import launch
-from fpn_plugin.engine.building import explained_build_errors
+from fpn_plugin.engine.build_errors import explained_build_errors
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.inspection import flops
 from fpn_plugin.lazy import keys, model_node
 from fpn_plugin.lazy import model as lazy_model
 from fpn_plugin.lazy.training import dataloader_node, train_node
+from fpn_plugin.mini import ensure_mini
 from fpn_plugin.modeling import neck
 
 NEWER_KEYS = [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time the plugin against stock Detectron2 and torchvision. See --help."""
 
-from fpn_plugin.benchmark import benchmark_main
+from evidence.benchmark import benchmark_main
 from fpn_plugin.engine import run_tool
 
 if __name__ == "__main__":

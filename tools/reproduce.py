@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train rows of the paper's tables and report them beside its figures: --help tells how."""
 
+from fpn_plugin.cli.reproduce import reproduce_main
 from fpn_plugin.engine import run_tool
-from fpn_plugin.paper.reproduce import reproduce_main
 
 if __name__ == "__main__":
     run_tool(reproduce_main)

@@ -7,16 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .needs import Needs, needs_problem
 from .problems import Problem, shortened
-from .shapes import (
-    NUMBER,
-    Size,
-    box_problem,
-    covers_no_pixel,
-    keypoint_problem,
-    mask_problem,
-)
+from .requirements import Needs, needs_problem
+from .shapes import NUMBER, Size, box_problem, covers_no_pixel, keypoint_problem, mask_problem
 
 __all__ = [
     "Known", "annotation_problems", "empty_mask_problem", "first_with", "has_id", "id_problems",

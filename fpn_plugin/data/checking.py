@@ -23,9 +23,9 @@ from fpn_plugin.errors import UserError
 from .exports import converted, name_in_folder
 from .image_files import image_problem
 from .mending import mended
-from .needs import BOXES, Needs
 from .problems import CONVERT, KINDS, Problem, Report
 from .records import coco_problems, declared_size, image_record
+from .requirements import BOXES, Needs
 
 __all__ = [
     "CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "digest_of", "read_coco",

@@ -16,14 +16,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from fpn_plugin.errors import UserError, near_names
-from fpn_plugin.proposal_files import read_proposals
+from fpn_plugin.mini.dataset import MINI_NAMES
 
 from .augmentations import check_augmentations
 from .checking import CheckedCoco, digest_of, read_coco
 from .keypoints import check_keypoints
-from .mini import MINI_NAMES
-from .needs import Needs
 from .problems import CONVERT
+from .proposal_files import read_proposals
+from .requirements import Needs
 
 __all__ = [
     "check_classes",

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .needs import Needs
 from .problems import Problem, shortened
+from .requirements import Needs
 
 __all__ = [
     "HOW_TO_TELL_FLIPS",

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from .annotations import Known, annotation_problems, first_with, has_id, id_problems
+from .fast_checks import may_break_a_rule
 from .keypoint_names import category_keypoint_problems
-from .needs import BOXES, Needs
 from .problems import CONVERT, KINDS, Contents, Problem, shortened
-from .screening import may_break_a_rule
+from .requirements import BOXES, Needs
 from .shapes import Size, is_dropped
 
 __all__ = [

@@ -14,7 +14,7 @@ from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fpn_plugin.seeding import seeded
+from fpn_plugin.utils.seeding import seeded
 
 __all__ = ["TrainStream", "train_stream"]
 

@@ -9,7 +9,7 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn_plugin.modeling.fast_training import FrozenNormConv2d
+from .fast_training import FrozenNormConv2d
 
 __all__ = ["FusedConv2d", "can_fuse", "fuse_convolutions", "fuse_linears"]
 

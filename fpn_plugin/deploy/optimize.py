@@ -22,13 +22,7 @@ from fpn_plugin.modeling import FeaturePyramidNetwork, PyramidROIPooler, image_c
 
 from .convolution import can_fuse, fuse_convolutions, fuse_linears
 from .folding import fold_batch_norms
-from .fused import (
-    FusedNeck,
-    as_plugin_pyramid,
-    fuse_resnets,
-    fuse_rpn_heads,
-    select_first,
-)
+from .fused import FusedNeck, as_plugin_pyramid, fuse_resnets, fuse_rpn_heads, select_first
 from .graphs import GraphLimits, use_graphs
 
 __all__ = ["Step", "dtype_of", "optimize_for_inference", "steps_of"]

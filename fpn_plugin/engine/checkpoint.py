@@ -22,9 +22,8 @@ from fvcore.common import checkpoint as fvcore_checkpoint
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError
-from fpn_plugin.unpickling import NO_PICKLE, load_arrays
-
-from .atomic import AtomicWrites, explained_full_disk
+from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
+from fpn_plugin.utils.pickles import NO_PICKLE, load_arrays
 
 __all__ = [
     "FittingCheckpointer",

@@ -35,25 +35,25 @@ from tabulate import tabulate
 from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
+from fpn_plugin.data.proposal_files import proposals_read_as_arrays
+from fpn_plugin.deploy.fast_training import optimize_for_training
 from fpn_plugin.errors import UserError
-from fpn_plugin.evaluation import DetectionEvaluator
 from fpn_plugin.lazy.training import dataset_node
-from fpn_plugin.modeling.fast_training import optimize_for_training
-from fpn_plugin.proposal_files import proposals_read_as_arrays
+from fpn_plugin.utils.atomic import explained_full_disk, written_whole
 from fpn_plugin.visualization import plot_losses
 
-from .atomic import explained_full_disk, written_whole
-from .building import explained_build_errors
+from .build_errors import explained_build_errors
 from .changes import check_length
 from .checkpoint import FittingCheckpointer
 from .cpu_ddp import create_cpu_ddp_model
-from .evaluating import JointEvalHook
-from .exact import ExactResume
+from .evaluation import DetectionEvaluator
+from .evaluation_hook import JointEvalHook
 from .expectations import verify_expected
-from .level_hook import LevelStatistics
+from .level_statistics import LevelStatistics
+from .nonfinite import LossWatch, SkippedSteps
 from .precision import settle_precision
+from .resume import ExactResume
 from .settings import check_mixed_precision
-from .watch import LossWatch, SkippedSteps
 
 __all__ = ["FPNTrainer", "LossCurve", "results_table", "save_results"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.arguments import ToolParser, output_folder
+from fpn_plugin.cli.common import ToolParser, output_folder
 from fpn_plugin.data import Needs, register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError

@@ -20,7 +20,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
-from fpn_plugin.evaluation import DetectionEvaluator
+from fpn_plugin.engine.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
 

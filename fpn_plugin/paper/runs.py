@@ -23,8 +23,8 @@ from pycocotools.coco import COCO
 import fpn_plugin
 from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
-from fpn_plugin.metrics import loss_rows
-from fpn_plugin.unpickling import load_arrays
+from fpn_plugin.utils.metrics import loss_rows
+from fpn_plugin.utils.pickles import load_arrays
 
 from .tables import Run
 

@@ -23,8 +23,8 @@ from .runs import RunFolder
 __all__ = ["Task", "run_tasks", "tasks_for"]
 
 _POLL_SECONDS = 1.0
-_TRAIN = "from fpn_plugin.engine.training import train_main as main"
-_DUMP = "from fpn_plugin.proposals import dump_main as main"
+_TRAIN = "from fpn_plugin.cli.train import train_main as main"
+_DUMP = "from fpn_plugin.cli.dump_proposals import dump_main as main"
 _CALL = "{}; from fpn_plugin.engine import run_tool; run_tool(main)"
 
 

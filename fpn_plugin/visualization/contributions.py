@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .palette import INK, level_color, level_title
 
 if TYPE_CHECKING:
-    from fpn_plugin.inspection.glimpse import Glimpse, Regions
+    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
 
 __all__ = ["contributions", "draw_contributions"]
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .palette import INK, level_title
 
 if TYPE_CHECKING:
-    from fpn_plugin.inspection.glimpse import Glimpse
+    from fpn_plugin.inspection.forward_trace import Glimpse
 
 __all__ = ["FeatureColors", "draw_features", "feature_colors", "feature_norms"]
 

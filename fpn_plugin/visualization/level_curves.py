@@ -27,7 +27,7 @@ _SMOOTHED = 5
 def plot_level_curves(
     statistics: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path
 ) -> Path:
-    """Draws a panel for each figure of :func:`fpn_plugin.metrics.level_rows`, a line a level.
+    """Draws a panel for each figure of :func:`fpn_plugin.utils.metrics.level_rows`, a line a level.
 
     Lines are running means of five points, which are drawn faint.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from fpn_plugin.metrics import loss_rows
+from fpn_plugin.utils.metrics import loss_rows
 
 from .palette import CATEGORY_COLORS, INK
 

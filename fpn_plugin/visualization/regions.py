@@ -16,7 +16,7 @@ from .keypoints import KeypointLayout, draw_keypoints
 from .palette import INK, level_color, level_title
 
 if TYPE_CHECKING:
-    from fpn_plugin.inspection.glimpse import Glimpse, Regions
+    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
 
 __all__ = ["draw_anchors", "draw_pooling"]
 

@@ -19,6 +19,8 @@ from pycocotools import mask as coco_mask
 from torch import tensor
 
 from fpn_plugin import UserError
+from fpn_plugin.cli import train as training
+from fpn_plugin.cli.check import check_main
 from fpn_plugin.data import (
     Needs,
     ReadableImageMapper,
@@ -27,9 +29,8 @@ from fpn_plugin.data import (
     register_datasets,
     registered_specs,
 )
-from fpn_plugin.data.check_tool import check_main
-from fpn_plugin.engine import lazy_training, training
 from fpn_plugin.fitting import read_ground_truth
+from fpn_plugin.lazy import trainer as lazy_training
 
 NAME = "agreeing"
 SIZES = {1: (40, 30), 2: (24, 36)}  # width and height by image id

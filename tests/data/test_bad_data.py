@@ -17,17 +17,23 @@ from hypothesis.extra import numpy as arrays
 from PIL import EpsImagePlugin, Image
 from pycocotools import mask as coco_mask
 
+from evidence.corruptions import BREAKS, Broken, make_dataset
+from evidence.fuzz_data import judge, load_records, make_mapper
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.data import Needs, ReadableImageMapper, check_coco, check_dataset, read_image_or_say
+from fpn_plugin.cli.check import check_main
+from fpn_plugin.cli.train import train_main
+from fpn_plugin.data import (
+    Needs,
+    ReadableImageMapper,
+    check_coco,
+    check_dataset,
+    read_image_or_say,
+)
 from fpn_plugin.data.annotations import Known, annotation_problems, first_with
-from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.fast_checks import may_break_a_rule
 from fpn_plugin.data.problems import KINDS
-from fpn_plugin.data.screening import may_break_a_rule
 from fpn_plugin.data.shapes import mask_problem
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.reliability.breaking import BREAKS, Broken, make_dataset
-from fpn_plugin.reliability.fuzz_data import judge, load_records, make_mapper
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_plugin import UserError
+from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import class_order, follow_classes, register_datasets
-from fpn_plugin.engine import lazy_training
 from fpn_plugin.engine.checkpoint import classes_in
 from fpn_plugin.engine.class_names import match_datasets
-from fpn_plugin.engine.lazy_training import lazy_main
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.evaluation import DetectionEvaluator
+from fpn_plugin.engine.evaluation import DetectionEvaluator
+from fpn_plugin.lazy import trainer as lazy_training
+from fpn_plugin.lazy.trainer import lazy_main
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_plugin import UserError
+from fpn_plugin.cli.check import check_main
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
-from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.data.checking import read_coco
 from fpn_plugin.data.exports import name_in_folder
 from fpn_plugin.fitting import read_ground_truth

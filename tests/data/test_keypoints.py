@@ -18,20 +18,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.cli.check import check_main
+from fpn_plugin.cli.detect import demo_main
+from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import (
     ReadableImageMapper,
     check_config_datasets,
     register_datasets,
     swapped_keypoints,
 )
-from fpn_plugin.data.check_tool import check_main
 from fpn_plugin.data.keypoint_names import mirrored_order
-from fpn_plugin.demo import demo_main
-from fpn_plugin.engine import lazy_training
-from fpn_plugin.engine.lazy_training import lazy_main
+from fpn_plugin.engine.inference import keypoint_layout
 from fpn_plugin.engine.trainer import FPNTrainer
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.inference import keypoint_layout
+from fpn_plugin.lazy import trainer as lazy_training
+from fpn_plugin.lazy.trainer import lazy_main
 from fpn_plugin.visualization.keypoints import KeypointLayout, draw_keypoints
 
 NAMES = ["tail", "left_wing", "right_wing"]

@@ -7,9 +7,9 @@ import torch
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 
+from evidence.tiny import tiny_options
 from fpn_plugin.data import TrainStream, register_datasets, train_stream
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.reliability.tiny import tiny_options
 
 
 def stock_loader(squares, tmp_path, *opts, sampler=None):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fpn_plugin import model_zoo
-from fpn_plugin.data.mini_scene import draw_scene
+from fpn_plugin.mini.scene import draw_scene
 
 SIDE = 160
 CONFIGS = {

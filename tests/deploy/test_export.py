@@ -9,8 +9,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
+from fpn_plugin.cli.export import differences, export_main
 from fpn_plugin.deploy.export import batched, export_graph, exportable, load_exported
-from fpn_plugin.deploy.exporting import differences, export_main
 
 KINDS = ("faster", "mask", "retinanet")
 

@@ -12,8 +12,8 @@ from detectron2.structures import Instances
 
 from fpn_plugin import UserError, optimize_for_inference
 from fpn_plugin.deploy import graphs, static, steps_of
+from fpn_plugin.deploy.fast_training import use_batched_parts
 from fpn_plugin.deploy.graphs import GraphLimits, HostInstances
-from fpn_plugin.modeling.fast_training import use_batched_parts
 
 FIELDS = {"scores": 1e-4, "objectness_logits": 1e-3, "pred_keypoints": 0.05}
 

@@ -15,8 +15,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from fpn_plugin import UserError
+from fpn_plugin.cli.train import train_main
 from fpn_plugin.engine import FPNTrainer, run_tool
-from fpn_plugin.engine.training import train_main
 
 RANK, WHERE, HOW = os.environ["FPN_TEST_DEATH"].split()
 DIED = Path(os.environ["FPN_TEST_DIED"])

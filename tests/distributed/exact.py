@@ -12,10 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, default_argument_parser
 from detectron2.utils.env import seed_all_rng
 
+from evidence.tiny import tiny_options
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, load_config
 from fpn_plugin.engine.launch import launch, run_tool
-from fpn_plugin.reliability.tiny import tiny_options
 
 LENGTH = 5
 CUT_AT = 3  # between two checkpoints

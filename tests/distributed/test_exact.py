@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evidence.kill_and_resume import differing_tensors
 from fpn_plugin.engine import FPNTrainer
-from fpn_plugin.reliability.killing import differing_tensors
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exact import LENGTH, config

@@ -13,16 +13,18 @@ from detectron2.engine import defaults
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from torch import nn
 
+from evidence.tiny import tiny_options
 from fpn_plugin import UserError
+from fpn_plugin.cli import train as training
+from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, lazy_training, training
+from fpn_plugin.engine import FittingCheckpointer, FPNTrainer
 from fpn_plugin.engine.changes import changes, flat_config, summary
-from fpn_plugin.engine.exact import ExactResume
-from fpn_plugin.engine.lazy_training import lazy_main, load_lazy_config
+from fpn_plugin.engine.resume import ExactResume
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.engine.trainer import LossCurve
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.reliability.tiny import tiny_options
+from fpn_plugin.lazy import trainer as lazy_training
+from fpn_plugin.lazy.trainer import lazy_main, load_lazy_config
 
 LAZY = "lazy/mini/faster_rcnn_R_18_FPN.py"
 

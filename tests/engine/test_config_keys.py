@@ -12,12 +12,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
 
+from evidence.tiny import tiny_options
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.cli import train as training
+from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FPNTrainer, training
+from fpn_plugin.engine import FPNTrainer
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.reliability.tiny import tiny_options
 
 # Detectron2's keys that no tool of the plugin's reads, and why not.
 UNREAD = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fpn_plugin.reliability.killing import differing_tensors
-from fpn_plugin.reliability.tiny import tiny_options
+from evidence.kill_and_resume import differing_tensors
+from evidence.tiny import tiny_options
 
 _MAKE = """
 import sys
@@ -19,7 +19,7 @@ ensure_mini({"train": 4, "val": 2}, Path(sys.argv[1]))
 """
 _TRAIN = """
 from fpn_plugin.engine import run_tool
-from fpn_plugin.engine.training import train_main
+from fpn_plugin.cli.train import train_main
 run_tool(train_main)
 """
 

@@ -12,14 +12,17 @@ from detectron2.engine import DefaultTrainer, defaults
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 
+from evidence.tiny import tiny_options
 from fpn_plugin import UserError
-from fpn_plugin.data import ensure_mini, register_datasets
-from fpn_plugin.engine import FPNTrainer, lazy_training, run_tool, training
+from fpn_plugin.cli import train as training
+from fpn_plugin.cli.train import train_main
+from fpn_plugin.data import register_datasets
+from fpn_plugin.engine import FPNTrainer, run_tool
 from fpn_plugin.engine.expectations import check_expected, verify_expected
-from fpn_plugin.engine.lazy_training import lazy_main, load_lazy_config
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.engine.training import train_main
-from fpn_plugin.reliability.tiny import tiny_options
+from fpn_plugin.lazy import trainer as lazy_training
+from fpn_plugin.lazy.trainer import lazy_main, load_lazy_config
+from fpn_plugin.mini import ensure_mini
 
 MASK = "mini/mask_rcnn_R_18_FPN.yaml"
 AUGMENTED = [
@@ -218,7 +221,7 @@ def test_results_that_are_not_met_are_a_status_and_are_written(
     register_datasets([squares])
     monkeypatch.setattr(training, "default_setup", lambda cfg, args: None)
     monkeypatch.setattr(FPNTrainer, "test", classmethod(lambda *_: {"bbox": {"AP": 40.0}}))
-    monkeypatch.setattr("fpn_plugin.engine.lazy_training._evaluate", lambda *_: RESULTS)
+    monkeypatch.setattr("fpn_plugin.lazy.trainer._evaluate", lambda *_: RESULTS)
     value = 40.0 if met else 50.0
     opts = ["TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {value}, 1.0]]", "SOLVER.MAX_ITER", "1"]
     args = [*tiny_options(squares, tmp_path, 0), *opts]

@@ -16,15 +16,15 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from evidence.kill_and_resume import differing_tensors, kill_and_resume
+from evidence.tiny import tiny_options
 from fpn_plugin import UserError
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FittingCheckpointer, FPNTrainer
-from fpn_plugin.engine.atomic import explained_full_disk, written_whole
-from fpn_plugin.engine.exact import ExactResume, _drop_rows_from
-from fpn_plugin.engine.lazy_training import lazy_main
+from fpn_plugin.engine.resume import ExactResume, _drop_rows_from
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.reliability.killing import differing_tensors, kill_and_resume
-from fpn_plugin.reliability.tiny import tiny_options
+from fpn_plugin.lazy.trainer import lazy_main
+from fpn_plugin.utils.atomic import explained_full_disk, written_whole
 
 LENGTH = 7
 
@@ -151,7 +151,7 @@ def test_a_cut_lazy_run_is_the_uncut_one(squares, tmp_path, monkeypatch):
             ]
         )  # fmt: skip
 
-    monkeypatch.setattr("fpn_plugin.engine.lazy_training._evaluate", lambda *_: {})
+    monkeypatch.setattr("fpn_plugin.lazy.trainer._evaluate", lambda *_: {})
     run(tmp_path / "uncut")
     steps: list[int] = []
     before_step = ExactResume.before_step

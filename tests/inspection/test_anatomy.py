@@ -7,9 +7,9 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from fpn_plugin import UserError
+from fpn_plugin.cli.inspect import inspect_main
 from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.inspection.anatomy_text import anatomy_text
-from fpn_plugin.inspection.inspect_model import inspect_main
 
 FASTER = "mini/faster_rcnn_R_18_FPN.yaml"
 

@@ -10,9 +10,9 @@ from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
+from evidence.level_statistics_cost import cost_table, paired_seconds
 from fpn_plugin import UserError
-from fpn_plugin.engine.level_hook import LevelStatistics
-from fpn_plugin.inspection.cost import cost_table, paired_seconds
+from fpn_plugin.engine.level_statistics import LevelStatistics
 from fpn_plugin.inspection.level_observer import observed_levels
 from fpn_plugin.inspection.level_tally import LevelTally, level_scalars
 

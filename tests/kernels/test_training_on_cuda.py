@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from fpn_plugin.benchmark.models import photograph, plugin_model, stock_model, training_batch
+from evidence.benchmark.models import photograph, plugin_model, stock_model, training_batch
 
 pytestmark = [
     pytest.mark.gpu,

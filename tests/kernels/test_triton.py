@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from fpn_plugin import PyramidROIPooler
 from fpn_plugin.errors import NonFiniteError
-from fpn_plugin.kernels import nms_fixpoint, nms_mask, pyramid_roi_align_by_level, select_proposals
+from fpn_plugin.kernels import (
+    nms_fixpoint,
+    nms_mask,
+    pyramid_roi_align_by_level,
+    select_proposals,
+)
 from fpn_plugin.kernels.nms import rounded_down
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

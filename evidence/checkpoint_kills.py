@@ -1,0 +1,76 @@
+"""A training that kills itself while it writes a checkpoint: the surest way to hit that moment."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from typing import Any
+
+from fpn_plugin.cli.train import train_main
+from fpn_plugin.engine import run_tool
+from fpn_plugin.utils import atomic
+
+__all__ = ["MOMENTS", "train_until"]
+
+MOMENTS = (
+    "among its bytes",
+    "before they are on the disk",
+    "before it has its name",
+    "before last_checkpoint names it",
+)
+"""When a process may die that writes a checkpoint."""
+
+_BYTES = 40 << 20
+"""No more than a checkpoint of the tiny model has."""
+
+
+def train_until() -> None:
+    """Trains as train_net.py does, in a process started with ``MOMENT NTH FRACTION ARGUMENTS...``.
+
+    At that moment of the n-th checkpoint that the process writes, it sends itself SIGKILL;
+    ``FRACTION`` says how far among the bytes. With the moment "never" it does not.
+    """
+    moment, nth, fraction, *args = sys.argv[1:]
+    writes = 0
+
+    def due(name: str, path: str) -> bool:
+        return name == moment and writes == int(nth) and ".pth" in path
+
+    class DyingFile(io.FileIO):
+        def write(self, data: Any) -> int:
+            written = super().write(data)
+            if due("among its bytes", self.name) and self.tell() > float(fraction) * _BYTES:
+                _die()
+            return written
+
+    def dying_open(path: str, mode: str = "r") -> Any:
+        nonlocal writes
+        if mode != "wb":
+            return open(path, mode)
+        writes += path.endswith(atomic.PARTIAL)
+        return io.BufferedWriter(DyingFile(path, "w"))
+
+    class DyingOs:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def fsync(self, descriptor: int) -> None:
+            if due("before they are on the disk", os.readlink(f"/proc/self/fd/{descriptor}")):
+                _die()
+            os.fsync(descriptor)
+
+        def replace(self, aside: str, path: str) -> None:
+            if due("before it has its name", path):
+                _die()
+            os.replace(aside, path)
+            if due("before last_checkpoint names it", path):
+                _die()
+
+    atomic.open, atomic.os = dying_open, DyingOs()
+    run_tool(lambda: train_main(args))
+
+
+def _die() -> None:
+    os.killpg(os.getpgid(0), signal.SIGKILL)

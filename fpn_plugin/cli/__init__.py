@@ -1,0 +1,1 @@
+"""The commands of fpn-plugin: one file each, named as the command."""

@@ -1,0 +1,165 @@
+"""What tools/check_dataset.py does: a dataset in, whatever is wrong with it out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from fpn_plugin.data.checking import check_dataset, convert_dataset
+from fpn_plugin.data.coco import check_datasets, given_json
+from fpn_plugin.data.pictures import IMAGE_FORMATS
+from fpn_plugin.data.requirements import Needs
+from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.mini.dataset import MINI_NAMES, ensure_mini
+
+from .common import ToolParser, at_least, output_file
+
+__all__ = ["check_main"]
+
+_EXAMPLES = """
+Examples:
+  check_dataset.py cells/train.json cells/images
+  check_dataset.py coco_2017_val --images headers
+  check_dataset.py cells/train.json cells/images --json problems.json --examples 10
+  check_dataset.py cells/export.json cells/images --convert cells/train.json
+
+Exit status: 0 where nothing is refused, 1 where something is, 2 where the files cannot be found.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The tool's arguments."""
+    parser = ToolParser(
+        description="Find whatever is wrong with COCO-format data before a model is trained on it.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("dataset", help="a COCO JSON, or the name of a registered dataset")
+    parser.add_argument("folder", nargs="?", help="image folder; a registered dataset has its own")
+    parser.add_argument(
+        "--images",
+        choices=("decode", "headers", "none"),
+        default="decode",
+        help="decode: read every image, the only way to find those cut off (the default); headers: "
+        "sizes and kinds alone; none: the JSON alone",
+    )
+    parser.add_argument("--examples", type=at_least(0), default=3, help="records shown of a kind")
+    parser.add_argument(
+        "--json", type=output_file(), metavar="FILE", help="write all problems there as JSON"
+    )
+    parser.add_argument(
+        "--convert",
+        type=output_file(),
+        metavar="FILE",
+        help="write the JSON anew there, and check that: values filled in, boxes that are "
+        "fractions, corners or centres as x, y, width, height in pixels, without Roboflow's root "
+        "category and records that are there twice, file names as they are in the folder",
+    )
+    parser.add_argument(
+        "--no-crowds",
+        action="store_true",
+        help="with --convert: iscrowd 0 throughout, for CVAT's brush, which writes 1",
+    )
+    parser.add_argument(
+        "--max-size",
+        type=at_least(1),
+        default=1333,
+        help="INPUT.MAX_SIZE_TRAIN of the model to be trained",
+    )
+    parser.add_argument(
+        "--masks",
+        choices=("polygon", "bitmask"),
+        default="",
+        help="INPUT.MASK_FORMAT of a model with masks",
+    )
+    parser.add_argument(
+        "--keypoints", type=at_least(0), default=0, help="of an object, for such a model"
+    )
+    parser.add_argument(
+        "--format", choices=IMAGE_FORMATS, default="BGR", help="INPUT.FORMAT of the model"
+    )
+    parser.add_argument(
+        "--test", action="store_true", help="data to evaluate on: it may have no annotations"
+    )
+    parser.add_argument(
+        "--threads",
+        type=at_least(1, 1024),
+        default=min(os.cpu_count() or 1, 16),
+        help="images read at a time",
+    )
+    return parser
+
+
+def check_main(argv: Sequence[str] | None = None) -> None:
+    """Prints what is wrong with a dataset; exits with status 1 where training would refuse it.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: the dataset's files are not there.
+    """
+    args = argument_parser().parse_args(argv)
+    json_file, folder = _files(args.dataset, args.folder)
+    if args.no_crowds and not args.convert:
+        raise UserError("--no-crowds is for --convert FILE: it writes other annotations")
+    if args.convert:
+        changes = convert_dataset(json_file, folder, args.convert, no_crowds=args.no_crowds)
+        print(*(f"converted: {change}" for change in changes or ["nothing"]), sep="\n")
+        json_file = args.convert
+    print(f"checking {json_file}", flush=True)
+    report = check_dataset(
+        json_file,
+        folder,
+        look=args.images,
+        keep=None if args.json else args.examples,
+        needs=Needs(
+            args.max_size, args.masks, args.keypoints, not args.test, image_format=args.format
+        ),
+        threads=args.threads,
+    )
+    if report.counts:
+        print(report.text(args.examples))
+    content = report.as_json()
+    read = report.contents
+    classes = "1 class" if read.classes == 1 else f"{read.classes} classes"
+    told = f"{read.images} images, {read.boxes} boxes and {classes} were read"
+    if not args.test and not content["refused"]:
+        told += f"; {read.trained_on} boxes are trained on"
+    print(f"{told}\n{content['refused']} refused, {content['warnings']} warnings")
+    if args.images != "decode":
+        print("images were not read to their ends: those cut off are not found")
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
+    if content["refused"]:
+        sys.exit(1)
+
+
+def _files(dataset: str, folder: str | None) -> tuple[str, str]:
+    """JSON and image folder."""
+    if folder is not None:
+        return dataset, folder
+    if Path(dataset).is_file():
+        raise UserError(f"{dataset} is a JSON: give its image folder too")
+    if Path(dataset).is_dir():
+        raise UserError(f"{dataset} is a folder: give a COCO JSON first, then the image folder")
+    if dataset not in DatasetCatalog.list():
+        raise UserError(
+            f"{dataset!r} is neither a file nor a registered dataset: "
+            f"{near_names(dataset, DatasetCatalog.list())}"
+        )
+    if dataset in MINI_NAMES:
+        ensure_mini()
+    check_datasets([dataset], "the command line")
+    metadata = MetadataCatalog.get(dataset)
+    if metadata.get("json_file") is None or metadata.get("image_root") is None:
+        raise UserError(f"dataset {dataset!r} is not in COCO format: it has no JSON and folder")
+    return given_json(dataset), metadata.image_root

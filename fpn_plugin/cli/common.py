@@ -1,0 +1,210 @@
+"""The command lines of all tools: one parser, and values that are refused where they are read."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+from detectron2.config import get_cfg
+
+from fpn_plugin.config import add_fpn_config, flat_keys
+from fpn_plugin.errors import UserError, near_names
+
+__all__ = [
+    "ToolParser",
+    "at_least",
+    "between",
+    "dist_url",
+    "input_file",
+    "output_file",
+    "output_folder",
+]
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse's parser as the tools need it.
+
+    Errors are a :class:`UserError`. In a parser that has ``opts``, the first config key ends the
+    values of the option before it, as in ``--input a.jpg b.jpg MODEL.WEIGHTS w.pth``; argparse's
+    intermixed parsing would give them all to ``--input``, and takes no ``REMAINDER``. Detectron2's
+    own parser, which has no option of several values, is taken in by ``parents``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses arguments; ``opts`` are the config keys and values at their end.
+
+        Raises:
+            UserError: something given cannot be used.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        first = len(given)
+        if any(action.dest == "opts" for action in self._actions):
+            first = next((i for i, word in enumerate(given) if _is_config_key(word)), first)
+        self._check_options(given)
+        self._check_not_empty(given[:first])
+        parsed, left = super().parse_known_args(given[:first], namespace)
+        if first < len(given):
+            parsed.opts = [*parsed.opts, *given[first:]]
+        return parsed, left
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a :class:`UserError`, which the tools print as one line with exit status 2."""
+        raise UserError(" ".join(message.splitlines()))
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        """Refuses options that there are not, with near names."""
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in words:
+            name = word.partition("=")[0]
+            # argparse takes an option's beginning for it.
+            if re.match("--?[A-Za-z]", word) and not any(o.startswith(name) for o in options):
+                self.error(f"no option {name}: {near_names(name, options)}")
+
+    def _check_not_empty(self, words: Sequence[str]) -> None:
+        for before, word in pairwise(["", *words]):
+            name, equals, value = word.partition("=")
+            named = bool(equals) and name.startswith("--")
+            if not (value if named else word).strip():
+                argument = name if named else before
+                where = f"argument {argument}: " if argument.startswith("-") else ""
+                self.error(f"{where}{word!r} is empty, expected a value")
+
+
+def _is_config_key(word: str) -> bool:
+    """Whether a word of a command line is a config key, or one with a typing error in it."""
+    keys, sections = _config_keys()
+    if word in keys:
+        return True
+    dotted = re.fullmatch(r"([A-Z][A-Z0-9_]*)(\.[A-Z0-9_]+)+", word)
+    if word.upper() not in keys and (
+        dotted is None or not difflib.get_close_matches(dotted[1], sections, cutoff=0.75)
+    ):
+        return False
+    return not os.path.exists(word)
+
+
+@functools.cache
+def _config_keys() -> tuple[frozenset[str], list[str]]:
+    """All config keys that have a value, and the names of the sections at the top."""
+    cfg = get_cfg()
+    add_fpn_config(cfg)
+    keys = set(flat_keys(cfg))
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    return frozenset(keys - sections), sorted(name for name in sections if "." not in name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def at_least(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
+    """What argparse takes as ``type`` of a whole number that is not less than another.
+
+    Args:
+        least: the smallest that is taken.
+        most: the largest.
+    """
+    told = f"a whole number, {least} " + ("or more" if most == sys.maxsize else f"to {most}")
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {told}")
+        return value
+
+    return read
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """What argparse takes as ``type`` of a number of a range; NaN is in none."""
+
+    def read(text: str) -> float:
+        value = float(text) if _is_number(text) else float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a number from {least} to {most}")
+        return value
+
+    return read
+
+
+def input_file(text: str) -> str:
+    """What argparse takes as ``type`` of a file that is read."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file")
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"no file {text!r}")
+    return text
+
+
+def output_folder(text: str) -> str:
+    """What argparse takes as ``type`` of a folder that is written to; it need not be there."""
+    if os.path.lexists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, expected a folder to write to")
+    _check_writable(text, Path(text))
+    return text
+
+
+def output_file(*suffixes: str) -> Callable[[str], str]:
+    """What argparse takes as ``type`` of a file that is written; its folder need not be there.
+
+    Args:
+        suffixes: of which its name must have one; any where there are none.
+    """
+
+    def read(text: str) -> str:
+        if os.path.isdir(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file to write")
+        if suffixes and Path(text).suffix.lower() not in suffixes:
+            told = f"{text!r}, expected a name that ends in {', '.join(suffixes)}"
+            raise argparse.ArgumentTypeError(told)
+        _check_writable(text, Path(text))
+        return text
+
+    return read
+
+
+def _check_writable(text: str, path: Path) -> None:
+    """Refuses a file or a folder, there or not, that may not be written."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        told = f"{text!r} cannot be made: {getattr(error, 'strerror', None) or error}"
+        raise argparse.ArgumentTypeError(told) from error
+    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if there != path and not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(there)!r} is no folder")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {str(there)!r} forbids it")
+
+
+def dist_url(text: str) -> str:
+    """What argparse takes as ``type`` of the address at which processes find each other."""
+    known = re.fullmatch(r"tcp://\S+:(\d{1,5})|auto|env://|file:///.+", text)
+    if known is None or (known[1] and not 0 < int(known[1]) < 2**16):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected tcp://HOST:PORT with a port from 1 to 65535, or auto"
+        )
+    return text

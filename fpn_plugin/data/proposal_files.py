@@ -1,0 +1,130 @@
+"""Files of proposals, which Detectron2 unpickles and takes as they are: read without running code,
+and refused where they are not what they should be.
+"""
+
+from __future__ import annotations
+
+import pickle
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+from unittest import mock
+
+import numpy as np
+from detectron2.data import build
+from detectron2.structures import BoxMode
+
+from fpn_plugin.errors import UserError
+from fpn_plugin.utils.pickles import load_arrays
+
+__all__ = ["proposals_read_as_arrays", "read_proposals"]
+
+_OLDER_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron1's
+_MADE_BY = "tools/dump_proposals.py makes such files"
+_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # those that Detectron2 can convert of boxes
+_LARGEST = np.finfo(np.float32).max
+
+
+def read_proposals(file: IO[bytes], encoding: str = "latin1") -> dict[str, Any]:
+    """What a file of proposals holds, in Detectron2's names.
+
+    Args:
+        file: opened for reading bytes.
+        encoding: of Python 2's text.
+
+    Raises:
+        UserError: it holds more than arrays, is no pickle, or the proposals of an image are not
+            finite boxes with a finite logit each.
+    """
+    name = getattr(file, "name", "of proposals")
+    try:
+        content = load_arrays(file, encoding)
+    except UserError as error:
+        raise UserError(f"{name!r} is not loaded: {error}; {_MADE_BY}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{name!r} is no file of proposals: {error}; {_MADE_BY}") from error
+    if isinstance(content, dict):
+        content = {_OLDER_NAMES.get(key, key): value for key, value in content.items()}
+    wrong = next(_problems(content), None)
+    if wrong:
+        raise UserError(f"{name!r} is no file of proposals: {wrong}; {_MADE_BY}")
+    return content
+
+
+def _problems(content: Any) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield f"it holds a value of type {type(content).__name__}, expected a dict"
+        return
+    parts = ("ids", "boxes", "objectness_logits")
+    for part in parts:
+        if not _is_row(content.get(part)):
+            yield f"it has no list {part!r}"
+            return
+    counts = [len(content[part]) for part in parts]
+    if len(set(counts)) > 1:
+        told = ", ".join(f"{count} {part}" for count, part in zip(counts, parts, strict=True))
+        yield f"it has {told}, expected one of each for an image"
+        return
+    mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
+    if not isinstance(mode, int | np.integer) or mode not in _MODES:
+        expected = ", ".join(f"{int(known)} ({known.name})" for known in _MODES)
+        yield f"bbox_mode is {str(mode)[:20]!r}, expected one of {expected}"
+    seen: set[str] = set()
+    for image, boxes, logits in zip(*(content[part] for part in parts), strict=True):
+        if isinstance(image, bool) or not isinstance(image, int | str | np.integer):
+            yield f"it has an image id of type {type(image).__name__}"
+            continue
+        if str(image) in seen:  # as Detectron2 looks them up
+            yield f"image {str(image)[:40]!r} is in it twice"
+        seen.add(str(image))
+        told = _problem_of(boxes, logits)
+        if told:
+            yield f"image {str(image)[:40]!r} has {told}"
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _problem_of(boxes: Any, logits: Any) -> str:
+    """What is wrong with an image's proposals; "" where nothing is."""
+    for what, values in (("boxes", boxes), ("logits", logits)):
+        if not isinstance(values, np.ndarray):
+            return f"{what} of type {type(values).__name__}, expected an array"
+        if values.dtype.kind not in "iuf":
+            return f"{what} of dtype {values.dtype}, expected numbers"
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        return f"boxes of shape {boxes.shape}, expected (N, 4)"
+    if logits.shape != boxes.shape[:1]:
+        return f"logits of shape {logits.shape} for {len(boxes)} boxes"
+    for what, values in (("boxes", boxes), ("logits", logits)):
+        if not (np.abs(values) <= _LARGEST).all():
+            return f"{what} that are not finite"
+    return ""
+
+
+@contextmanager
+def proposals_read_as_arrays() -> Iterator[None]:
+    """Within it, Detectron2 reads files of proposals by :func:`read_proposals`.
+
+    Raises:
+        UserError: as :func:`read_proposals`, or a file lacks an image of its dataset.
+    """
+    stock = build.load_proposals_into_dataset
+
+    def load(records: Sequence[dict[str, Any]], file: str) -> Any:
+        try:
+            return stock(records, file)
+        except KeyError as error:  # by an id, as all else has been checked
+            raise UserError(
+                f"{file!r} has no proposals of image {error}; tools/dump_proposals.py makes those "
+                "of a whole dataset"
+            ) from error
+
+    reading = types.SimpleNamespace(load=read_proposals)
+    with (
+        mock.patch.object(build, "pickle", reading),
+        mock.patch.object(build, "load_proposals_into_dataset", load),
+    ):
+        yield

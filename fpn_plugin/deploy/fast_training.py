@@ -1,0 +1,148 @@
+"""Training made faster: frozen norms inside the weights, the layout that convolutions are fastest
+in, and on a GPU few waits for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
+from fpn_plugin.modeling.sampling import PatientMatcher
+
+__all__ = ["FrozenNormConv2d", "fold_frozen_norms", "optimize_for_training", "use_batched_parts"]
+
+
+def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
+    """Makes a model train faster, in place; parameters and state dict stay as they are.
+
+    Frozen batch norms are folded, see :class:`FrozenNormConv2d`, and the backbone's maps are
+    channels last, which convolutions and RoIAlign are faster with. Batch norms that train are
+    slower so on a CPU: a model without frozen ones keeps its layout. On a GPU its weights are
+    channels last too, a batch is sent there without a wait, and see :func:`use_batched_parts`.
+    Values are the same up to rounding, random numbers the same, and nothing changes in evaluation
+    on a CPU.
+
+    Args:
+        model: any of Detectron2's architectures, on the device that it is trained on.
+        compile: compile the bottom-up pathway, or a backbone without one, with torch.compile, for
+            all image sizes at once.
+    """
+    backbone = getattr(model, "backbone", None)
+    on_gpu = next(model.parameters()).is_cuda
+    if backbone is not None and fold_frozen_norms(backbone):
+        backbone.register_forward_pre_hook(_channels_last)
+        if on_gpu:
+            model.to(memory_format=torch.channels_last)
+    if on_gpu:
+        use_batched_parts(model)
+        model.register_forward_pre_hook(_upload)
+    if compile and backbone is not None and _compiles(next(model.parameters()).device):
+        # The pyramid's own maps are looked at by hooks, which what is compiled does not see.
+        getattr(backbone, "bottom_up", backbone).compile(dynamic=True)
+
+
+def use_batched_parts(model: nn.Module) -> None:
+    """Gives Detectron2's RPN, matchers and box predictors, in place, classes that handle all
+    images of a batch at once; they have the same state and compute the same.
+    """
+    for part in model.modules():
+        if type(part) is RPN:
+            part.__class__ = BatchedRPN
+        elif type(part) is FastRCNNOutputLayers:
+            part.__class__ = BatchedFastRCNNOutputLayers
+        for name in ("anchor_matcher", "proposal_matcher"):
+            matcher = getattr(part, name, None)
+            if type(matcher) is Matcher:
+                matcher.__class__ = PatientMatcher
+        for matcher in getattr(part, "proposal_matchers", ()):  # of a cascade
+            if type(matcher) is Matcher:
+                matcher.__class__ = PatientMatcher
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether torch.compile works there; says in one line why not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # without a compiler, Triton or enough memory: many kinds
+        told = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"torch.compile does not work on {device}, training goes on uncompiled "
+            f"({type(error).__name__}: {told})",
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def _channels_last(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not backbone.training:
+        return inputs
+    return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+
+def _upload(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch for Detectron2's architectures, on the model's device; in training alone."""
+    if not model.training or not isinstance(inputs[0], list):
+        return inputs
+    device = next(model.parameters()).device
+    return ([{key: _sent(value, device) for key, value in of.items()} for of in inputs[0]],)
+
+
+def _sent(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        if value.device.type == "cpu" and value.numel():
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Boxes):
+        return Boxes(_sent(value.tensor, device))
+    if isinstance(value, Instances):
+        fields = {name: _sent(field, device) for name, field in value.get_fields().items()}
+        return Instances(value.image_size, **fields)
+    return value  # masks and keypoints, which Detectron2 sends
+
+
+class FrozenNormConv2d(Conv2d):
+    """Detectron2's convolution with a FrozenBatchNorm2d, as one convolution in training.
+
+    A frozen norm is an affine map: s (w * x) + b = (s w) * x + b. Where gradients are needed
+    Detectron2 computes the left side, which reads and writes each map twice more, forward and
+    backward; this computes the right one. Parameters, state dict and, up to rounding, values and
+    gradients are the same. In evaluation it is Detectron2's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C', H', W')``."""
+        if not self.training or self.norm is None or x.numel() == 0:
+            return super().forward(x)
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        weight = self.weight * scale[:, None, None, None]
+        x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_norms(module: nn.Module) -> int:
+    """Makes a FrozenNormConv2d of each Detectron2 convolution with a frozen norm, in place.
+
+    Returns:
+        How many were made.
+    """
+    count = 0
+    for conv in module.modules():
+        if type(conv) is Conv2d and type(conv.norm) is FrozenBatchNorm2d:
+            conv.__class__ = FrozenNormConv2d  # has no state of its own
+            count += 1
+    return count

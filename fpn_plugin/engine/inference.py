@@ -1,0 +1,149 @@
+"""Running a trained detector on images, and knowing which level each detection was pooled from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import nn
+
+from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
+from fpn_plugin.deploy import optimize_for_inference
+from fpn_plugin.errors import UserError
+from fpn_plugin.modeling import PyramidROIPooler, assign_levels
+from fpn_plugin.visualization import KeypointLayout
+
+from .build_errors import explained_build_errors
+from .checkpoint import FittingCheckpointer, classes_in
+
+__all__ = ["Detector", "class_names", "keypoint_layout", "recorded_levels"]
+
+
+class Detector:
+    """A trained detector, called as Detectron2's DefaultPredictor, whose detections say the pyramid
+    level they were pooled from, and whose images may have any number of channels.
+
+    Args:
+        cfg: the config; MODEL.WEIGHTS must give every parameter of its model.
+        optimize: run :func:`fpn_plugin.optimize_for_inference`'s copy, of this dtype.
+
+    Raises:
+        UserError: the weights are not there or do not fit, or the model detects nothing (RPN).
+    """
+
+    def __init__(self, cfg: CfgNode, optimize: torch.dtype | None = None) -> None:
+        self._cfg = cfg.clone()
+        with explained_build_errors(cfg):
+            self.model: nn.Module = build_model(self._cfg).eval()
+        """The model; it may be replaced by an optimised copy."""
+        FittingCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
+        if optimize is not None:
+            self.model = optimize_for_inference(self.model, dtype=optimize)
+
+    def __call__(self, image: np.ndarray) -> Instances:
+        """Detects objects in an image.
+
+        Args:
+            image: uint8 ``(H, W, C)``, of any size: BGR for a model of colours (INPUT.FORMAT BGR or
+                RGB), else in INPUT.FORMAT, as :func:`fpn_plugin.data.read_picture` reads it.
+
+        Returns:
+            ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``, and,
+            for R-CNN models that pool from a pyramid, ``pyramid_level``: int64, k of Eq. (1) for
+            the proposal that each detection came from.
+        """
+        height, width = image.shape[:2]
+        resized, _ = resized_picture(self._cfg, image)
+        given = {"image": channels_first(self._cfg, resized), "height": height, "width": width}
+        with torch.no_grad(), recorded_levels(self.model):
+            [output] = self.model([given])
+        if "instances" not in output:
+            raise UserError(
+                "the config's model gives proposals, not detections: evaluate it with "
+                "tools/train_net.py --eval-only"
+            )
+        return output["instances"].to("cpu")
+
+
+@contextmanager
+def recorded_levels(model: nn.Module) -> Iterator[None]:
+    """Within it, detections of an R-CNN model carry ``pyramid_level``; other models are untouched.
+
+    A detection's final box is not the box it was pooled for; its proposal is. Which proposal that
+    was, only the box predictor knows, so its ``inference`` is wrapped for the time being.
+
+    Args:
+        model: in evaluation mode.
+    """
+    heads = getattr(model, "roi_heads", None)
+    pooler = getattr(heads, "box_pooler", None)
+    predictor = getattr(heads, "box_predictor", None)
+    # A cascade pools three times, for boxes that its predictors do not pass on.
+    if not isinstance(pooler, PyramidROIPooler) or not hasattr(predictor, "inference"):
+        yield
+        return
+    inference = predictor.inference
+    graphs = getattr(model, "graphs", None)  # do not call it; they know levels themselves
+    if graphs is not None:
+        graphs.record_levels = True
+
+    def inference_with_levels(
+        predictions: Any, proposals: list[Instances]
+    ) -> tuple[list[Instances], list[torch.Tensor]]:
+        instances, kept = inference(predictions, proposals)
+        for found, proposed, indices in zip(instances, proposals, kept, strict=True):
+            found.pyramid_level = assign_levels(
+                proposed.proposal_boxes.tensor[indices],
+                pooler.min_level,
+                pooler.max_level,
+                pooler.canonical_box_size,
+                pooler.canonical_level,
+            )
+        return instances, kept
+
+    predictor.inference = inference_with_levels
+    try:
+        yield
+    finally:
+        del predictor.inference
+        if graphs is not None:
+            graphs.record_levels = False
+
+
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the model's classes, as far as its weights or else its datasets tell them."""
+    told = classes_in(cfg.MODEL.WEIGHTS)
+    if told is not None:
+        return told
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is None and name in DatasetCatalog.list():
+            # A JSON tells its categories when it is loaded.
+            if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
+                continue
+            DatasetCatalog.get(name)
+            names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None:
+            return list(names)
+    return []
+
+
+def keypoint_layout(cfg: CfgNode) -> KeypointLayout:
+    """Names and skeleton of the model's keypoints, as far as its datasets tell them."""
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else ():
+        describe_keypoints(name)
+        metadata = MetadataCatalog.get(name)
+        names = list(metadata.get("keypoint_names", ()))
+        if len(names) == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
+            rules = metadata.get("keypoint_connection_rules", ())
+            edges = tuple((names.index(one), names.index(other)) for one, other, _ in rules)
+            return KeypointLayout(tuple(names), edges)
+    return KeypointLayout()

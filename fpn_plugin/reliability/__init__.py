@@ -1,1 +1,0 @@
-"""Showing that the plugin stands up: trainings that are killed, and that run for long."""

@@ -1,0 +1,322 @@
+"""Every shell command of README.md, docs/ and the tools' --help: run, or listed with the reason
+why not. Of those that differ in values only the first is run, the others are parsed.
+
+They run in one folder, README first, as a reader would give them: as they stand there, but for the
+numbers in ``SMALLER``. The configs, images and weights that they name are small ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fpn_plugin import model_zoo
+from fpn_plugin.cli.common import ToolParser
+from fpn_plugin.conversion import CONFIG_KEYS
+from fpn_plugin.engine import load_config
+from fpn_plugin.mini.dataset import ensure_mini, mini_root
+from fpn_plugin.mini.scene import CATEGORIES, KINDS
+
+ROOT = Path(__file__).parents[1]
+TOOLS = {path.name: path for path in (ROOT / "tools").glob("*.py")}
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# How a command begins, and why it is not run.
+FRAGMENTS = {
+    "tools/train_net.py --eval-only --optimize DTYPE": "DTYPE stands for one; tests/deploy",
+    "tools/train_net.py --resume": "a part of a command; tests/engine/test_resume.py",
+    "convert_weights.py --trust-pickle": "a part of a command; tests/test_conversion.py",
+}
+NOT_RUN = FRAGMENTS | {
+    "make": "builds an environment, trains or tests for minutes; each change is made with them",
+    "pip install": "tests do not touch the network; tests/test_package.py builds and installs",
+    "source": "of the shell",
+    "torchrun": "needs 8 GPUs; tests/distributed starts it",
+    "python tools/train_net.py --num-gpus 8": "needs 8 GPUs",
+    "train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus": "likewise",
+    "lazyconfig_train_net.py --config-file my.py --num-gpus 8": "likewise",
+    "python tools/benchmark.py": "a quarter of an hour; tests/benchmark",
+    "tools/benchmark.py": "minutes; tests/benchmark",
+    "evidence/gpu_check.sh": "needs a GPU; tests/benchmark starts it",
+    "tools/kill_and_resume.py": "minutes; tests/engine/test_resume.py kills as it does",
+}
+# What these words are followed by.
+SMALLER = {
+    "--convert": "mended.json", "--cases": "2", "--pairs": "1", "--max-images": "1",
+    "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()", "INPUT.MIN_SIZE_TRAIN": "(64,)",
+}  # fmt: skip
+# What is added to a tool's commands, in front.
+MORE = {
+    "reproduce.py": ["--dry-run", "--output", "reproduced"],  # tests/paper trains
+    "compare_fitted.py": ["--dry-run"],  # tests/fitting trains
+    "export_model.py": ["--formats", "torchscript"],  # tests/deploy has all
+    "visualize.py": ["--proposals", "2"],
+}
+
+TINY = """
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: ""
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {DEPTH: 50, RES2_OUT_CHANNELS: 16, STEM_OUT_CHANNELS: 8, WIDTH_PER_GROUP: 4, NORM: BN}
+  FPN: {OUT_CHANNELS: 16}
+  ROI_BOX_HEAD: {FC_DIM: 16}
+  ROI_MASK_HEAD: {CONV_DIM: 16}
+  RPN: {PRE_NMS_TOPK_TRAIN: 50, PRE_NMS_TOPK_TEST: 50, POST_NMS_TOPK_TRAIN: 20}
+  ROI_HEADS: {BATCH_SIZE_PER_IMAGE: 16}
+INPUT: {MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64, MAX_SIZE_TRAIN: 96, MAX_SIZE_TEST: 96}
+DATALOADER: {NUM_WORKERS: 0}
+SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: [], WARMUP_ITERS: 0}
+TEST: {DETECTIONS_PER_IMAGE: 5}
+"""
+LAZY = """
+from fpn_plugin.lazy import twin
+
+model, optimizer, lr_multiplier, dataloader, train = twin({!r})
+"""
+
+
+class Parsed(Exception):
+    """Carries arguments out of a tool."""
+
+
+def main_of(tool: str) -> Callable[[list[str]], None]:
+    module, name = re.findall(r"^from (\S+) import (\w+_main)$", TOOLS[tool].read_text(), re.M)[0]
+    return getattr(importlib.import_module(module), name)
+
+
+def joined(text: str) -> list[str]:
+    """The lines of a text that are commands; comments are left out."""
+    lines = text.replace("\\\n", " ").splitlines()
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [shlex.join(found) for found in words if found]
+
+
+def in_markdown(text: str) -> Iterator[str]:
+    """The commands of blocks and of code within lines."""
+    for block in re.findall(r"^```\w*\n.*?^```$", text, re.M | re.S):
+        language, _, content = block.removeprefix("```").partition("\n")
+        if language in ("", "sh", "bash", "console", "shell"):
+            yield from joined(content.removesuffix("```"))
+    for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
+        begin, *rest = code.split()
+        if rest and (begin in ("make", "pip", "python", "torchrun", "source") or ".py" in begin):
+            yield shlex.join(shlex.split(code))
+
+
+def in_help(tool: str, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
+    with pytest.raises(SystemExit):
+        main_of(tool)(["--help"])
+    _, example, examples = capsys.readouterr().out.partition("\nExample")
+    if example:
+        lines = joined(re.split(r"^\S*:$", examples.partition(":\n")[2], flags=re.M)[0])
+        yield from (line for line in lines if ".py" in line.split()[0] or "torchrun" in line)
+
+
+def tool_of(command: str) -> tuple[str, list[str]]:
+    """A command's tool and the arguments of that; "" where it is none of this project's."""
+    words = shlex.split(command)
+    for number, word in enumerate(words):
+        if Path(word).name in TOOLS:
+            return Path(word).name, words[number + 1 :]
+    return "", []
+
+
+def shape_of(command: str) -> tuple[str, ...]:
+    """What is the same of commands that differ in values only: the tool, options and keys."""
+    tool, argv = tool_of(command)
+    named = [word for word in argv if re.match(r"--|[A-Z_]+(\.[A-Z_]+)*$", word)]
+    return (tool, str(argv[:1] == named[:1]), *named)
+
+
+def make_data(json_file: str, images: str, count: int, categories: dict[int, str]) -> None:
+    rng = np.random.default_rng(0)
+    Path(images).mkdir(parents=True, exist_ok=True)
+    Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+    }
+    for number in range(1, count + 1):
+        name = f"{number}.png"
+        Image.fromarray(rng.integers(0, 255, (64, 80, 3), np.uint8)).save(Path(images, name))
+        content["images"].append({"id": number, "file_name": name, "width": 80, "height": 64})
+        box = {"bbox": [10, 10, 40, 30], "area": 1200, "iscrowd": 0}
+        box |= {"id": number, "image_id": number, "category_id": next(iter(categories))}
+        box |= {"segmentation": [[10, 10, 50, 10, 50, 40, 10, 40]]}
+        content["annotations"].append(box)
+    Path(json_file).write_text(json.dumps(content))
+
+
+def make_config(name: str, path: str | None = None) -> None:
+    """A small config under a packaged one's name, which is found before that."""
+    path = Path(path or name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"_BASE_: {model_zoo.get_config_file(name)}\n{TINY}")
+
+
+def make_run(folder: str, config: str, opts: list[str] = ()) -> None:
+    """A folder that has what a training leaves."""
+    cfg = load_config(config, [*opts, "OUTPUT_DIR", folder])
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    cfg.MODEL.WEIGHTS = ""
+    Path(folder, "config.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, Path(folder, "model_final.pth"))
+
+
+@pytest.fixture(scope="module")
+def datasets() -> Iterator[None]:
+    """Few images of each mini dataset and of COCO, where Detectron2 looks for them."""
+    known = set(DatasetCatalog.list())
+    new = [kind for kind in KINDS if kind and not mini_root(kind).is_dir()]
+    ensure_mini({"train": 6, "val": 4})  # as other tests make it
+    for kind in new:
+        ensure_mini({"train": 6, "val": 4}, kind=kind)
+    coco = [MetadataCatalog.get(f"coco_2017_{split}") for split in ("train", "val")]
+    for each in coco:
+        categories = zip(each.thing_dataset_id_to_contiguous_id, each.thing_classes, strict=True)
+        make_data(each.json_file, each.image_root, 4, dict(categories))
+    yield
+    for folder in [*map(mini_root, new), Path(coco[0].json_file).parents[1]]:
+        shutil.rmtree(folder)
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, datasets) -> None:
+    """A folder with what the commands name and do not make themselves."""
+    monkeypatch.chdir(tmp_path)
+    # Drawing takes most of the time, and has tests of its own.
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+    for name in ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "mini/faster_rcnn_R_18_FPN.yaml"):
+        make_config(name)
+    for row in ("table1_c_FPN", "table1_d_bottom_up", "table1_e_no_lateral", "table2_c_FPN"):
+        make_config(f"mini/{row}.yaml")
+        if "table1" in row:
+            make_run(f"output/mini/{row}/seed0", f"mini/{row}.yaml")
+    mini = "mini/faster_rcnn_R_18_FPN.yaml"
+    make_run("output/demo", mini)
+    shutil.copy("output/demo/model_final.pth", ".")
+    make_config(mini, "my.yaml")
+    Path("lazy/mini").mkdir(parents=True)
+    for name in ("lazy/mini/faster_rcnn_R_18_FPN.py", "my.py"):
+        Path(name).write_text(LAZY.format(str(Path(mini).absolute())))
+    for images in ("folder/of/photos", "photos", "output/demo/pictures", "images"):
+        make_data("unused.json", images, 2, {1: "a"})
+    shutil.copy("photos/1.png", "photo.jpg")
+    fourteen = {each["id"]: each["name"] for each in CATEGORIES}  # as in mini_val
+    three = dict(list(fourteen.items())[:3])
+    make_data("cells/train.json", "cells/images", 4, three)
+    make_data("cells/export.json", "cells/images", 4, three)
+    make_data("cells/val.json", "cells/images", 4, three)
+    make_data("cells.json", "images", 2, fourteen)
+    make_data("train.json", "images", 2, fourteen)
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch) -> None:
+    """A folder with what the commands of convert_weights.py name."""
+    monkeypatch.chdir(tmp_path)
+    for name, theirs in {
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml": "fasterrcnn_resnet50_fpn_coco.pth",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml": "maskrcnn.pth",
+    }.items():
+        make_config(name)
+        for folder in ("output/finetuned", "output"):
+            make_run(folder, name, CONFIG_KEYS["torchvision"])
+        shutil.copy("output/model_final.pth", ".")
+        args = ["--to", "torchvision", "--weights", "model_final.pth"]
+        args += ["--config-file", "output/config.yaml", "--output", theirs]
+        main_of("convert_weights.py")(args)
+
+
+def commands(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    found = [command for text in TEXTS for command in in_markdown(text.read_text())]
+    for tool in sorted(TOOLS):
+        found += in_help(tool, capsys)
+    same: dict[str, str] = {}
+    for command in found:
+        same.setdefault(command.removeprefix("python ").removeprefix("tools/"), command)
+    return list(same.values())
+
+
+def to_run(capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, ...], str]:
+    found: dict[tuple[str, ...], str] = {}
+    for command in commands(capsys):
+        if not any(command.startswith(begin) for begin in NOT_RUN):
+            assert tool_of(command)[0], f"neither a tool's nor listed in NOT_RUN: {command}"
+            found.setdefault(shape_of(command), command)
+    return found
+
+
+def run_all(found: list[str]) -> None:
+    failed = []
+    for command in found:
+        tool, argv = tool_of(command)
+        smaller = [SMALLER.get(before, word) for before, word in pairwise(["", *argv])]
+        try:
+            main_of(tool)([*MORE.get(tool, []), *smaller])
+        except (Exception, SystemExit) as error:
+            failed.append(f"{command}: {type(error).__name__}: {error}")
+    assert not failed, "\n".join(failed)
+
+
+def test_commands_are_collected(capsys):
+    found = commands(capsys)
+    assert len(found) > 70
+    for command in (
+        "make demo",
+        "python tools/reproduce.py 1 2 3 --scale mini --seeds 0 1 2",
+        "tools/compare_fitted.py small large --seeds 0 1 2 --at-once 2",
+        "optimize.py --config-file output/demo/config.yaml --input photos/ MODEL.WEIGHTS "
+        "output/demo/model_final.pth",
+        "torchrun --nproc-per-node 8 train_net.py --config-file my.yaml",
+    ):
+        assert command in found
+    used = [begin for begin in NOT_RUN if any(c.startswith(begin) for c in found)]
+    assert used == list(NOT_RUN)  # what is listed is there
+
+
+def test_those_that_are_not_run_are_parsed(capsys, monkeypatch):
+    parse = ToolParser.parse_known_args
+
+    def only_parse(self: ToolParser, *args: object) -> None:
+        raise Parsed(parse(self, *args))
+
+    found, run = commands(capsys), to_run(capsys).values()
+    monkeypatch.setattr(ToolParser, "parse_known_args", only_parse)
+    for command in found:
+        tool, argv = tool_of(command)
+        if not tool or command in run or any(command.startswith(begin) for begin in FRAGMENTS):
+            continue
+        with pytest.raises(Parsed) as raised:
+            main_of(tool)(argv)
+        args, left = raised.value.args[0]
+        assert not left
+        if getattr(args, "config_file", "") in model_zoo.names():
+            load_config(args.config_file, args.opts)
+
+
+def test_the_commands_of_the_texts_run(reader, capsys):
+    run_all([c for c in to_run(capsys).values() if tool_of(c)[0] != "convert_weights.py"])
+
+
+def test_the_commands_that_convert_weights_run(converter, capsys):
+    run_all([c for c in to_run(capsys).values() if tool_of(c)[0] == "convert_weights.py"])

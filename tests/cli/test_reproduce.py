@@ -1,0 +1,295 @@
+"""tools/reproduce.py: what runs, what is refused, and what the report says of it."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fpn_plugin import UserError, model_zoo
+from fpn_plugin.cli.reproduce import reproduce_main
+from fpn_plugin.mini import ensure_mini
+from fpn_plugin.paper import runs, scheduler
+from fpn_plugin.paper.report import read_runs, summarize, write_report
+from fpn_plugin.paper.runs import Outcome, RunFolder, _by_part
+from fpn_plugin.paper.scheduler import _gpus_of, _visible_gpus, tasks_for
+from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
+
+TOOLS = Path(__file__).parents[2] / "tools"
+# Seconds instead of minutes: few iterations, images of 64 px.
+TINY = (
+    "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "DATALOADER.NUM_WORKERS",
+    "0", "MODEL.RPN.POST_NMS_TOPK_TEST", "30", "SOLVER.CHECKPOINT_PERIOD", "1",
+    "MODEL.WEIGHTS", "",
+)  # fmt: skip
+
+
+def names(what: list[str]) -> list[str]:
+    rows = [row for rows in select_rows(what).values() for row in rows]
+    return [run.name for run in needed_runs(rows)]
+
+
+def test_tables_and_rows_are_found_by_their_names():
+    assert [row.key for row in select_rows(["1c", "table1_f_P2"])[1]] == ["1c", "1f"]
+    assert select_rows(["Table2"]) == {2: list(TABLES[2].rows)}
+    assert set(select_rows(["1", "5-r50-yes"])) == {1, 5}
+
+
+@pytest.mark.parametrize("name", ["6", "1g", "c", "", "table"])
+def test_an_unknown_row_lists_what_there_is(name):
+    with pytest.raises(UserError, match=r"tables: 1, 2, 3, 4, 5; rows: 1a, .*5-R101-yes"):
+        select_rows([name])
+
+
+def test_runs_come_after_what_they_depend_on():
+    assert names(["2c"]) == ["table1_c_FPN", "table2_c_FPN"]
+    assert names(["3"]) == [
+        "table1_a_C4", "table3_a_C4", "table1_b_C5", "table3_b_C5", "table1_c_FPN", "table2_c_FPN",
+    ]  # fmt: skip
+    assert names(["5-R50-yes"]) == [
+        "table1_c_FPN", "table2_c_FPN", "table5_R_50_step3_rpn", "table5_R_50_shared",
+    ]  # fmt: skip
+    assert names(["3-He"]) == []
+    assert len(names(["1", "2", "3", "4", "5"])) == len(RUNS)
+
+
+def test_proposals_are_dumped_only_for_runs_that_are_read(tmp_path):
+    folders = [RunFolder(RUNS[n], "mini", s, tmp_path) for s in (0, 1) for n in names(["1", "2c"])]
+    dumps = [task for task in tasks_for(folders) if task.dump]
+    assert [task.name for task in dumps] == [
+        "table1_c_FPN seed 0 proposals",
+        "table1_c_FPN seed 1 proposals",
+    ]
+    [reader] = [t for t in tasks_for(folders) if t.name == "table2_c_FPN seed 1"]
+    assert reader.after == (dumps[1],)
+
+
+def test_a_dry_run_lists_and_runs_nothing(tmp_path, capsys):
+    reproduce_main(["2c", "3-He", "--output", str(tmp_path), "--dry-run"])
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4
+    assert told[0].split() == ["to", "run", "table1_c_FPN", "seed", "0", "1000", "iterations"]
+    assert told[-1] == "3 of 3 to run"
+    assert not list(tmp_path.iterdir())
+
+
+def begun(tmp_path: Path, opts: tuple[str, ...] = ()) -> RunFolder:
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path, opts)
+    folder.claim()
+    folder.check()  # of its own kind: nothing to say
+    return folder
+
+
+def test_a_folder_of_another_config_is_refused_by_name(tmp_path):
+    folder = begun(tmp_path)
+    changed = RunFolder(folder.run, "mini", 0, tmp_path, ("SOLVER.BASE_LR", "0.5"))
+    with pytest.raises(UserError, match=r"seed0 was made by another config .*SOLVER.BASE_LR 0.014"):
+        changed.check()
+    with pytest.raises(UserError, match="never mixed"):
+        reproduce_main(["1c", "--output", str(tmp_path), "--opts", "SOLVER.BASE_LR", "0.5"])
+
+
+def test_a_folder_of_other_code_is_refused_by_name(tmp_path, monkeypatch):
+    folder = begun(tmp_path)
+    monkeypatch.setattr(runs, "code_version", lambda: "0123456789ab")
+    with pytest.raises(UserError, match=r"seed0 was made by other code .*0123456789ab now"):
+        folder.check()
+
+
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path)
+    folder.path.mkdir(parents=True)
+    (folder.path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"made_by.json: it is not a run of this tool"):
+        folder.check()
+
+
+def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
+    package = tmp_path / "fpn_plugin"
+    shutil.copytree(Path(runs.fpn_plugin.__file__).parent, package)
+    monkeypatch.setattr(runs.fpn_plugin, "__file__", str(package / "__init__.py"))
+    version = runs.code_version.__wrapped__
+    before = version()
+    (package / "paper" / "report.py").write_text("# reports do not change what is trained")
+    assert version() == before
+    with (package / "modeling" / "levels.py").open("a") as source:
+        source.write("\n# changed\n")
+    assert version() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "gpus", "slot", "at_once", "expected"),
+    [
+        ("paper/table1_c_FPN", "cuda", "01234567", 0, 1, "01234567"),
+        ("paper/table1_c_FPN", "cuda", "012345", 0, 1, "0123"),  # 16 images: 6 cannot share them
+        ("paper/table1_c_FPN", "cuda", "4567", 1, 2, "67"),
+        ("paper/table1_c_FPN", "cuda", "0", 1, 2, "0"),
+        ("mini/table1_c_FPN", "cuda", "23", 0, 1, "2"),  # one batch norm over the whole batch
+        ("mini/table1_c_FPN", "cuda", "0123", 2, 4, "2"),
+        ("mini/table1_c_FPN", "cpu", "0123", 0, 1, ""),
+        ("mini/table1_c_FPN", "cuda", "", 0, 1, ""),
+    ],
+)
+def test_gpus_are_shared_as_batches_can_be(name, device, gpus, slot, at_once, expected):
+    cfg = model_zoo.get_config(f"{name}.yaml")
+    cfg.MODEL.DEVICE = device
+    assert "".join(_gpus_of(cfg, list(gpus), slot, at_once)) == expected
+
+
+def test_only_visible_gpus_are_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert _visible_gpus() == ["5", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _visible_gpus() == ["0", "1"]
+
+
+def outcome(scale: float, groups: bool = True) -> Outcome:
+    metrics = dict.fromkeys(["AR@100", "AR@1000", "ARs@1000", "ARm@1000", "ARl@1000"], scale)
+    by_group = {"digit": scale, "disc": scale + 1} if groups else {}
+    return Outcome(metrics, by_group, 0.5, 0.25, {}, [scale / part for part in range(1, 9)])
+
+
+def test_seeds_are_put_together_by_mean_and_standard_deviation():
+    summary = summarize({0: outcome(50), 1: outcome(53), 2: outcome(56)}, TABLES[1].metrics)
+    assert summary.mean["AR1k"] == 53
+    assert summary.spread["AR1k"] == 3
+    assert summary.groups == {"digit": 53, "disc": 54}
+    assert summary.losses[:2] == [53, 26.5]
+    assert summarize({0: outcome(50)}, TABLES[1].metrics).spread["AR1k"] == 0
+    without = dataclasses.replace(outcome(53), losses=[])
+    assert summarize({0: outcome(50), 1: without}, TABLES[1].metrics).losses == []
+
+
+def test_losses_are_told_by_eighths_of_the_training():
+    rows = [{"iteration": i, "total_loss": float(i // 100)} for i in range(19, 800, 20)]
+    assert _by_part(rows, 800) == list(range(8))
+    assert _by_part(rows, 801)[-1] == 7  # also where the parts do not come out even
+    assert _by_part(rows[:-5], 800) == []  # none of the last eighth
+    assert _by_part([], 800) == []
+
+
+def test_the_report_sets_rows_beside_the_papers(tmp_path):
+    figures = {("1a", 0): 50, ("1a", 1): 52, ("1c", 0): 60, ("1c", 1): 64, ("1f", 0): 63}
+    rows = [row for row in TABLES[1].rows if row.key in ("1a", "1c", "1d", "1f")]
+    runs_of = {row.key: RUNS[row.run] for row in rows}
+    outcomes = {
+        RunFolder(runs_of[key], "mini", seed, tmp_path): outcome(figure)
+        for (key, seed), figure in figures.items()
+    }
+    (tmp_path / "mini").mkdir()
+    text = write_report({1: rows}, outcomes, tmp_path / "mini").read_text()
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.partition("Total loss")[0].splitlines()
+        if line.startswith("| (")
+    }
+    assert "They are not COCO results" in text
+    assert cells["(a) C4"][:2] == ["51.0 ± 1.4 (-11.0)", "52.0 ± 1.4 (-11.0)"]  # of the groups
+    head = next(line for line in text.splitlines() if line.startswith("| (a) C4"))
+    assert "| 0,1     | 51.0 ± 1.4 (-11.0) | 36.1 (-7.9)" in head
+    assert "48.3 (-8.0)" in head  # AR1k of the paper, and its difference
+    losses = text[text.index("Total loss, mean over each eighth") :]
+    assert "| (a) C4                | 51.000 | 25.500 | 17.000 " in losses
+    missing = next(line for line in text.splitlines() if line.startswith("| (d)"))
+    assert "| -" in missing and "49.5 (-6.8)" in missing
+    assert "By AR1k, here: 1f 63.0 > 1c 62.0 > 1a 51.0. Paper: 1c 56.3 > 1f 51.3 > 1a 48.3." in text
+    assert "2 of 3 pairs of rows stand in the paper's order." in text
+    assert "1c over 1f there, +1.0 the other way here, less than the seeds' spread of 2.8" in text
+    content = json.loads((tmp_path / "mini" / "report.json").read_text())
+    assert content["tables"]["1"]["1a"]["here"]["mean"]["AR1k"] == 51
+    assert content["tables"]["1"]["1d"]["here"] is None
+    assert (tmp_path / "mini" / "table1.png").stat().st_size > 10_000
+
+
+def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
+    ensure_mini({"train": 6, "val": 4})
+    args = ["2c", "--output", str(tmp_path), "--opts", *TINY]
+    tool = [sys.executable, str(TOOLS / "reproduce.py"), *args]
+    # Cut off while it runs, it leaves a folder that the next call goes on with.
+    # A shell in the background ignores interrupts, and so would what it starts.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    cut = subprocess.Popen(tool, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed)
+    first = tmp_path / "mini" / "table1_c_FPN" / "seed0"
+    deadline = time.monotonic() + 120
+    while not (first / "train.log").is_file() and time.monotonic() < deadline:
+        pass
+    cut.send_signal(signal.SIGINT)
+    assert b"the same command goes on" in cut.communicate(timeout=60)[0]
+    assert cut.returncode == 130
+    reproduce_main(args)
+    told = capsys.readouterr()
+    assert "Table 2. Fast R-CNN" in told.out
+    second = tmp_path / "mini" / "table2_c_FPN" / "seed0"
+    results = json.loads((second / "results.json").read_text())["bbox"]
+    report = json.loads((tmp_path / "mini" / "report.json").read_text())["tables"]["2"]["2c"]
+    assert report["here"]["mean"]["AP50"] == results["AP50"]
+    digits = [results[f"AP-{digit}"] for digit in range(10)]
+    assert report["here"]["groups"]["digit"] == pytest.approx(sum(digits) / 10, nan_ok=True)
+    # The proposals that it read are those of its own RPN.
+    config = (second / "config.yaml").read_text()
+    assert str(first / "proposals" / "mini_train.pkl") in config
+    assert (first / "proposals" / "mini_val.pkl").is_file()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_final.pth")}
+    assert len(before) == 2
+    assert not list(tmp_path.rglob("model_0*.pth"))  # of no use any more
+    reproduce_main(args)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    # What another machine reported goes into this one's report, if the same code made it.
+    there, here = tmp_path / "mini" / "report.json", tmp_path / "here"
+    folder = RunFolder(RUNS["table2_c_FPN"], "mini", 0, here, TINY)
+    [(found, recorded)] = read_runs(there, [folder]).items()
+    assert found == folder
+    assert recorded.metrics == results
+    changed = RunFolder(folder.run, "mini", 0, here, (*TINY, "SOLVER.BASE_LR", "0.5"))
+    with pytest.raises(UserError, match=r"report.json: table2_c_FPN seed 0 was made by another"):
+        read_runs(there, [changed])
+    with pytest.raises(UserError, match="no report.json of this tool"):
+        read_runs(second / "results.json", [folder])
+    reproduce_main([*args[:3], "--dry-run", *args[3:]])
+    assert "0 of 3 to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_an_interrupt_meets_while_it_starts_is_ended(number, tmp_path, monkeypatch):
+    ensure_mini({"train": 6, "val": 4})
+    started = []
+    start = subprocess.Popen
+
+    def interrupted(*_, **__):
+        started.append(start([sys.executable, "-c", "import time; time.sleep(600)"]))
+        os.kill(os.getpid(), number)
+        return started[0]
+
+    monkeypatch.setattr(scheduler.subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce_main(["1c", "--output", str(tmp_path)])
+        assert [each.poll() for each in started] == [-signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for each in started:
+            each.kill()
+            each.wait()
+
+
+def test_a_run_that_fails_is_told_with_its_log(tmp_path):
+    ensure_mini({"train": 6, "val": 4})
+    folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path)
+    bad = ["1c", "--output", str(tmp_path), "--opts", "MODEL.RPN.HEAD_NAME", "NoHead"]
+    with pytest.raises(
+        UserError, match=r"table1_c_FPN seed 0 ended with status 2: error: .*NoHead"
+    ):
+        reproduce_main(bad)
+    assert (folder.path / "train.log").is_file()
