@@ -53,7 +53,7 @@ __all__ = [
     "optimize_for_inference",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _register_mini()
 _register_mini_weights()
