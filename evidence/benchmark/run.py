@@ -18,7 +18,7 @@ from fpn_plugin.cli.common import ToolParser, at_least, input_file, output_folde
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.comparison import Agreement
 from fpn_plugin.deploy.graphs import tf32_set
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.engine.settings import load_config, settled_device
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.errors import UserError
@@ -135,7 +135,7 @@ def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
     """
     cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", device])
     original = FPNTrainer.build_model(cfg)
-    FittingCheckpointer(original, complete=True).load(str(run / "model_final.pth"))
+    StrictCheckpointer(original, complete=True).load(str(run / "model_final.pth"))
     original.eval()
     half = torch.bfloat16 if device == "cpu" else torch.float16
     fast = optimize_for_inference(original)

@@ -34,7 +34,7 @@ from fpn_plugin.data import (
     register_datasets,
     registered_specs,
 )
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, load_config
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer, load_config
 from fpn_plugin.engine.launch import launch
 from fpn_plugin.engine.settings import settle_device
 from fpn_plugin.errors import UserError
@@ -119,7 +119,7 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
     setup_logger(name="fvcore")
     model = FPNTrainer.build_model(cfg).eval()
-    FittingCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     for split in args.splits:
         target = Path(args.output) / f"{split}.pkl"
         if target.is_file() and _stamp_of(target).is_file():

@@ -18,7 +18,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.engine.changes import earlier_config_kept
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.engine.class_names import match_datasets
 from fpn_plugin.engine.expectations import check_augmentation, check_expected, verify_expected
 from fpn_plugin.engine.launch import launch
@@ -176,7 +176,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
             trainer.resume_or_load(resume=args.resume)
     if trainer is None:
         model = FPNTrainer.build_model(cfg)
-        FittingCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
+        StrictCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         if args.optimize:

@@ -1,6 +1,5 @@
 """Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
 
-
 from .augmentations import check_augmentations, check_resizing
 from .checking import check_coco, check_dataset
 from .classes import class_order, follow_classes

@@ -26,7 +26,7 @@ from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
 from fpn_plugin.utils.pickles import NO_PICKLE, load_arrays
 
 __all__ = [
-    "FittingCheckpointer",
+    "StrictCheckpointer",
     "classes_in",
     "read_checkpoint",
     "weights_of",
@@ -306,7 +306,7 @@ def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool =
         torch.save(state if bare else {"model": state}, path)
 
 
-class FittingCheckpointer(DetectionCheckpointer):
+class StrictCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that refuses weights which would leave a model half random, and
     whose files are written aside, put on the disk and then named.
 

@@ -22,7 +22,7 @@ from fpn_plugin.modeling import PyramidROIPooler, assign_levels
 from fpn_plugin.visualization import KeypointLayout
 
 from .build_errors import explained_build_errors
-from .checkpoint import FittingCheckpointer, classes_in
+from .checkpoint import StrictCheckpointer, classes_in
 
 __all__ = ["Detector", "class_names", "keypoint_layout", "recorded_levels"]
 
@@ -44,7 +44,7 @@ class Detector:
         with explained_build_errors(cfg):
             self.model: nn.Module = build_model(self._cfg).eval()
         """The model; it may be replaced by an optimised copy."""
-        FittingCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
         if optimize is not None:
             self.model = optimize_for_inference(self.model, dtype=optimize)
 

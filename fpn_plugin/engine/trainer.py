@@ -44,7 +44,7 @@ from fpn_plugin.visualization import plot_losses
 
 from .build_errors import explained_build_errors
 from .changes import check_length
-from .checkpoint import FittingCheckpointer
+from .checkpoint import StrictCheckpointer
 from .cpu_ddp import create_cpu_ddp_model
 from .evaluation import DetectionEvaluator
 from .evaluation_hook import JointEvalHook
@@ -79,7 +79,7 @@ class FPNTrainer(DefaultTrainer):
         """Detectron2's hooks, the loss curve, what makes resuming exact, and level statistics."""
         # DefaultTrainer has no method that builds its checkpointer; the hooks are the first to
         # use it.
-        self.checkpointer = FittingCheckpointer(
+        self.checkpointer = StrictCheckpointer(
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
             classes=class_order(self.cfg.DATASETS.TRAIN[0]),

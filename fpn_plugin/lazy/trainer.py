@@ -44,7 +44,7 @@ from fpn_plugin.data import (
 from fpn_plugin.data.proposal_files import proposals_read_as_arrays
 from fpn_plugin.deploy.fast_training import optimize_for_training
 from fpn_plugin.engine.changes import check_length, earlier_config_kept
-from fpn_plugin.engine.checkpoint import FittingCheckpointer
+from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.engine.class_names import match_datasets
 from fpn_plugin.engine.cpu_ddp import create_cpu_ddp_model
 from fpn_plugin.engine.evaluation import DetectionEvaluator
@@ -332,7 +332,7 @@ def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
             train = None if args.eval_only else _training(cfg, args.resume)
         if train is None:
             model = _model(cfg)
-            FittingCheckpointer(model, folder, complete=True).resume_or_load(
+            StrictCheckpointer(model, folder, complete=True).resume_or_load(
                 cfg.train.init_checkpoint, resume=args.resume
             )
             results = {**_evaluate(cfg, model), **_evaluate_augmented(cfg, model)}
@@ -375,7 +375,7 @@ def _training(cfg: DictConfig, resume: bool) -> Callable[[], dict[str, Any]]:
         settle_precision(trainer, train.amp.get("dtype", "float16"), "train.amp.dtype")
     scales = train.amp.enabled and trainer.grad_scaler.is_enabled()
     classes = class_order(_names(cfg, "train")[0])
-    checkpointer = FittingCheckpointer(model, train.output_dir, classes=classes, trainer=trainer)
+    checkpointer = StrictCheckpointer(model, train.output_dir, classes=classes, trainer=trainer)
     watch = LossWatch(
         model,
         "a lower optimizer.lr or a longer lr_multiplier.warmup_length",

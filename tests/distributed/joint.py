@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.ops import boxes as box_ops
 
 from fpn_plugin import model_zoo
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer, load_config
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer, load_config
 from fpn_plugin.engine.launch import launch, run_tool
 
 SIDE, IMAGES = 64, 4
@@ -258,7 +258,7 @@ def evaluated(folder: Path, count: int, *opts: str) -> dict:
     torch.manual_seed(0)
     model = FPNTrainer.build_model(cfg)
     if cfg.MODEL.WEIGHTS:
-        FittingCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return dict(FPNTrainer.test(cfg, model))
 
 

@@ -18,7 +18,7 @@ from fpn_plugin import UserError
 from fpn_plugin.cli import train as training
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
 from fpn_plugin.engine.changes import changes, flat_config, summary
 from fpn_plugin.engine.resume import ExactResume
 from fpn_plugin.engine.settings import load_config
@@ -402,8 +402,8 @@ def test_a_run_of_other_classes_is_not_resumed(tmp_path):
     def model(classes: int) -> nn.Module:
         return nn.ModuleDict({"head": nn.Linear(2, 2), "predictor": nn.Linear(2, classes)})
 
-    saver = FittingCheckpointer(model(3), str(tmp_path))
+    saver = StrictCheckpointer(model(3), str(tmp_path))
     saver.save("model_0000001")
-    FittingCheckpointer(model(5)).load(str(tmp_path / "model_0000001.pth"))
+    StrictCheckpointer(model(5)).load(str(tmp_path / "model_0000001.pth"))
     with pytest.raises(UserError, match=r"cannot resume: .*predictor.* is \(3,.*NUM_CLASSES"):
-        FittingCheckpointer(model(5), str(tmp_path)).resume_or_load("")
+        StrictCheckpointer(model(5), str(tmp_path)).resume_or_load("")

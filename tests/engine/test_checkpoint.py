@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.conversion import convert_main
-from fpn_plugin.engine import FittingCheckpointer
+from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
 
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
@@ -33,13 +33,13 @@ def config(*opts) -> CfgNode:
 def saved(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor]]:
     model = build_model(config())
     folder = tmp_path_factory.mktemp("run")
-    FittingCheckpointer(model, str(folder)).save("model_final")
+    StrictCheckpointer(model, str(folder)).save("model_final")
     return str(folder / "model_final.pth"), model.state_dict()
 
 
 def load(path: str, *opts, complete: bool = False):
     model = build_model(config(*opts))
-    FittingCheckpointer(model, complete=complete).load(path)
+    StrictCheckpointer(model, complete=complete).load(path)
     return model
 
 
@@ -144,7 +144,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path, suffix, read):
 
 def test_code_is_not_run_where_detectron2_and_torch_are_older(tmp_path, saved, monkeypatch):
     # Detectron2 0.6 has no _torch_load, and torch before 2.6 unpickles unless told otherwise.
-    monkeypatch.delattr(FittingCheckpointer, "_torch_load")
+    monkeypatch.delattr(StrictCheckpointer, "_torch_load")
     monkeypatch.setattr(torch, "load", functools.partial(older_load, torch.load))
     ran = tmp_path / "ran"
     torch.save({"model": {"a": torch.zeros(1)}, "more": Malicious(str(ran))}, tmp_path / "w.pth")
@@ -179,7 +179,7 @@ KINDS = [
 ]
 
 
-class Told(FittingCheckpointer):
+class Told(StrictCheckpointer):
     """Keeps what the checkpoint and the model did not have in common."""
 
     def _load_model(self, checkpoint):
@@ -216,14 +216,14 @@ def test_checkpoints_pass_between_stock_models_and_their_twins(tmp_path, name, l
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(1)
-    FittingCheckpointer(ours, str(tmp_path)).save("plugin")
+    StrictCheckpointer(ours, str(tmp_path)).save("plugin")
     DetectionCheckpointer(theirs).load(str(tmp_path / "plugin.pth"))
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[key]), key
 
 
 def read_linear(path: Path) -> None:
-    FittingCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
+    StrictCheckpointer(torch.nn.Linear(2, 2)).load(str(path))
 
 
 NO_WEIGHTS = {
@@ -309,10 +309,10 @@ def test_archives_that_older_torch_runs_are_not_given_to_it(tmp_path, monkeypatc
         read(path)
 
 
-def resumable(folder: Path) -> tuple[FittingCheckpointer, torch.optim.Optimizer]:
+def resumable(folder: Path) -> tuple[StrictCheckpointer, torch.optim.Optimizer]:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    return FittingCheckpointer(model, str(folder), optimizer=optimizer), optimizer
+    return StrictCheckpointer(model, str(folder), optimizer=optimizer), optimizer
 
 
 def test_what_is_beside_the_weights_is_loaded_to_resume_and_else_given_back(tmp_path):

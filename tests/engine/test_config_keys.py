@@ -173,7 +173,5 @@ def test_every_key_of_detectron2_is_read(squares, tmp_path, tool, monkeypatch):
 
 
 def test_an_evaluation_reads_what_concerns_it(tool, monkeypatch):
-    monkeypatch.setattr(
-        "fpn_plugin.engine.checkpoint.FittingCheckpointer.load", lambda *_, **__: {}
-    )
+    monkeypatch.setattr("fpn_plugin.engine.checkpoint.StrictCheckpointer.load", lambda *_, **__: {})
     assert tool("--eval-only") >= EVALUATION

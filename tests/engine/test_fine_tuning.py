@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.engine import FittingCheckpointer
+from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.lazy.trainer import load_lazy_config
 
 FCOS = "lazy/COCO-Detection/fcos_R_50_FPN_1x.py"
@@ -102,7 +102,7 @@ def assert_starts_from(
     before = {key: value.clone() for key, value in model.state_dict().items()}
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        FittingCheckpointer(model).load(path)
+        StrictCheckpointer(model).load(path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key] if key in left else state[key]), key
     said = [record.getMessage() for record in caplog.records]
@@ -119,7 +119,7 @@ def assert_starts_from(
 def evaluation_names(model: nn.Module, path: str, left: set[str]) -> str:
     """The keys that mend it, where a model that needs all is given such weights."""
     with pytest.raises(UserError, match=f"does not fit in {len(left)} tensors") as raised:
-        FittingCheckpointer(model, complete=True).load(path)
+        StrictCheckpointer(model, complete=True).load(path)
     return str(raised.value).partition("; see ")[2]
 
 
@@ -199,7 +199,7 @@ def test_what_other_data_does_not_explain_is_refused_by_its_own_key(tmp_path):
         (["MODEL.RESNETS.STEM_OUT_CHANNELS", 9, *OTHER["gray"]], "MODEL.RESNETS.DEPTH"),
     ):
         with pytest.raises(UserError, match=f"; see {keys}"):
-            FittingCheckpointer(narrow(ONE, *opts)).load(path)
+            StrictCheckpointer(narrow(ONE, *opts)).load(path)
 
 
 def test_a_training_is_not_resumed_with_half_a_model(tmp_path):
@@ -207,7 +207,7 @@ def test_a_training_is_not_resumed_with_half_a_model(tmp_path):
     checkpoint(trained(ONE), tmp_path)
     model = narrow(ONE, *OTHER["classes"])
     with pytest.raises(UserError, match=r"cannot resume: .* see MODEL.ROI_HEADS.NUM_CLASSES"):
-        FittingCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+        StrictCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
 
 
 def test_networks_of_ones_own_leave_out_their_first_convolution(tmp_path, caplog):
@@ -228,7 +228,7 @@ def test_names_matched_by_likeness_leave_the_first_convolution_out_as_well(tmp_p
     state = {k.removeprefix(start): v for k, v in trained(ONE).items() if start in k}
     torch.save({"model": state, "matching_heuristics": True}, tmp_path / "imagenet.pth")
     stem = model.backbone.bottom_up.stem.conv1.weight.clone()
-    FittingCheckpointer(model).load(str(tmp_path / "imagenet.pth"))
+    StrictCheckpointer(model).load(str(tmp_path / "imagenet.pth"))
     assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, stem)
     for key, value in model.backbone.bottom_up.state_dict().items():
         assert key == "stem.conv1.weight" or torch.equal(value, state[key])

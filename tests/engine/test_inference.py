@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fpn_plugin import UserError, assign_levels, model_zoo
-from fpn_plugin.engine import FittingCheckpointer
+from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.engine.inference import Detector, recorded_levels
 from fpn_plugin.visualization import DrawnBox, draw_detections, level_color, plot_losses
 
@@ -44,7 +44,7 @@ def test_the_level_recorded_is_that_of_the_proposal(s0):
 @pytest.mark.parametrize("arch", ["GeneralizedRCNN", "ProposalNetwork"])
 def test_detector(arch, tmp_path):
     cfg = small_config("MODEL.META_ARCHITECTURE", arch, "OUTPUT_DIR", str(tmp_path))
-    FittingCheckpointer(build_model(cfg), str(tmp_path)).save("weights")
+    StrictCheckpointer(build_model(cfg), str(tmp_path)).save("weights")
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     image = np.random.default_rng(0).integers(0, 256, (120, 200, 3), dtype=np.uint8)
     if arch == "ProposalNetwork":

@@ -11,7 +11,7 @@ from torch import nn
 from evidence.tiny import tiny_options
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
 from fpn_plugin.engine.nonfinite import LossWatch, SkippedSteps
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import NonFiniteError, UserError
@@ -149,7 +149,7 @@ def test_mixed_precision_on_a_cpu_is_refused(squares, tmp_path, capfd):
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
     model = nn.Linear(2, 2)
-    checkpointer = FittingCheckpointer(model, str(tmp_path))
+    checkpointer = StrictCheckpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")
     model.bias.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"bias .*the last one is .*model_0000001.pth"):

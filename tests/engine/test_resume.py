@@ -20,7 +20,7 @@ from evidence.kill_and_resume import differing_tensors, kill_and_resume
 from evidence.tiny import tiny_options
 from fpn_plugin import UserError
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FittingCheckpointer, FPNTrainer
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
 from fpn_plugin.engine.resume import ExactResume, _drop_rows_from
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.lazy.trainer import lazy_main
@@ -219,8 +219,8 @@ def full_disk(monkeypatch):
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_is_told(tmp_path, full_disk):
     model = nn.Linear(100, 100)
-    FittingCheckpointer(model, str(tmp_path)).save("model_0000001")
-    large = FittingCheckpointer(nn.Linear(1000, 1000), str(tmp_path))
+    StrictCheckpointer(model, str(tmp_path)).save("model_0000001")
+    large = StrictCheckpointer(nn.Linear(1000, 1000), str(tmp_path))
     with pytest.raises(UserError) as raised:
         large.save("model_0000003")
     told = str(raised.value)
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_is_told(tmp_path, full_di
     assert f"go on with --resume from {tmp_path}/model_0000001.pth" in told
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
     restored = nn.Linear(100, 100)
-    FittingCheckpointer(restored, str(tmp_path)).resume_or_load("", resume=True)
+    StrictCheckpointer(restored, str(tmp_path)).resume_or_load("", resume=True)
     assert torch.equal(restored.weight, model.weight)
 
 
@@ -243,7 +243,7 @@ def test_other_files_of_a_full_disk_are_told_too(number):
 
 def test_a_last_checkpoint_that_cannot_be_read_names_the_others(tmp_path):
     model = nn.Linear(2, 2)
-    checkpointer = FittingCheckpointer(model, str(tmp_path))
+    checkpointer = StrictCheckpointer(model, str(tmp_path))
     checkpointer.save("model_0000001")
     checkpointer.save("model_0000003")
     path = tmp_path / "model_0000003.pth"

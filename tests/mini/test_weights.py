@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.engine import FittingCheckpointer
+from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.mini import ensure_mini, ensure_mini_weights
 from fpn_plugin.mini import weights as mini_weights
 from fpn_plugin.mini.weights import Schedule
@@ -97,7 +97,7 @@ def test_every_row_starts_from_all_of_them(row, prefix, conv5, apart, short, mon
     cfg = model_zoo.get_config(f"mini/{row}.yaml")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
-    FittingCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     given = torch.load(ensure_mini_weights("R-18.pth", root=apart), weights_only=True)["model"]
     expected = {f"{prefix}{key}": value for key, value in given.items() if "roi_heads" not in key}
     expected |= {key: value for key, value in given.items() if "roi_heads" in key}
