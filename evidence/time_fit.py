@@ -19,7 +19,7 @@ from .time_check import write_big_dataset
 __all__ = ["time_fit_main"]
 
 _FIT = (
-    "from fpn_plugin.engine import run_tool; from fpn_plugin.fitting import fit_main; "
+    "from fpn_plugin.engine import run_tool; from fpn_plugin.cli.fit import fit_main; "
     "run_tool(fit_main)"
 )
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # bytes, of ru_maxrss

@@ -1,8 +1,11 @@
 """Every test works in folders of its own: no user's files, no checkout, no network."""
 
+import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 # Detectron2 and the plugin read it when they are imported.
 _DATASETS = tempfile.TemporaryDirectory(prefix="fpn-plugin-tests-")
@@ -26,3 +29,25 @@ def _seeded() -> None:
 def squares(tmp_path_factory) -> str:
     """What --dataset takes to register eight images of squares."""
     return make_squares(tmp_path_factory.mktemp("squares") / "data", 8)
+
+
+@pytest.fixture
+def coco_json(tmp_path) -> Callable[..., Path]:
+    """Writes a COCO JSON of boxes [x, y, width, height] in one image of 200 x 100 px."""
+
+    def write(boxes: Sequence[Sequence[float]], **extra: object) -> Path:
+        annotations = [
+            {"id": i + 1, "image_id": 7, "category_id": 1, "bbox": list(box), "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ]
+        content = {
+            "images": [{"id": 7, "file_name": "a.jpg", "width": 200, "height": 100}],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "thing"}],
+            **extra,
+        }
+        path = tmp_path / "boxes.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write

@@ -1,6 +1,6 @@
 """What a dataset asks of a pyramid: levels, canonical size, anchors, room for proposals."""
 
-from .fit import Fit, fit_main, fit_pyramid
+from .fit import Fit, fit_pyramid
 from .ground_truth import GroundTruth, read_ground_truth
 from .matching import best_anchors
 from .measures import Measures, measure
@@ -18,7 +18,6 @@ __all__ = [
     "ResizeRule",
     "best_anchors",
     "boxes_at_input",
-    "fit_main",
     "fit_pyramid",
     "measure",
     "read_ground_truth",

@@ -1,41 +1,26 @@
-"""What tools/fit_pyramid.py does: a dataset and a config in, a fitted config and a report out."""
+"""A config's pyramid against a dataset: measured, and fitted."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.cli.common import ToolParser, output_folder
-from fpn_plugin.data import Needs, register_datasets
-from fpn_plugin.engine import find_config_file, load_config
-from fpn_plugin.errors import UserError
-
-from .density import Density, check_sampling
-from .ground_truth import GroundTruth, read_ground_truth
+from .density import Density
+from .ground_truth import GroundTruth
 from .measures import Measures, measure
 from .pyramid import Pyramid
 from .recommend import recommend
 from .recommendation import Recommendation
 from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
-__all__ = ["Fit", "argument_parser", "fit_main", "fit_pyramid"]
+__all__ = ["Fit", "fit_pyramid"]
 
 _FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the config's input size
 _MAX_FACTOR = 2.0  # of MAX_SIZE alone
 # What other input sizes are measured on, at most.
 _SAMPLE_IMAGES, _SAMPLE = 20_000, 100_000
-
-_EXAMPLES = """
-Examples:
-  fit_pyramid.py --config-file mini/faster_rcnn_R_18_FPN.yaml --data mini_small_train
-  fit_pyramid.py --config-file my.yaml --data train.json --output output/fit
-  fit_pyramid.py --config-file my.yaml INPUT.MIN_SIZE_TRAIN "(1200,)"   # DATASETS.TRAIN of my.yaml
-"""
 
 
 @dataclass(frozen=True)
@@ -137,59 +122,3 @@ def _at_input_size(
         },
         **{key: found[key] for key in keys},
     }
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/fit_pyramid.py."""
-    parser = ToolParser(
-        description="Which levels, canonical size and anchors your data wants: measures a config's "
-        "pyramid against labelled boxes, and writes a config that fits them better.",
-        epilog=_EXAMPLES,
-    )
-    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="NAME|JSON",
-        help="a registered dataset or a COCO instances JSON; may be given several times; default: "
-        "the config's DATASETS.TRAIN",
-    )
-    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
-    parser.add_argument(
-        "--output",
-        type=output_folder,
-        default="output/fit",
-        help="folder of the report and config",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
-    return parser
-
-
-def fit_main(argv: Sequence[str] | None = None) -> None:
-    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
-    from .report import check_output, write_report  # matplotlib, which the library need not load
-
-    args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    # What is wrong with the config is told before a long reading.
-    Pyramid.from_config(cfg)
-    for training in (True, False):
-        ResizeRule.from_config(cfg, training)
-    check_sampling(cfg)
-    base, folder = Path(find_config_file(args.config_file)), Path(args.output)
-    check_output(base, folder)
-    register_datasets(args.dataset)
-    sources = args.data or list(cfg.DATASETS.TRAIN)
-    if not sources:
-        raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
-    key = "--data" if args.data else "DATASETS.TRAIN"
-    fit = fit_pyramid(cfg, read_ground_truth(sources, Needs.of(cfg, training=True), key))
-    print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from evidence import compare_fitted as compare
 from evidence.compare_fitted import compare_main
 from fpn_plugin import UserError
+from fpn_plugin.cli.fit import fit_main
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.engine import FPNTrainer, load_config
-from fpn_plugin.fitting import fit_main, read_ground_truth
+from fpn_plugin.fitting import read_ground_truth
 from fpn_plugin.mini import ensure_mini
 
 FEW = {"train": 12, "val": 6}
@@ -73,13 +74,13 @@ def test_a_fitted_config_is_not_overwritten_by_a_fit_of_it(tmp_path, monkeypatch
     args = ["--data", "mini_small_train", "--config-file"]
     fit_main([*args, CONFIG, "--output", "fit"])
     before = Path("fit/fitted.yaml").read_text()
-    monkeypatch.setattr("fpn_plugin.fitting.fit.read_ground_truth", None)  # it is told before
+    monkeypatch.setattr("fpn_plugin.cli.fit.read_ground_truth", None)  # it is told before
     Path("own.yaml").write_text("_BASE_: [fit/fitted.yaml]\nSEED: 5\n")
     for config in ("fit/fitted.yaml", "own.yaml"):
         with pytest.raises(UserError, match="would be overwritten.* another --output than fit"):
             fit_main([*args, config, "--output", "fit"])
     assert Path("fit/fitted.yaml").read_text() == before
-    monkeypatch.setattr("fpn_plugin.fitting.fit.read_ground_truth", read_ground_truth)
+    monkeypatch.setattr("fpn_plugin.cli.fit.read_ground_truth", read_ground_truth)
     fit_main([*args, "fit/fitted.yaml", "--output", "again"])
     assert load_config("again/fitted.yaml").MODEL.FPN == load_config("fit/fitted.yaml").MODEL.FPN
 

@@ -1,8 +1,6 @@
 """Small datasets and configs that the tests of this room share."""
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,28 +8,6 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.engine import load_config
 from fpn_plugin.fitting import GroundTruth
-
-
-@pytest.fixture
-def coco_json(tmp_path) -> Callable[..., Path]:
-    """Writes a COCO JSON of boxes [x, y, width, height] in one image of 200 x 100 px."""
-
-    def write(boxes: Sequence[Sequence[float]], **extra: object) -> Path:
-        annotations = [
-            {"id": i + 1, "image_id": 7, "category_id": 1, "bbox": list(box), "iscrowd": 0}
-            for i, box in enumerate(boxes)
-        ]
-        content = {
-            "images": [{"id": 7, "file_name": "a.jpg", "width": 200, "height": 100}],
-            "annotations": annotations,
-            "categories": [{"id": 1, "name": "thing"}],
-            **extra,
-        }
-        path = tmp_path / "boxes.json"
-        path.write_text(json.dumps(content))
-        return path
-
-    return write
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""``fpn-plugin fit``: a dataset and a config in, a fitted config and a report out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from fpn_plugin.data import Needs, register_datasets
+from fpn_plugin.engine import find_config_file, load_config
+from fpn_plugin.errors import UserError
+from fpn_plugin.fitting import Pyramid, ResizeRule, fit_pyramid, read_ground_truth
+from fpn_plugin.fitting.density import check_sampling
+from fpn_plugin.fitting.report import check_output, write_report
+
+from .common import ToolParser, output_folder
+
+__all__ = ["argument_parser", "fit_main"]
+
+_EXAMPLES = """
+Examples:
+  fpn-plugin fit --config-file mini/faster_rcnn_R_18_FPN.yaml --data mini_small_train
+  fpn-plugin fit --config-file my.yaml --data train.json --output output/fit
+  fpn-plugin fit --config-file my.yaml INPUT.MIN_SIZE_TRAIN "(1200,)"   # DATASETS.TRAIN of my.yaml
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of ``fpn-plugin fit``."""
+    parser = ToolParser(
+        description="Which levels, canonical size and anchors your data wants: measures a config's "
+        "pyramid against labelled boxes, and writes a config that fits them better.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME|JSON",
+        help="a registered dataset or a COCO instances JSON; may be given several times; default: "
+        "the config's DATASETS.TRAIN",
+    )
+    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        default="output/fit",
+        help="folder of the report and config",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    return parser
+
+
+def fit_main(argv: Sequence[str] | None = None) -> None:
+    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts.
+
+    Args:
+        argv: arguments; those of the command line by default.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    args = argument_parser().parse_args(argv)
+    cfg = load_config(args.config_file, args.opts)
+    # What is wrong with the config is told before a long reading.
+    Pyramid.from_config(cfg)
+    for training in (True, False):
+        ResizeRule.from_config(cfg, training)
+    check_sampling(cfg)
+    base, folder = Path(find_config_file(args.config_file)), Path(args.output)
+    check_output(base, folder)
+    register_datasets(args.dataset)
+    sources = args.data or list(cfg.DATASETS.TRAIN)
+    if not sources:
+        raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
+    key = "--data" if args.data else "DATASETS.TRAIN"
+    fit = fit_pyramid(cfg, read_ground_truth(sources, Needs.of(cfg, training=True), key))
+    print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))
