@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fpn_plugin import model_zoo
 from fpn_plugin.cli.common import ToolParser, at_least
 from fpn_plugin.data import Needs, ReadableImageMapper, check_dataset
-from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.dataset_check import read_coco
 from fpn_plugin.data.problems import Report
 from fpn_plugin.errors import UserError
 

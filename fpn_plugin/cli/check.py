@@ -11,8 +11,8 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fpn_plugin.data.checking import check_dataset, convert_dataset
 from fpn_plugin.data.coco import check_datasets, given_json
+from fpn_plugin.data.dataset_check import check_dataset, convert_dataset
 from fpn_plugin.data.pictures import IMAGE_FORMATS
 from fpn_plugin.data.requirements import Needs
 from fpn_plugin.errors import UserError, near_names

@@ -1,7 +1,6 @@
 """Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
 
 from .augmentations import check_augmentations, check_resizing
-from .checking import check_coco, check_dataset
 from .classes import class_order, follow_classes
 from .coco import (
     check_classes,
@@ -14,6 +13,7 @@ from .coco import (
     register_datasets,
     registered_specs,
 )
+from .dataset_check import check_coco, check_dataset
 from .keypoints import check_keypoints, describe_keypoints, swapped_keypoints
 from .mapper import ReadableImageMapper, read_image_or_say
 from .pictures import channels_first, check_channels, read_picture, resized_picture, rgb_of

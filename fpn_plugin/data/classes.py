@@ -9,8 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fpn_plugin.errors import UserError
 
-from .checking import read_json
 from .coco import is_reread, number_classes
+from .dataset_check import read_json
 from .problems import shortened
 
 __all__ = ["class_order", "follow_classes"]

@@ -19,7 +19,7 @@ from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.mini.dataset import MINI_NAMES
 
 from .augmentations import check_augmentations
-from .checking import CheckedCoco, digest_of, read_coco
+from .dataset_check import CheckedCoco, digest_of, read_coco
 from .keypoints import check_keypoints
 from .problems import CONVERT
 from .proposal_files import read_proposals
@@ -53,7 +53,7 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
     """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
 
     What their JSONs lack and can be computed is filled in, in a copy that is registered in their
-    place; see :mod:`fpn_plugin.data.mending`.
+    place; see :mod:`fpn_plugin.data.repairs`.
 
     Args:
         specs: for example ``"cells=data/cells.json:data/images"``. A name that is registered
@@ -339,7 +339,7 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
     """Refuses datasets with a record that could not be trained on or evaluated.
 
     Looks at every record of those in COCO format, and whether its image is there; images are not
-    opened (tools/check_dataset.py does that). What can be mended is, as in
+    opened (fpn-plugin check does that). What can be mended is, as in
     :func:`register_datasets`.
 
     Args:
@@ -379,9 +379,9 @@ def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -
         if "://" not in file and not Path(file).is_file():
             raise UserError(
                 f"{key} names {file!r}, which is not there. Made from a trained RPN by: "
-                f"tools/dump_proposals.py --config-file RPN_RUN/config.yaml --splits {name} "
+                f"fpn-plugin dump-proposals --config-file RPN_RUN/config.yaml --splits {name} "
                 f"--output {Path(file).parent} MODEL.WEIGHTS RPN_RUN/model_final.pth  ; "
-                "tools/reproduce.py does it by itself"
+                "fpn-plugin reproduce does it by itself"
             )
         if "://" not in file:
             with open(file, "rb") as opened:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from .mending import same_objects
 from .records import file_name_problems, records_of, root_category
+from .repairs import same_objects
 
 __all__ = ["converted", "name_in_folder"]
 
@@ -31,7 +31,7 @@ def name_in_folder(images: str, name: str) -> str | None:
 
 
 def converted(content: Any, images: str | None, *, no_crowds: bool) -> Iterator[str]:
-    """Writes a JSON that has been mended otherwise, as :func:`.mending.mended` must not unasked.
+    """Writes a JSON that has been mended otherwise, as :func:`.repairs.mended` must not unasked.
 
     Args:
         content: is changed.

@@ -11,7 +11,7 @@ from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
 from fpn_plugin.errors import UserError
 
-from .checking import read_json
+from .dataset_check import read_json
 from .keypoint_names import (
     HOW_TO_TELL_FLIPS,
     agreed_order,

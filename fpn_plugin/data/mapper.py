@@ -25,7 +25,7 @@ from .shapes import Size, box_problem, covers_no_pixel, mask_problem
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
-_CHECK = "tools/check_dataset.py finds such images beforehand"
+_CHECK = "fpn-plugin check finds such images beforehand"
 
 
 class ReadableImageMapper(DatasetMapper):
@@ -116,7 +116,7 @@ class ReadableImageMapper(DatasetMapper):
 def _is_nothing(annotation: dict[str, Any], size: Size, bitmasks: bool) -> bool:
     """Whether training leaves an annotation out as it has no extent in its image.
 
-    tools/check_dataset.py says so by the same rules. Detectron2 would look at the resized box or
+    fpn-plugin check says so by the same rules. Detectron2 would look at the resized box or
     mask, and then rounding or the drawn scale decides.
     """
     box, mask = annotation.get("bbox"), annotation.get("segmentation")

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["CONVERT", "KINDS", "Contents", "Kind", "Problem", "Report", "shortened"]
 
 
-CONVERT = "tools/check_dataset.py JSON IMAGES --convert NEW.json writes it right"
+CONVERT = "fpn-plugin check JSON IMAGES --convert NEW.json writes it right"
 
 
 @dataclass(frozen=True)

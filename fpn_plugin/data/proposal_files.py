@@ -1,27 +1,22 @@
-"""Files of proposals, which Detectron2 unpickles and takes as they are: read without running code,
-and refused where they are not what they should be.
-"""
+"""Files of proposals, read without running code, which Detectron2's unpickling does."""
 
 from __future__ import annotations
 
 import pickle
-import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import IO, Any
-from unittest import mock
 
 import numpy as np
-from detectron2.data import build
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from fpn_plugin.errors import UserError
 from fpn_plugin.utils.pickles import load_arrays
 
-__all__ = ["proposals_read_as_arrays", "read_proposals"]
+__all__ = ["read_proposals", "with_proposals"]
 
 _OLDER_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron1's
-_MADE_BY = "tools/dump_proposals.py makes such files"
+_MADE_BY = "fpn-plugin dump-proposals makes such files"
 _MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # those that Detectron2 can convert of boxes
 _LARGEST = np.finfo(np.float32).max
 
@@ -104,27 +99,34 @@ def _problem_of(boxes: Any, logits: Any) -> str:
     return ""
 
 
-@contextmanager
-def proposals_read_as_arrays() -> Iterator[None]:
-    """Within it, Detectron2 reads files of proposals by :func:`read_proposals`.
+def with_proposals(records: Sequence[dict[str, Any]], file: str) -> list[dict[str, Any]]:
+    """Records of a dataset with the proposals that Detectron2's mapper reads of them.
+
+    Args:
+        records: in Detectron2's form.
+        file: the proposals, a path that Detectron2's PathManager opens.
 
     Raises:
-        UserError: as :func:`read_proposals`, or a file lacks an image of its dataset.
+        UserError: as :func:`read_proposals`, or the file lacks an image of the dataset.
     """
-    stock = build.load_proposals_into_dataset
-
-    def load(records: Sequence[dict[str, Any]], file: str) -> Any:
-        try:
-            return stock(records, file)
-        except KeyError as error:  # by an id, as all else has been checked
+    with PathManager.open(file, "rb") as opened:
+        content = read_proposals(opened)
+    mode = BoxMode(content.get("bbox_mode", BoxMode.XYXY_ABS))
+    of_image = {str(image): index for index, image in enumerate(content["ids"])}
+    proposed = []
+    for record in records:
+        index = of_image.get(str(record["image_id"]))
+        if index is None:
             raise UserError(
-                f"{file!r} has no proposals of image {error}; tools/dump_proposals.py makes those "
-                "of a whole dataset"
-            ) from error
-
-    reading = types.SimpleNamespace(load=read_proposals)
-    with (
-        mock.patch.object(build, "pickle", reading),
-        mock.patch.object(build, "load_proposals_into_dataset", load),
-    ):
-        yield
+                f"{file!r} has no proposals of image {str(record['image_id'])!r}; fpn-plugin "
+                "dump-proposals makes those of a whole dataset"
+            )
+        logits = content["objectness_logits"][index]
+        best_first = logits.argsort()[::-1]
+        values = {
+            "proposal_boxes": content["boxes"][index][best_first],
+            "proposal_objectness_logits": logits[best_first],
+            "proposal_bbox_mode": mode,
+        }
+        proposed.append({**record, **values})
+    return proposed

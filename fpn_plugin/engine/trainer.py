@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
@@ -35,10 +35,9 @@ from tabulate import tabulate
 from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
-from fpn_plugin.data.proposal_files import proposals_read_as_arrays
+from fpn_plugin.data.dataset_records import config_arguments, dataset_records
 from fpn_plugin.deploy.fast_training import optimize_for_training
 from fpn_plugin.errors import UserError
-from fpn_plugin.lazy.training import dataset_node
 from fpn_plugin.utils.atomic import explained_full_disk, written_whole
 from fpn_plugin.visualization import plot_losses
 
@@ -167,9 +166,9 @@ class FPNTrainer(DefaultTrainer):
         """Detectron2's training loader as a :class:`TrainStream`; unreadable images are named."""
         given: dict[str, Any] = {"mapper": ReadableImageMapper(cfg, is_train=True)}
         with _explained_loading(cfg.DATASETS.TRAIN):
+            given["dataset"] = dataset_records(**config_arguments(cfg, training=True))
             if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
                 # Named, as Detectron2s differ in its seed: it is drawn, as a lazy config's is.
-                given["dataset"] = instantiate(dataset_node(cfg, is_train=True))
                 given["sampler"] = TrainingSampler(len(given["dataset"]))
             return train_stream(build_detection_train_loader(cfg, **given))
 
@@ -178,7 +177,10 @@ class FPNTrainer(DefaultTrainer):
         """Detectron2's test loader, whose unreadable images are named."""
         mapper = ReadableImageMapper(cfg, is_train=False)
         with _explained_loading(dataset_name):
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+            arguments = config_arguments(cfg, training=False, names=[dataset_name])
+            return build_detection_test_loader(
+                dataset_records(**arguments), mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+            )
 
     @classmethod
     def build_evaluator(
@@ -256,12 +258,9 @@ class LossCurve(HookBase):
 
 @contextmanager
 def _explained_loading(names: object) -> Iterator[None]:
-    """Within it, a dataset that Detectron2 cannot load is named, with what it said, and files of
-    proposals run no code.
-    """
+    """Within it, a dataset that Detectron2 cannot load is named, with what it said."""
     try:
-        with proposals_read_as_arrays():
-            yield
+        yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from fpn_plugin.data import Needs, check_datasets, current_json
 from fpn_plugin.data.annotations import empty_mask_problem
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
-from fpn_plugin.data.mending import mended_annotation, other_id
 from fpn_plugin.data.problems import CONVERT, KINDS
 from fpn_plugin.data.records import visible_keypoints
+from fpn_plugin.data.repairs import mended_annotation, other_id
 from fpn_plugin.data.requirements import BOXES
 from fpn_plugin.data.shapes import NO_EXTENT, Size, is_dropped
 from fpn_plugin.errors import UserError

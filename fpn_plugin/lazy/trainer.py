@@ -41,7 +41,6 @@ from fpn_plugin.data import (
     registered_specs,
     train_stream,
 )
-from fpn_plugin.data.proposal_files import proposals_read_as_arrays
 from fpn_plugin.deploy.fast_training import optimize_for_training
 from fpn_plugin.engine.changes import check_length, earlier_config_kept
 from fpn_plugin.engine.checkpoint import StrictCheckpointer
@@ -326,18 +325,17 @@ def _run(cfg: DictConfig, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
     _match_datasets(cfg, args)
     folder = cfg.train.output_dir
-    with proposals_read_as_arrays():
-        with earlier_config_kept(folder, always=args.eval_only):
-            default_setup(cfg, args)
-            train = None if args.eval_only else _training(cfg, args.resume)
-        if train is None:
-            model = _model(cfg)
-            StrictCheckpointer(model, folder, complete=True).resume_or_load(
-                cfg.train.init_checkpoint, resume=args.resume
-            )
-            results = {**_evaluate(cfg, model), **_evaluate_augmented(cfg, model)}
-        else:
-            results = train()
+    with earlier_config_kept(folder, always=args.eval_only):
+        default_setup(cfg, args)
+        train = None if args.eval_only else _training(cfg, args.resume)
+    if train is None:
+        model = _model(cfg)
+        StrictCheckpointer(model, folder, complete=True).resume_or_load(
+            cfg.train.init_checkpoint, resume=args.resume
+        )
+        results = {**_evaluate(cfg, model), **_evaluate_augmented(cfg, model)}
+    else:
+        results = train()
     if comm.is_main_process():
         save_results(results, folder)
         verify_expected("train.expected_results", _expected(cfg), results)

@@ -11,7 +11,6 @@ from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
@@ -20,6 +19,7 @@ from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamSc
 from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
+from fpn_plugin.data.dataset_records import config_arguments, dataset_records
 from fpn_plugin.engine.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
@@ -60,24 +60,13 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     )
 
 
-def _names(cfg: CfgNode, split: str) -> list[str] | str:
-    names = list(cfg.DATASETS[split])
-    # One test set is named without a list, so that an evaluator can take its name from there.
-    return names[0] if split == "TEST" and len(names) == 1 else names
-
-
 def dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     """The records of training or evaluation, as Detectron2's yacs loaders read them."""
-    split = "TRAIN" if is_train else "TEST"
-    files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
-    return L(get_detection_dataset_dicts)(
-        names=_names(cfg, split),
-        filter_empty=is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if is_train and cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=files,
-    )
+    arguments = config_arguments(cfg, training=is_train)
+    # One test set is named without a list, so that an evaluator can take its name from there.
+    if not is_train and len(arguments["names"]) == 1:
+        [arguments["names"]] = arguments["names"]
+    return L(dataset_records)(**arguments)
 
 
 def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:

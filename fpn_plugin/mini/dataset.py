@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fpn_plugin.errors import UserError
 
-from . import scene as mini_scene
+from . import scene
 from .scene import IMAGE_SIZE, KINDS, Scene, draw_scene
 
 __all__ = [
@@ -58,7 +58,7 @@ def _datasets_root() -> Path:
 def _fingerprint() -> str:
     """Eight hex digits that change when the generator's code does."""
     digest = hashlib.sha256()
-    for source in (Path(__file__), Path(mini_scene.__file__)):
+    for source in (Path(__file__), Path(scene.__file__)):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:8]
 
@@ -146,13 +146,13 @@ def _make_split(folder: Path, split: str, count: int, kind: str, bar: tqdm) -> N
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        scene = draw_scene(SEED, split, index, kind)
+        drawn = draw_scene(SEED, split, index, kind)
         name = f"{index:06d}.jpg"
-        Image.fromarray(scene.image).save(folder / split / name, quality=_JPEG_QUALITY)
+        Image.fromarray(drawn.image).save(folder / split / name, quality=_JPEG_QUALITY)
         images.append(
             {"id": index + 1, "file_name": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE}
         )
-        annotations += _annotations(scene, index + 1, first_id=len(annotations) + 1)
+        annotations += _annotations(drawn, index + 1, first_id=len(annotations) + 1)
         bar.update()
     content = {
         "info": {"description": f"fpn_plugin mini dataset, {split}", "version": _fingerprint()},
@@ -164,12 +164,12 @@ def _make_split(folder: Path, split: str, count: int, kind: str, bar: tqdm) -> N
     (folder / f"{split}.json").write_text(json.dumps(content))
 
 
-def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+def _annotations(drawn: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
     """COCO annotations of a scene. ``area``, which sorts objects into small, medium and large, is
     the box's: it is what decides the pyramid level, and thin strokes would make digits small.
     """
     found = []
-    for number, thing in enumerate(scene.objects):
+    for number, thing in enumerate(drawn.objects):
         rle = coco_mask.encode(np.asfortranarray(thing.mask, np.uint8))
         x, y, width, height = thing.box
         found.append(

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build
-from detectron2.data.build import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from PIL import Image
 
 from fpn_plugin import UserError
@@ -16,7 +15,8 @@ from fpn_plugin.cli import dump_proposals as proposals
 from fpn_plugin.cli.dump_proposals import dump_main
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import read_image_or_say
-from fpn_plugin.data.proposal_files import proposals_read_as_arrays
+from fpn_plugin.data.dataset_records import dataset_records
+from fpn_plugin.data.proposal_files import with_proposals
 from fpn_plugin.engine import FPNTrainer, load_config
 
 TINY = [
@@ -87,10 +87,16 @@ def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights
 def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_path):
     dump_main(args(own, weights, tmp_path / "p"))
     file = str(tmp_path / "p" / "proposed.pkl")
-    records = get_detection_dataset_dicts(["proposed"], filter_empty=False, proposal_files=[file])
+    stock, ours = (
+        read(["proposed"], filter_empty=False, proposal_files=[file])
+        for read in (get_detection_dataset_dicts, dataset_records)
+    )
     saved = pickle.loads(Path(file).read_bytes())
-    for record, boxes in zip(records, saved["boxes"], strict=True):
-        np.testing.assert_array_equal(np.sort(record["proposal_boxes"], 0), np.sort(boxes, 0))
+    for one, other, boxes in zip(stock, ours, saved["boxes"], strict=True):
+        np.testing.assert_array_equal(np.sort(one["proposal_boxes"], 0), np.sort(boxes, 0))
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            np.testing.assert_array_equal(other[key], value)
     train_main(
         ["--config-file", "mini/table2_c_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "2",
          "MODEL.WEIGHTS", "", "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
@@ -158,7 +164,7 @@ def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
         ("()", r"PROPOSAL_FILES_TRAIN must name a file for each .*proposed.*; it has 0"),
         (
             "('no/proposed.pkl',)",
-            r"'no/proposed.pkl', which is not there.*dump_proposals.py .*--splits proposed",
+            r"'no/proposed.pkl', which is not there.*dump-proposals .*--splits proposed",
         ),
     ],
 )
@@ -208,24 +214,23 @@ WRONG_PROPOSALS = {
 }  # fmt: skip
 
 
-def read_by_detectron2(content: object, path: Path) -> list[dict[str, object]]:
+def records_with(content: object, path: Path) -> list[dict[str, object]]:
     path.write_bytes(pickle.dumps(content))
     records = [{"image_id": 10}, {"image_id": 11}]
-    with proposals_read_as_arrays():
-        return build.load_proposals_into_dataset(records, str(path))
+    return with_proposals(records, str(path))
 
 
 @pytest.mark.parametrize(("content", "told"), WRONG_PROPOSALS.values(), ids=WRONG_PROPOSALS)
 def test_files_that_are_no_proposals_are_refused_by_image(tmp_path, content, told):
     with pytest.raises(UserError, match=rf"p.pkl' is no file of proposals: .*{told}") as raised:
-        read_by_detectron2(content, tmp_path / "p.pkl")
-    assert "tools/dump_proposals.py makes such files" in str(raised.value)
+        records_with(content, tmp_path / "p.pkl")
+    assert "fpn-plugin dump-proposals makes such files" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_file_of_another_datasets_proposals_names_the_image_it_lacks(tmp_path):
-    with pytest.raises(UserError, match=r"p.pkl' has no proposals of image '11'.*dump_proposals"):
-        read_by_detectron2({**GOOD, "ids": [10, 12]}, tmp_path / "p.pkl")
+    with pytest.raises(UserError, match=r"p.pkl' has no proposals of image '11'.*dump-proposals"):
+        records_with({**GOOD, "ids": [10, 12]}, tmp_path / "p.pkl")
 
 
 def test_proposals_in_detectron_1s_names_and_in_arrays_are_read(tmp_path):
@@ -234,10 +239,10 @@ def test_proposals_in_detectron_1s_names_and_in_arrays_are_read(tmp_path):
         "boxes": np.stack([BOX * 2, BOX]),
         "scores": np.array([LOGIT, np.zeros(1)], np.float64),
     }
-    _, read = read_by_detectron2(content, tmp_path / "p.pkl")
+    _, read = records_with(content, tmp_path / "p.pkl")
     np.testing.assert_array_equal(read["proposal_boxes"], BOX)
     assert read["proposal_objectness_logits"].tolist() == [0]
-    _, read = read_by_detectron2(of_image(np.zeros((0, 4)), np.zeros(0)), tmp_path / "p.pkl")
+    _, read = records_with(of_image(np.zeros((0, 4)), np.zeros(0)), tmp_path / "p.pkl")
     assert read["proposal_boxes"].shape == (0, 4)
 
 

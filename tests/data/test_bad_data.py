@@ -30,7 +30,7 @@ from fpn_plugin.data import (
     read_image_or_say,
 )
 from fpn_plugin.data.annotations import Known, annotation_problems, first_with
-from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.dataset_check import read_coco
 from fpn_plugin.data.fast_checks import may_break_a_rule
 from fpn_plugin.data.problems import KINDS
 from fpn_plugin.data.shapes import mask_problem
@@ -450,7 +450,7 @@ def train(whole, tmp_path):
         (
             lambda m: annotation(m, bbox=[0, 0, 1e9, 1]),
             [],
-            r"annotation 1: bbox is .*check_dataset",
+            r"annotation 1: bbox is .*fpn-plugin check",
         ),
         (lambda m: annotation(m, segmentation=[]), [], "annotation 1: has no segmentation"),
         (lambda m: None, ["MODEL.KEYPOINT_ON", "True"], "annotation 1: has 0 keypoints"),

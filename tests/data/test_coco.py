@@ -22,7 +22,7 @@ from fpn_plugin.data import (
     read_image_or_say,
     register_datasets,
 )
-from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.dataset_check import read_coco
 
 
 def coco() -> dict:

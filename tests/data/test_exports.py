@@ -13,7 +13,7 @@ from fpn_plugin import UserError
 from fpn_plugin.cli.check import check_main
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
-from fpn_plugin.data.checking import read_coco
+from fpn_plugin.data.dataset_check import read_coco
 from fpn_plugin.data.exports import name_in_folder
 from fpn_plugin.fitting import read_ground_truth
 

@@ -5,9 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +16,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from fpn_plugin import UserError
-from fpn_plugin.mini import (
-    dataset as mini,
-)
-from fpn_plugin.mini import (
-    ensure_mini,
-    ensure_mini_datasets,
-)
-from fpn_plugin.mini import (
-    scene as mini_scene,
-)
+from fpn_plugin.mini import dataset, ensure_mini, ensure_mini_datasets, scene
 from fpn_plugin.mini.scene import CATEGORIES, IMAGE_SIZE, KINDS, PANEL_SHAPES, draw_scene
 
 FEW = {"train": 12, "val": 6}
+FORK = multiprocessing.get_context("fork")  # need not import torch again
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +58,7 @@ def test_it_is_coco_and_boxes_fit_masks(root):
 def test_the_same_bytes_again_and_others_for_another_seed(root, tmp_path, monkeypatch):
     again = ensure_mini(FEW, tmp_path / "again")
     assert digests(again) == digests(root)
-    monkeypatch.setattr(mini, "SEED", 1)
+    monkeypatch.setattr(dataset, "SEED", 1)
     other = ensure_mini(FEW, tmp_path / "other")
     assert digests(other).keys() == digests(root).keys()
     assert not set(digests(other).values()) & set(digests(root).values())
@@ -93,13 +83,13 @@ def test_small_medium_and_large_objects_all_occur_and_overlap_little():
 
 def test_discs_look_alike_and_lie_in_the_panel_that_names_them(monkeypatch):
     drawn = []
-    shape_stamp = mini_scene._shape_stamp
+    shape_stamp = scene._shape_stamp
 
     def record(shape, box, outline=None):
         drawn.append((shape, box, outline))
         return shape_stamp(shape, box, outline)
 
-    monkeypatch.setattr(mini_scene, "_shape_stamp", record)
+    monkeypatch.setattr(scene, "_shape_stamp", record)
     discs = 0
     for index in range(40):
         drawn.clear()
@@ -124,7 +114,7 @@ def test_discs_look_alike_and_lie_in_the_panel_that_names_them(monkeypatch):
 
 
 def test_splits_share_no_digit_and_no_part_of_a_photograph(monkeypatch):
-    train, val = mini_scene._digits("train")[0], mini_scene._digits("val")[0]
+    train, val = scene._digits("train")[0], scene._digits("val")[0]
     assert len(train) + len(val) == 1797
     train_set = {digit.tobytes() for digit in train}
     assert not any(digit.tobytes() in train_set for digit in val)
@@ -141,9 +131,9 @@ def test_splits_share_no_digit_and_no_part_of_a_photograph(monkeypatch):
             return Image.new("RGB", size, (200, 200, 200))
 
     for split in crops:
-        monkeypatch.setattr(mini_scene, "_photographs", lambda split=split: [Photograph(split)])
+        monkeypatch.setattr(scene, "_photographs", lambda split=split: [Photograph(split)])
         for seed in range(200):
-            mini_scene._background(np.random.default_rng(seed), split)
+            scene._background(np.random.default_rng(seed), split)
     assert max(box[2] for box in crops["train"]) <= min(box[0] for box in crops["val"])
     for box in crops["train"] + crops["val"]:
         assert 0 <= box[0] < box[2] <= 640
@@ -157,7 +147,7 @@ def test_it_is_registered_and_loads(root, monkeypatch):
     assert len(metadata.thing_classes) == 14
     made = Path(metadata.json_file).parent
     assert made.parent == Path(os.environ["DETECTRON2_DATASETS"])
-    monkeypatch.setattr(mini, "SPLITS", FEW)  # the whole would take half a minute
+    monkeypatch.setattr(dataset, "SPLITS", FEW)  # the whole would take half a minute
     shutil.rmtree(made, ignore_errors=True)  # of other sizes, where another test came first
     records = DatasetCatalog.get("mini_val")
     assert len(records) == FEW["val"]
@@ -174,7 +164,7 @@ def _make(root: Path, barrier) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind])
 def test_siblings_have_digits_of_their_sizes_and_shapes_alone(kind):
     scenes = [draw_scene(0, "val", index, kind) for index in range(30)]
-    things = [thing for scene in scenes for thing in scene.objects]
+    things = [thing for each in scenes for thing in each.objects]
     assert {thing.category_id for thing in things} <= {c["id"] for c in KINDS[kind].categories}
     assert len(KINDS[kind].categories) == 10
     width, height = np.array([thing.box[2:] for thing in things], float).T
@@ -194,14 +184,13 @@ def test_siblings_are_registered_and_made_by_name():
     ensure_mini(FEW, kind="thin")
     ensure_mini_datasets(["mini_thin_val", "coco_2017_val"])  # there, and none of ours
     assert len(DatasetCatalog.get("mini_thin_val")) == FEW["val"]
-    shutil.rmtree(mini.mini_root("thin"))
+    shutil.rmtree(dataset.mini_root("thin"))
 
 
 def test_two_processes_at_once_make_one_dataset(root, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    together = context.Barrier(2)
+    together = FORK.Barrier(2)
     target = tmp_path / "shared"
-    makers = [context.Process(target=_make, args=(target, together)) for _ in range(2)]
+    makers = [FORK.Process(target=_make, args=(target, together)) for _ in range(2)]
     for maker in makers:
         maker.start()
     for maker in makers:
@@ -214,17 +203,13 @@ def test_two_processes_at_once_make_one_dataset(root, tmp_path):
 
 def test_a_killed_run_leaves_nothing_that_is_trusted(tmp_path):
     target = tmp_path / "made"
-    script = (
-        "from pathlib import Path; from fpn_plugin.data import ensure_mini; "
-        f"ensure_mini({{'train': 5000, 'val': 4}}, Path({str(target)!r}))"
-    )
-    maker = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    maker = FORK.Process(target=ensure_mini, args=({"train": 5000, "val": 4}, target))
+    maker.start()
     partial = tmp_path / "made.partial" / "train" / "000010.jpg"
-    while not partial.exists() and maker.poll() is None and time.monotonic() < deadline:
-        maker.poll()
+    while not partial.exists() and maker.is_alive():
+        maker.join(0.01)
     maker.kill()
-    maker.wait()
+    maker.join()
     assert partial.exists()
     assert not target.exists()
     ensure_mini(FEW, target)
@@ -233,12 +218,12 @@ def test_a_killed_run_leaves_nothing_that_is_trusted(tmp_path):
 
 
 def test_a_changed_generator_has_a_folder_of_its_own(monkeypatch, tmp_path):
-    before = mini.mini_root()
-    changed = tmp_path / "mini_scene.py"
-    changed.write_text(Path(mini_scene.__file__).read_text() + "# another line\n")
-    monkeypatch.setattr(mini_scene, "__file__", str(changed))
-    assert mini.mini_root() != before
-    assert mini.mini_root().parent == before.parent
+    before = dataset.mini_root()
+    changed = tmp_path / "scene.py"
+    changed.write_text(Path(scene.__file__).read_text() + "# another line\n")
+    monkeypatch.setattr(scene, "__file__", str(changed))
+    assert dataset.mini_root() != before
+    assert dataset.mini_root().parent == before.parent
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -255,4 +240,4 @@ def test_scikit_learn_missing_names_the_command(tmp_path, monkeypatch):
 
 def test_the_json_says_which_generator_made_it(root):
     info = json.loads((root / "train.json").read_text())["info"]
-    assert info["version"] == mini._fingerprint()
+    assert info["version"] == dataset._fingerprint()

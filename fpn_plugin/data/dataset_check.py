@@ -22,9 +22,9 @@ from fpn_plugin.errors import UserError
 
 from .exports import converted, name_in_folder
 from .image_files import image_problem
-from .mending import mended
 from .problems import CONVERT, KINDS, Problem, Report
 from .records import coco_problems, declared_size, image_record
+from .repairs import mended
 from .requirements import BOXES, Needs
 
 __all__ = [
@@ -125,7 +125,7 @@ def read_coco(
     Raises:
         UserError: names the file and the first record that is refused.
     """
-    all_told = f"tools/check_dataset.py {json_file} {images or 'IMAGES'} tells all"
+    all_told = f"fpn-plugin check {json_file} {images or 'IMAGES'} tells all"
     content, changes, digest = read_json(json_file)
     report = Report(10)
     with _bar(content, json_file) as bar, _no_garbage_collection():
