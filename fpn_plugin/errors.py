@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["NonFiniteError", "UserError", "by_keys", "naming_keys", "near_names"]
+__all__ = ["NonFiniteError", "UserError", "by_keys", "first_line", "naming_keys", "near_names"]
 
 
 class UserError(ValueError):
@@ -34,6 +34,11 @@ def by_keys(message: str, keys: Mapping[str, str]) -> str:
         keys: the key of each argument; others stay as they are.
     """
     return re.sub(r"`(\w+)`", lambda name: keys.get(name[1], name[0]), message)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -1,6 +1,4 @@
-"""Loading weights without running what is in their files, saying plainly where they do not fit,
-and writing them so that no checkpoint is ever half there.
-"""
+"""Checkpoints: read without running their code, checked against the model, and written whole."""
 
 from __future__ import annotations
 
@@ -8,20 +6,20 @@ import os
 import pickle
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from unittest import mock
+from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 import safetensors.torch
 import torch
-from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
-from fvcore.common import checkpoint as fvcore_checkpoint
+from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from fpn_plugin.errors import NonFiniteError, UserError
+from fpn_plugin.errors import NonFiniteError, UserError, first_line
 from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
 from fpn_plugin.utils.pickles import NO_PICKLE, load_arrays
 
@@ -36,13 +34,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Dependent:
-    """Tensors with a dimension that a model for other data has otherwise.
+    """Tensors of which one dimension depends on the data.
 
     Args:
-        names: what their names match from the beginning.
+        names: pattern that the beginning of their names matches.
         axis: the dimension.
-        on: what it depends on.
-        keys: the config keys that decide it.
+        on: what the dimension depends on.
+        keys: the config keys that set it.
     """
 
     names: str
@@ -54,8 +52,7 @@ class _Dependent:
 _BOXES = r"roi_heads\.box_predictor\.(\d+\.)?"  # cascades number their stages
 _CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES (lazy: roi_heads.num_classes)"
 _ANCHORS = "MODEL.ANCHOR_GENERATOR (lazy: anchor_generator, num_anchors)"
-# Of all of Detectron2's architectures; FCOS has RetinaNet's names. The last row is for heads of
-# one's own.
+# All of Detectron2's architectures; FCOS has RetinaNet's names. The last row is for a user's heads.
 _DEPENDENT = (
     _Dependent(_BOXES + r"cls_score\.", 0, ("classes",), _CLASSES),
     _Dependent(
@@ -93,7 +90,7 @@ _FIRST_CONVOLUTION = _Dependent(
     "", 1, ("channels of the image",), "MODEL.PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT"
 )
 
-# Where in a model a tensor lies, and the keys that else decide whether it is there and its shape.
+# Patterns of tensors' names, and the other keys that decide whether they exist and their shapes.
 _MENDED_BY = {
     r"fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
     r"top_block": "MODEL.FPN.TOP_BLOCK, OUT_CHANNELS",
@@ -107,45 +104,57 @@ _MENDED_BY = {
     r"^head\.": "MODEL.META_ARCHITECTURE, MODEL.RETINANET, MODEL.FPN.OUT_CHANNELS",
 }
 
-# What reading something else, or looking for weights in it, ends in.
+# What torch, pickle and Detectron2 raise if a file is not a checkpoint.
 _NO_CHECKPOINT = (*NO_PICKLE, AssertionError, RuntimeError)
 
 _OF_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # an archive; before torch 1.6, pickles
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 _TRUSTED = (
-    "Where its author is trusted: load it once with torch.load(..., weights_only=False) or pickle, "
+    "If you trust its author: load it once with torch.load(..., weights_only=False) or pickle, "
     "and save its state dict with safetensors.torch.save_file"
 )
 
 
-class _WeightsOnly:
-    """torch.load as every version of torch should have it by default."""
+def _read(path: str, trust_pickle: bool = False) -> dict[Any, Any]:
+    """What a file of weights holds; see :func:`read_checkpoint`."""
+    zoo, in_safetensors = path.endswith(".pkl"), path.endswith(".safetensors")
+    _check_kind(path, of_torch_save=not (zoo or in_safetensors or trust_pickle))
+    if in_safetensors:
+        return {"model": safetensors.torch.load_file(path)}
+    if zoo:
+        with open(path, "rb") as file:
+            return _a_dict(load_arrays(file))
+    try:
+        return _a_dict(torch.load(path, map_location="cpu", weights_only=not trust_pickle))
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise
+        found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
+        raise UserError(
+            f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
+            "would run code that is in it"
+        ) from error
 
-    device = torch.device
 
-    @staticmethod
-    def load(file: str | IO[bytes], map_location: Any = None) -> dict[Any, Any]:
-        path = file if isinstance(file, str) else file.name
-        _check_kind(path, _OF_TORCH_SAVE)
-        try:
-            return _a_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except pickle.UnpicklingError as error:
-            if "Weights only load failed" not in str(error):
-                raise
-            found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-            raise UserError(
-                f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
-                "would run code that is in it"
-            ) from error
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Names the file in errors of reading it.
 
+    Args:
+        path: as the user gave it, a URL for example.
 
-class _ArraysOnly:
-    """pickle.load of what holds arrays alone."""
-
-    @staticmethod
-    def load(file: IO[bytes], encoding: str = "latin1") -> dict[Any, Any]:
-        return _a_dict(load_arrays(file, encoding))
+    Raises:
+        UserError: the file cannot be read, would run code, or is not a checkpoint.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path!r} is not loaded: {error}. {_TRUSTED}") from error
+    except OSError as error:
+        raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
+    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
+        raise UserError(f"{path!r} is not a checkpoint: {first_line(error)}") from error
 
 
 def _a_dict(content: Any) -> dict[Any, Any]:
@@ -154,20 +163,41 @@ def _a_dict(content: Any) -> dict[Any, Any]:
     return content
 
 
+def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
+    """A checkpoint with its weights under "model".
+
+    Args:
+        content: of any layout that Detectron2 reads: its own, its model zoo's, those of Caffe2
+            (.pkl) and pycls (.pyth).
+        path: of the file.
+    """
+    if path.endswith(".pyth"):
+        if "model_state" not in content:
+            raise ValueError("it has no 'model_state', which checkpoints of pycls (.pyth) have")
+        author, weights, left_out = "pycls", content["model_state"], "num_batches_tracked"
+    elif path.endswith(".pkl") and not {"model", "__author__"} <= content.keys():
+        author, weights, left_out = "Caffe2", content.get("blobs", content), "_momentum"
+    else:
+        content = content if "model" in content else {"model": content}
+        return {**content, "model": weights_of(content["model"])}
+    kept = {key: v for key, v in weights_of(weights).items() if not key.endswith(left_out)}
+    return {"model": kept, "__author__": author, "matching_heuristics": True}
+
+
 def _type(value: Any) -> str:
     return type(value).__name__
 
 
-def _check_kind(path: str, begins: tuple[bytes, ...] = (b"",)) -> None:
-    """Refuses what is no file of weights at all, and archives of which torch before 2.6 runs code
-    in spite of ``weights_only`` (CVE-2025-32434).
+def _check_kind(path: str, of_torch_save: bool) -> None:
+    """Refuses files that hold no weights, and archives of which torch before 2.6 runs code in spite
+    of ``weights_only`` (CVE-2025-32434).
 
     Args:
         path: of a file.
-        begins: how files of its kind may begin.
+        of_torch_save: whether torch.load is to read it without running code.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: it holds no weights; the message says what it is.
         UserError: it may hold code.
     """
     with open(path, "rb") as file:
@@ -181,15 +211,17 @@ def _check_kind(path: str, begins: tuple[bytes, ...] = (b"",)) -> None:
             )
         if head.lstrip().lower().startswith(_HTML):
             raise ValueError(
-                "it is an HTML page, as a server gives that asks for a log-in or has an error: "
+                "it is an HTML page, which a server sends that needs a log-in or has an error: "
                 "download the weights again"
             )
-        if begins == _OF_TORCH_SAVE and _is_tar(file):
+        if not of_torch_save:
+            return
+        if _is_tar(file):
             raise UserError("it is a tar file, as torch before 0.1.10 wrote; these may run code")
-    if not head.startswith(begins):
+    if not head.startswith(_OF_TORCH_SAVE):
         raise ValueError(f"it begins with {head[:20]!r}, as no file of its kind does")
-    if begins == _OF_TORCH_SAVE and head.startswith(_OF_TORCH_SAVE[0]):
-        # By torch's own reader, as another might see another content.
+    if head.startswith(_OF_TORCH_SAVE[0]):
+        # By torch's own reader: another one might see another content.
         members = torch._C.PyTorchFileReader(path).get_all_records()
         if any(member.rpartition("/")[2] == "constants.pkl" for member in members):
             raise UserError(
@@ -206,21 +238,22 @@ def _is_tar(file: IO[bytes]) -> bool:
 
 
 def weights_of(checkpoint: Any, *parts: str) -> dict[str, Tensor]:
-    """The tensors that a checkpoint has by name.
+    """The tensors of a checkpoint by name.
 
     Args:
-        checkpoint: what a file of weights holds.
-        parts: names that the weights may have in it; it is the weights where it has none of them.
+        checkpoint: the content of a file.
+        parts: keys that the weights may be under; without any of them, they are all of it.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it holds no tensors, or anything else.
     """
     part = next((part for part in parts if isinstance(checkpoint, dict) and part in checkpoint), "")
     weights = checkpoint[part] if part else checkpoint
     where = f"its {part!r}" if part else "it"
     if not isinstance(weights, dict):
-        told = f"{where} holds a value of type {_type(weights)}"
-        raise ValueError(f"{told}, expected a dict of tensors")
+        raise ValueError(
+            f"{where} holds a value of type {_type(weights)}, expected a dict of tensors"
+        )
     if not weights:
         raise ValueError(f"{where} holds no tensors")
     for key, value in weights.items():
@@ -235,47 +268,34 @@ def weights_of(checkpoint: Any, *parts: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
-    """What a weights file holds, read without running code that is in it.
+    """Reads a file of weights without running code that is in it.
 
     Args:
         path: ``.safetensors``; ``.pkl`` of arrays, as in Detectron2's model zoo; or any file of
             torch.save that holds tensors and plain values.
-        trust_pickle: read files of torch.save that hold more, which runs code that is in them:
-            for a file whose author is trusted.
+        trust_pickle: also read files of torch.save that hold more. This runs code that is in them.
+
+    Returns:
+        The content; weights in safetensors are under "model".
 
     Raises:
-        UserError: it cannot be read, would run code, or holds something else.
+        UserError: the file cannot be read, would run code, or holds something else.
     """
-    path = str(path)
-    try:
-        _check_kind(path)
-        if path.endswith(".safetensors"):
-            return {"model": safetensors.torch.load_file(path)}
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                return _ArraysOnly.load(file)
-        if trust_pickle:
-            return _a_dict(torch.load(path, map_location="cpu", weights_only=False))
-        return _WeightsOnly.load(path)
-    except UserError as error:
-        raise UserError(f"{path!r} is not loaded: {error}. {_TRUSTED}") from error
-    except OSError as error:
-        raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
-    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
-        raise UserError(f"{path!r} is not a checkpoint: {_first_line(error)}") from error
+    with _explained(str(path)):
+        return _read(str(path), trust_pickle)
 
 
 def classes_in(path: str | Path) -> list[str] | None:
     """Names of the classes that a checkpoint's model was trained on, in its order.
 
     Args:
-        path: of a file, which need not be there: whoever loads the weights says what is wrong.
+        path: of a file; it may be missing or no checkpoint, which loading reports.
 
     Returns:
-        None where the file does not tell, as those of other programs.
+        None if the file does not name them, as files of other programs do not.
     """
     try:
-        _check_kind(str(path), _OF_TORCH_SAVE)
+        _check_kind(str(path), of_torch_save=True)
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except (*_NO_CHECKPOINT, OSError):
         return None
@@ -285,18 +305,14 @@ def classes_in(path: str | Path) -> list[str] | None:
     return classes
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool = False) -> None:
     """Writes a state dict.
 
     Args:
         state: tensors by name.
-        path: ``.safetensors``, or anything else for torch.save.
-        bare: whether torch.save's file holds the state dict itself, as torchvision's do, instead
-            of ``{"model": state dict}``.
+        path: safetensors writes ``.safetensors``, torch.save all other suffixes.
+        bare: torch.save writes the state dict itself, as torchvision's files have it, instead of
+            ``{"model": state dict}``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,22 +323,23 @@ def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool =
 
 
 class StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer that refuses weights which would leave a model half random, and
-    whose files are written aside, put on the disk and then named.
+    """Detectron2's checkpointer, which also refuses weights that would leave a model half random.
 
-    Starting a training from weights that lack parts (a backbone's) is ordinary and goes on as in
-    Detectron2, with its warnings. So is one from a detector of other classes, keypoints, anchors
-    or channels of the image: the tensors that depend on their number are left out, and one line
-    says which. What is refused: a file of which nothing fits; a tensor of another shape for any
-    other reason; and, where ``complete`` is asked for or a training is resumed, any parameter that
-    the file does not give. No code that a file holds is run: see :func:`read_checkpoint`.
+    A training may start from weights of a part, such as a backbone; Detectron2 warns of the rest.
+    It may start from a detector of other classes, keypoints, anchors or image channels: tensors
+    that depend on their number are left out, and one line names them. Refused are a file of which
+    nothing fits, a tensor of another shape for any other reason, and, if ``complete`` is set or a
+    training is resumed, a file that lacks a parameter.
+
+    Reading runs no code of the file, see :func:`read_checkpoint`. A file gets its name when it is
+    complete and on the disk.
 
     Args:
         model: the model to load into.
         save_dir: where checkpoints are kept.
-        complete: whether a file must give every parameter, as for evaluation.
-        classes: names of the model's classes in its order, kept in each checkpoint; None: not
-            known.
+        complete: whether a file must have every parameter, as for evaluation.
+        classes: names of the model's classes in its order, which each checkpoint keeps; None if
+            they are not known.
         checkpointables: see :class:`fvcore.common.checkpoint.Checkpointer`.
     """
 
@@ -345,13 +362,13 @@ class StrictCheckpointer(DetectionCheckpointer):
         """Writes a checkpoint; see :meth:`fvcore.common.checkpoint.Checkpointer.save`.
 
         Raises:
-            UserError: there is no space for it; earlier checkpoints are as they were.
-            NonFiniteError: a weight is NaN or infinite; nothing could go on from it.
+            UserError: the disk is full; earlier checkpoints stay.
+            NonFiniteError: a weight is NaN or infinite.
         """
         if self.save_dir and self.save_to_disk:
             self._check_finite(name)
         last = self.get_checkpoint_file()
-        remedy = "make room, then go on with --resume" + (f" from {last}" if last else "")
+        remedy = "make room, then continue with --resume" + (f" from {last}" if last else "")
         with explained_full_disk(f"checkpoint {name}.pth in {self.save_dir}", remedy):
             if self._classes is not None:
                 kwargs["classes"] = list(self._classes)
@@ -370,20 +387,19 @@ class StrictCheckpointer(DetectionCheckpointer):
         :meth:`fvcore.common.checkpoint.Checkpointer.resume_or_load`.
 
         Raises:
-            UserError: as :meth:`load`; a last checkpoint that cannot be read, as another program
-                may have left it, or that is of another model, is told with those that are beside
-                it.
+            UserError: as :meth:`load`. If the last checkpoint cannot be loaded, the message names
+                the others in its folder.
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
-        self._complete = True  # the model and its momentum are those of the checkpoint
+        self._complete = True  # the checkpoint has all of the model, and its momentum
         try:
             last = self.get_checkpoint_file()
         except UnicodeDecodeError as error:
-            told = os.path.join(self.save_dir, "last_checkpoint")
-            raise UserError(f"cannot resume: {told!r} is no text: {error}") from error
+            name = os.path.join(self.save_dir, "last_checkpoint")
+            raise UserError(f"cannot resume: {name!r} is not text: {error}") from error
         try:
-            # As it is written: the name of a file beside it.
+            # Detectron2 writes the name of a file next to it.
             if Path(last).parent != Path(self.save_dir):
                 raise UserError(f"{last!r} leads out of the folder")
             return super().resume_or_load(path, resume=resume)
@@ -392,7 +408,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             named = ", ".join(os.path.basename(each) for each in others) or "none"
             raise UserError(
                 f"cannot resume: {error}. {os.path.join(self.save_dir, 'last_checkpoint')} names "
-                f"the checkpoint to go on from; others there: {named}"
+                f"the checkpoint to resume from; others there: {named}"
             ) from error
 
     def load(self, path: str, checkpointables: Sequence[str] | None = None) -> dict[str, Any]:
@@ -409,18 +425,16 @@ class StrictCheckpointer(DetectionCheckpointer):
             )
         if not path and self._complete:
             raise UserError(
-                "there are no weights: set MODEL.WEIGHTS (train_net.py --eval-only --resume takes "
-                "the last ones in OUTPUT_DIR)"
+                "there are no weights: set MODEL.WEIGHTS (fpn-plugin evaluate --resume takes the "
+                "last checkpoint in OUTPUT_DIR)"
             )
         try:
             loaded = super().load(path, checkpointables=[])
         except OSError as error:
             remedy = (
-                '; a file that you have, or MODEL.WEIGHTS "" for training from scratch, needs no '
-                "network"
-                if "://" in path
-                else ""
+                '; without a network, give a file, or "" to train from scratch, as MODEL.WEIGHTS'
             )
+            remedy = remedy if "://" in path else ""
             raise UserError(f"cannot read weights {path!r}: {error}{remedy}") from error
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in loaded:
@@ -428,7 +442,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_part(self, key: str, state: Any) -> None:
-        """Loads what a checkpoint has beside the weights: of the optimizer, of the trainer."""
+        """Loads the state of the optimizer or the trainer."""
         try:
             iteration = _a_dict(state).get("iteration", 0)
             if type(iteration) is not int:
@@ -437,35 +451,25 @@ class StrictCheckpointer(DetectionCheckpointer):
         except UserError:
             raise
         except _NO_CHECKPOINT as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(
-                f"{key!r} of {self._path!r} cannot be gone on from ({told}): is it of another "
-                "config, or of another program?"
+                f"{key!r} of {self._path!r} cannot be loaded ({reason}): is it from another config "
+                "or another program?"
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        # Detectron2 sorts out whose layout a pickle has; it is given one that runs nothing.
-        in_safetensors = filename.endswith(".safetensors")
-        loaded = read_checkpoint(filename) if in_safetensors else {}
-        try:
-            with (
-                mock.patch.object(detection_checkpoint, "pickle", _ArraysOnly),
-                mock.patch.object(detection_checkpoint, "torch", _WeightsOnly),
-                # Detectron2 0.6 has no _torch_load and leaves reading to fvcore.
-                mock.patch.object(fvcore_checkpoint, "torch", _WeightsOnly),
-            ):
-                if not in_safetensors:
-                    _check_kind(filename)
-                    loaded = super()._load_file(filename)
-            loaded["model"] = weights_of(loaded["model"])
-            return loaded
-        except UserError as error:
-            raise UserError(f"{self._path!r} is not loaded: {error}. {_TRUSTED}") from error
-        except _NO_CHECKPOINT as error:
-            raise UserError(f"{self._path!r} is not a checkpoint: {_first_line(error)}") from error
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return _WeightsOnly.load(f)
+        with _explained(self._path):
+            loaded = _detectron2_layout(_read(filename), filename)
+            queries = parse_qs(urlparse(self._path).query)
+            if queries.pop("matching_heuristics", None) == ["True"]:
+                loaded["matching_heuristics"] = True
+            if queries and "__author__" not in loaded:
+                raise ValueError(
+                    f"?{'&'.join(queries)} is unknown; ?matching_heuristics=True is known"
+                )
+        if "__author__" in loaded:
+            self.logger.info("Reading a file from %r", loaded["__author__"])
+        return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = set(checkpoint["model"])
@@ -475,11 +479,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         try:
             incompatible = super()._load_model(checkpoint)
         except _NO_CHECKPOINT as error:  # matching names, or a tensor without values
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self._path!r} does not fit this model: {told}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self._path!r} does not fit this model: {reason}") from error
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
-        # BN counts its batches in a tensor that is never missing.
+        # Batch norms count batches in a tensor that torch never reports as missing.
         parameters = [k for k in state if not k.endswith("num_batches_tracked")]
         if not set(parameters) - set(missing) - set(wrong):
             raise UserError(
@@ -491,7 +495,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             for key, shapes in wrong.items()
             if key in dependent and _differ_in_one(*shapes, dependent[key].axis)
         }
-        # What does not fit for a reason that no data explains is told first.
+        # Shapes that other data does not explain are reported first.
         for key in sorted(wrong, key=lambda key: key in left):
             if self._complete or key not in left:
                 saved, built = wrong[key]
@@ -506,8 +510,8 @@ class StrictCheckpointer(DetectionCheckpointer):
                 f"{', '.join(missing[:3])} among them; see {_mended_by(missing[0])}"
             )
         if left:
-            # 9 anchors of 3 classes have the shape of 3 anchors of 9: only what depends on one of
-            # the two tells them apart.
+            # 9 anchors of 3 classes have the shape of 3 anchors of 9 classes: only a tensor that
+            # depends on one of the two distinguishes them.
             single = {row.on[0] for row in left.values() if len(row.on) == 1}
             for key, row in dependent.items():
                 if len(row.on) > 1 and single & set(row.on) and key not in (*left, *missing):
@@ -515,7 +519,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                     left[key] = row
                     wrong[key] = (tuple(state[key].shape),) * 2
             self.logger.warning(self._left_out(left, wrong, len(parameters) - len(missing)))
-            # They are told: Detectron2 would warn of each once more.
+            # Detectron2 would warn of each again.
             incompatible.incorrect_shapes.clear()
             incompatible.missing_keys[:] = missing
         return incompatible
@@ -523,28 +527,28 @@ class StrictCheckpointer(DetectionCheckpointer):
     def _left_out(
         self, left: dict[str, _Dependent], shapes: dict[str, tuple[Any, Any]], of: int
     ) -> str:
-        """Which tensors were not loaded and why, in one line."""
+        """One line that says which tensors are not loaded, and why."""
         reasons: dict[str, list[str]] = {}
         for key, row in left.items():
             saved, built = (shape[row.axis] for shape in shapes[key])
             reason = f"another number of {' or '.join(row.on)} ({row.keys})"
             reasons.setdefault(reason, []).append(f"{key} ({saved} in the file, {built} here)")
-        told = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in reasons.items())
+        listed = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in reasons.items())
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         frozen = [key for key in left if key not in trained]
         if frozen:
-            told += (
-                f". Frozen, and so random for good: {', '.join(frozen)}; MODEL.BACKBONE.FREEZE_AT "
-                "0 and MODEL.FPN.FREEZE False train all"
+            listed += (
+                f". Frozen, so they stay random: {', '.join(frozen)}; MODEL.BACKBONE.FREEZE_AT 0 "
+                "and MODEL.FPN.FREEZE False train them"
             )
         return (
             f"{self._path!r}: {of - len(left)} of {of} tensors are loaded, {len(left)} left out, "
-            f"which start from random values. {told}"
+            f"which start from random values. {listed}"
         )
 
 
 def _dependent(model: nn.Module, state: dict[str, Tensor]) -> dict[str, _Dependent]:
-    """The tensors of a model that depend on its classes, keypoints, anchors or image channels."""
+    """Tensors that depend on the number of classes, keypoints, anchors or image channels."""
     found = {
         key: row
         for key in state
@@ -560,7 +564,7 @@ def _dependent(model: nn.Module, state: dict[str, Tensor]) -> dict[str, _Depende
 
 
 def _differ_in_one(saved: Sequence[int], built: Sequence[int], axis: int) -> bool:
-    """Whether two shapes differ in one dimension only, this one."""
+    """Whether two shapes differ in this dimension only."""
     places = [i for i, (a, b) in enumerate(zip(saved, built, strict=False)) if a != b]
     return len(saved) == len(built) and places == [axis]
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError, first_line, near_names
 
 from .scripting import spelt_out
 
@@ -261,7 +261,7 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
         net = create(pretrained=node.PRETRAINED, out_indices=indices)
     except OSError as error:  # the hub's and the system's for what cannot be fetched
         raise UserError(
-            f"timm's weights of {node.NAME} cannot be fetched: {_first_line(error)}; "
+            f"timm's weights of {node.NAME} cannot be fetched: {first_line(error)[:200]}; "
             "MODEL.TIMM.PRETRAINED False builds it without"
         ) from error
     config = timm.data.resolve_model_data_config(net)
@@ -340,7 +340,7 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
     except OSError as error:  # urllib's for what cannot be fetched
         raise UserError(
             f"torchvision's weights {node.WEIGHTS} of {node.NAME} cannot be fetched: "
-            f"{_first_line(error)}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
+            f"{first_line(error)[:200]}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
         ) from error
     blocks = _torchvision_blocks(net)
     strides = [stride for _, stride, _ in blocks]
@@ -406,10 +406,6 @@ def _no_such_size(net: nn.Module, error: Exception) -> str:
         f"{type(net).__name__} does not take images of {height} x {width} px, so not of any size "
         f"that Detectron2 resizes to: {' '.join(str(error).split())[:150]}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _wanted_strides(names: Sequence[str], key: str) -> list[int]:
