@@ -1,12 +1,10 @@
 """Datasets: the mini dataset, made on the user's machine, and a user's own in COCO format."""
 
-
 from .augmentations import check_augmentations, check_resizing
 from .checking import check_coco, check_dataset
 from .classes import class_order, follow_classes
 from .coco import (
     check_classes,
-    check_config_datasets,
     check_datasets,
     check_proposal_files,
     check_records,
@@ -30,7 +28,6 @@ __all__ = [
     "check_channels",
     "check_classes",
     "check_coco",
-    "check_config_datasets",
     "check_dataset",
     "check_datasets",
     "check_keypoints",

@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
 from fpn_plugin.engine.evaluation import DetectionEvaluator
+from fpn_plugin.engine.trainer import dataset_arguments
 
 from .model import known, refuse_changed
 
-__all__ = ["dataloader_node", "dataset_node", "optimizer_node", "schedule_node", "train_node"]
+__all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 
 
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
@@ -60,24 +61,12 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     )
 
 
-def _names(cfg: CfgNode, split: str) -> list[str] | str:
-    names = list(cfg.DATASETS[split])
-    # One test set is named without a list, so that an evaluator can take its name from there.
-    return names[0] if split == "TEST" and len(names) == 1 else names
-
-
-def dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
-    """The records of training or evaluation, as Detectron2's yacs loaders read them."""
-    split = "TRAIN" if is_train else "TEST"
-    files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
-    return L(get_detection_dataset_dicts)(
-        names=_names(cfg, split),
-        filter_empty=is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if is_train and cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=files,
-    )
+def _dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+    arguments = dataset_arguments(cfg, is_train=is_train)
+    if not is_train and len(arguments["names"]) == 1:
+        # One test set is named without a list, so that an evaluator can take its name from there.
+        [arguments["names"]] = arguments["names"]
+    return L(get_detection_dataset_dicts)(**arguments)
 
 
 def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
@@ -114,14 +103,14 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
     return OmegaConf.create(
         {
             "train": L(build_detection_train_loader)(
-                dataset=dataset_node(cfg, is_train=True),
+                dataset=_dataset_node(cfg, is_train=True),
                 mapper=_mapper(cfg, is_train=True),
                 total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
                 aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
             "test": L(build_detection_test_loader)(
-                dataset=dataset_node(cfg, is_train=False),
+                dataset=_dataset_node(cfg, is_train=False),
                 mapper=_mapper(cfg, is_train=False),
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
@@ -180,7 +169,7 @@ def schedule_node(cfg: CfgNode) -> DictConfig:
 
 
 def train_node(cfg: CfgNode) -> DictConfig:
-    """What a training needs besides: length, checkpoints, logs.
+    """What else a training needs: length, checkpoints, logs.
 
     Raises:
         UserError: a setting of it that has no lazy form here.

@@ -19,7 +19,7 @@ from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.checkpoint import read_checkpoint
-from fpn_plugin.lazy.trainer import load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.utils import pickles as unpickling
 from fpn_plugin.utils.pickles import load_arrays
 
