@@ -16,7 +16,7 @@ __all__ = ["get", "get_config", "get_config_file", "lazy_names", "names"]
 
 
 def _configs_root() -> Path:
-    """The configs' folder: inside the installed package, or beside it in a checkout."""
+    """The configs' folder: inside the installed package, or next to it in a checkout."""
     here = Path(__file__).resolve().parent
     installed = here / "configs"
     return installed if installed.is_dir() else here.parent / "configs"
@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def lazy_names() -> list[str]:
-    """Names of all packaged lazy configs, for example ``"lazy/mini/faster_rcnn_R_18_FPN.py"``."""
+    """Names of the packaged Python files of lazy configs; the others are made from the YAML."""
     root = _configs_root()
     return sorted(path.relative_to(root).as_posix() for path in (root / "lazy").rglob("*.py"))
 
@@ -68,7 +68,7 @@ def get(name: str, device: str | None = None) -> nn.Module:
 
     Args:
         name: see :func:`get_config_file`.
-        device: "cpu", "cuda", ...; by default a GPU where there is one, else the CPU.
+        device: "cpu", "cuda", ...; by default a GPU if there is one, else the CPU.
     """
     cfg = get_config(name)
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")

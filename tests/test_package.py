@@ -22,7 +22,7 @@ import json
 from detectron2.config import instantiate
 import fpn_plugin
 from fpn_plugin import model_zoo
-from fpn_plugin.lazy.trainer import load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.lazy import model_node
 model = model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", device="cpu")
 retinanet = model_zoo.get("COCO-Detection/retinanet_R_50_FPN_1x.yaml", device="cpu")

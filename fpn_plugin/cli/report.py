@@ -8,13 +8,13 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
+from fpn_plugin.engine.results import task_metrics
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.box_levels import BoxLevels
@@ -122,7 +122,7 @@ def _add_results(page: Page, run: Path) -> None:
     if not path.is_file():
         page.text("Not evaluated: the run has no results.json.")
         return
-    for task, metrics in _tasks(json.loads(path.read_text())):
+    for task, metrics in task_metrics(json.loads(path.read_text())):
         overall = {key: value for key, value in metrics.items() if "-" not in key}
         page.text(f"{task}, in percent")
         page.table(list(overall), [[_number(value) for value in overall.values()]])
@@ -137,16 +137,6 @@ def _add_results(page: Page, run: Path) -> None:
 
 def _number(value: float) -> float | str:
     return "-" if value is None or math.isnan(value) else float(value)
-
-
-def _tasks(results: dict[str, Any], prefix: str = "") -> list[tuple[str, dict[str, float]]]:
-    found = []
-    for name, content in results.items():
-        if content and all(isinstance(value, dict) for value in content.values()):
-            found += _tasks(content, f"{prefix}{name} ")
-        elif content:
-            found.append((prefix + name, content))
-    return found
 
 
 def _add_losses(page: Page, run: Path, folder: Path) -> None:

@@ -1,43 +1,27 @@
-"""What tools/train_net.py does: arguments in, a trained and evaluated model out."""
+"""fpn-plugin train: trains and evaluates the model of a yacs or a lazy config."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.modeling import META_ARCH_REGISTRY
+import torch
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from torch import nn
 
-from fpn_plugin.data import (
-    check_config_datasets,
-    number_of_classes,
-    register_datasets,
-    registered_specs,
-)
 from fpn_plugin.deploy import optimize_for_inference
-from fpn_plugin.engine.changes import earlier_config_kept
-from fpn_plugin.engine.checkpoint import StrictCheckpointer
-from fpn_plugin.engine.class_names import match_datasets
-from fpn_plugin.engine.expectations import check_augmentation, check_expected, verify_expected
-from fpn_plugin.engine.launch import launch
-from fpn_plugin.engine.settings import (
-    check_seed,
-    check_solver,
-    find_config_file,
-    load_config,
-    settle_device,
-)
-from fpn_plugin.engine.trainer import FPNTrainer, save_results
+from fpn_plugin.engine.run import YacsRun
+from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError
-from fpn_plugin.mini import ensure_mini_datasets
-from fpn_plugin.utils.atomic import explained_full_disk, make_output_dir
+from fpn_plugin.lazy import load_lazy_config
+from fpn_plugin.lazy.trainer import LazyRun
 
 from .common import ToolParser, at_least, dist_url
 from .optimize_arguments import add_optimize_argument, optimize_dtype, print_steps
 
-__all__ = ["argument_parser", "train_main"]
+__all__ = ["argument_parser", "lazy_main", "train_main"]
 
 _EXAMPLES = """
 Examples:
@@ -46,6 +30,12 @@ Examples:
   train_net.py --config-file my.yaml --dataset cells=cells.json:images DATASETS.TRAIN "('cells',)"
   train_net.py --config-file my.yaml --eval-only MODEL.WEIGHTS model_final.pth
   torchrun --nproc-per-node 8 train_net.py --config-file my.yaml
+"""
+_LAZY_EXAMPLES = """
+Examples:
+  lazyconfig_train_net.py --config-file mini/faster_rcnn_R_18_FPN.yaml
+  lazyconfig_train_net.py --config-file my.py --num-gpus 8 train.output_dir=output/my
+  lazyconfig_train_net.py --config-file my.py --eval-only train.init_checkpoint=model_final.pth
 """
 
 # Of Detectron2's arguments, what is not as in its own tools.
@@ -86,108 +76,35 @@ def argument_parser(examples: str = _EXAMPLES) -> argparse.ArgumentParser:
     return parser
 
 
-def train_main(argv: Sequence[str] | None = None) -> None:
+def train_main(argv: Sequence[str] | None = None, *, lazy: bool = False) -> None:
     """Trains, or evaluates with --eval-only, what the command line says.
 
     Args:
         argv: arguments; those of the command line by default.
+        lazy: the config is a lazy one whatever its name; otherwise it is if it ends in ``.py``.
 
     Raises:
         UserError: something given cannot be used. All that can be checked is checked before the
             first process starts.
     """
-    parser = argument_parser()
+    parser = argument_parser(_LAZY_EXAMPLES if lazy else _EXAMPLES)
     add_optimize_argument(parser)
     args = parser.parse_args(argv)
-    if args.optimize and not args.eval_only:
-        raise UserError("--optimize is for --eval-only: an optimised model cannot be trained")
-    cfg = load_config(args.config_file, args.opts)
-    check_seed("SEED", cfg.SEED)
-    if not args.eval_only:
-        check_solver(cfg)
-    _check_evaluation(cfg, optimized=bool(args.optimize))
-    if args.config_file:
-        args.config_file = find_config_file(args.config_file)  # Detectron2 logs its content
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
-    register_datasets(args.dataset, checked=True)  # by the next line
-    check_config_datasets(cfg, training=not args.eval_only)
-    args.dataset = registered_specs(args.dataset)
-    if not args.eval_only and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a dataset to train on")
-    _match_datasets(cfg, args)
-    make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    ensure_mini_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
-    cfg.freeze()
-    launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
+    if lazy and not args.config_file:
+        raise UserError("--config-file is missing: a lazy config's path or a packaged name")
+    lazy = lazy or args.config_file.endswith(".py")
+    cfg = (load_lazy_config if lazy else load_config)(args.config_file, args.opts)
+    optimize = partial(_optimized, dtype=optimize_dtype(args)) if args.optimize else None
+    (LazyRun if lazy else YacsRun)(cfg, args, optimize).start()
 
 
-def _check_evaluation(cfg: CfgNode, *, optimized: bool) -> None:
-    """Refuses keys of an evaluation that could not be done.
-
-    Raises:
-        UserError: names them.
-    """
-    check_expected("TEST.EXPECTED_RESULTS", cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST)
-    model = cfg.MODEL
-    # A name that is not registered is for the model's builder to tell.
-    if cfg.TEST.AUG.ENABLED and model.META_ARCHITECTURE in META_ARCH_REGISTRY:
-        check_augmentation(
-            "TEST.AUG.ENABLED",
-            META_ARCH_REGISTRY.get(model.META_ARCHITECTURE),
-            keypoints=model.KEYPOINT_ON,
-            proposals=model.LOAD_PROPOSALS,
-            min_sizes=cfg.TEST.AUG.MIN_SIZES,
-        )
-        if optimized:
-            raise UserError("TEST.AUG.ENABLED is True: --optimize has no test-time augmentation")
+def lazy_main(argv: Sequence[str] | None = None) -> None:
+    """:func:`train_main` of a lazy config, packaged ones by the names of their YAML files."""
+    train_main(argv, lazy=True)
 
 
-def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """One process of a training or an evaluation.
-
-    Raises:
-        UserError: something given cannot be used, or the disk is full.
-    """
-    full = explained_full_disk(f"to {cfg.OUTPUT_DIR}", "make room, then give the command again")
-    with full:
-        _run(cfg, args)
-
-
-def _match_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
-    match_datasets(
-        cfg.DATASETS.TRAIN,
-        cfg.DATASETS.TEST,
-        cfg.MODEL.WEIGHTS,
-        cfg.OUTPUT_DIR,
-        resume=args.resume,
-        training=not args.eval_only,
-        classes=number_of_classes(cfg)[1],
-    )
-
-
-def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    # Started processes begin with what an import registers.
-    register_datasets(args.dataset, checked=True)
-    _match_datasets(cfg, args)
-    with earlier_config_kept(cfg.OUTPUT_DIR, always=args.eval_only):
-        default_setup(cfg, args)
-        trainer = None if args.eval_only else FPNTrainer(cfg)
-        if trainer is not None:
-            trainer.resume_or_load(resume=args.resume)
-    if trainer is None:
-        model = FPNTrainer.build_model(cfg)
-        StrictCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        if args.optimize:
-            model = optimize_for_inference(model, dtype=optimize_dtype(args))
-            if comm.is_main_process():
-                print_steps(model)
-        results = FPNTrainer.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results = {**results, **FPNTrainer.test_with_TTA(cfg, model)}
-        if comm.is_main_process():
-            save_results(results, cfg.OUTPUT_DIR)
-            verify_expected("TEST.EXPECTED_RESULTS", cfg.TEST.EXPECTED_RESULTS, results)
-    else:
-        trainer.train()
+def _optimized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    fast = optimize_for_inference(model, dtype=dtype)
+    if comm.is_main_process():
+        print_steps(fast)
+    return fast

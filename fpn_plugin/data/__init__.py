@@ -4,7 +4,6 @@ from .augmentations import check_augmentations, check_resizing
 from .classes import class_order, follow_classes
 from .coco import (
     check_classes,
-    check_config_datasets,
     check_datasets,
     check_proposal_files,
     check_records,
@@ -29,7 +28,6 @@ __all__ = [
     "check_channels",
     "check_classes",
     "check_coco",
-    "check_config_datasets",
     "check_dataset",
     "check_datasets",
     "check_keypoints",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import tempfile
@@ -18,16 +17,13 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.mini.dataset import MINI_NAMES
 
-from .augmentations import check_augmentations
 from .dataset_check import CheckedCoco, digest_of, read_coco
-from .keypoints import check_keypoints
 from .problems import CONVERT
 from .proposal_files import read_proposals
 from .requirements import Needs
 
 __all__ = [
     "check_classes",
-    "check_config_datasets",
     "check_datasets",
     "check_proposal_files",
     "check_records",
@@ -247,56 +243,6 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
                 f"{key} names dataset {name!r}, but {json_file} is not there: put it there, or "
                 "set DETECTRON2_DATASETS to the folder that holds it"
             )
-
-
-def check_config_datasets(cfg: CfgNode, training: bool) -> None:
-    """Refuses datasets that a config could not be trained or evaluated on.
-
-    Args:
-        cfg: the config.
-        training: whether DATASETS.TRAIN is used as well.
-
-    Raises:
-        UserError: a dataset is not there, is not evaluated as COCO, or has another number of
-            classes than the model; INPUT has a value that no image could be prepared by; its
-            keypoints do not fit, see :func:`check_keypoints`; or
-            proposals that the config reads are not there.
-    """
-    check_augmentations(cfg, training=training)
-    if training:
-        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    if cfg.MODEL.LOAD_PROPOSALS:
-        for split in ("TRAIN", "TEST") if training else ("TEST",):
-            files, key = cfg.DATASETS[f"PROPOSAL_FILES_{split}"], f"DATASETS.PROPOSAL_FILES_{split}"
-            check_proposal_files(cfg.DATASETS[split], files, key)
-    for name in cfg.DATASETS.TEST:
-        kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
-        if kind not in ("coco", "coco_panoptic_seg"):
-            raise UserError(
-                f"DATASETS.TEST names {name!r}, which is evaluated as {kind!r}; this tool "
-                "evaluates COCO-format detection and panoptic datasets"
-            )
-        if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi") is None:
-            raise UserError(
-                f"DATASETS.TEST names {name!r}, whose evaluation needs panopticapi: pip install "
-                "'git+https://github.com/cocodataset/panopticapi.git'"
-            )
-    if training:
-        check_records(cfg.DATASETS.TRAIN, Needs.of(cfg, training=True))
-    check_records(cfg.DATASETS.TEST, Needs.of(cfg, training=False))
-    if cfg.MODEL.KEYPOINT_ON:
-        flip = cfg.INPUT.RANDOM_FLIP
-        check_keypoints(
-            cfg.DATASETS.TRAIN if training else (),
-            cfg.DATASETS.TEST,
-            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
-            flips=() if flip == "none" else (flip,),
-            sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        )
-    # Those that a training evaluates on are matched with its own by name.
-    names = cfg.DATASETS.TRAIN if training else cfg.DATASETS.TEST
-    check_classes(names, *number_of_classes(cfg))
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

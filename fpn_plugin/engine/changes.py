@@ -1,4 +1,4 @@
-"""What becomes of a config's keys where a run goes on with other values than it had."""
+"""The keys of a config that changed since a checkpoint, and what becomes of each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Fate(NamedTuple):
     """What becomes of a key's new value.
 
     Attributes:
-        told: for the user, before the keys that it holds for.
+        outcome: for the user, before the keys that it holds for.
         refused: whether the run cannot go on with it.
         redraws: whether the order of images is drawn anew.
     """
 
-    told: str
+    outcome: str
     refused: bool = False
     redraws: bool = False
 
@@ -85,12 +85,12 @@ class Change(NamedTuple):
 
     Attributes:
         key: as the config's user writes it.
-        told: the key with both values.
+        text: the key with both values.
         fate: of :data:`FATES`.
     """
 
     key: str
-    told: str
+    text: str
     fate: Fate
 
 
@@ -114,12 +114,12 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
             yield from _leaves(value, f"{path}.{key}".lstrip("."))
     else:
-        yield path, _plain(node)
+        yield path, _comparable(node)
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_comparable(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     # Objects of lazy configs: without an address, which differs from process to process.
@@ -151,7 +151,7 @@ def summary(found: list[Change]) -> str:
     """The changes as a line: what becomes of which keys."""
     by_fate: dict[str, list[str]] = {}
     for change in found:
-        by_fate.setdefault(change.fate.told, []).append(change.told)
+        by_fate.setdefault(change.fate.outcome, []).append(change.text)
     return "; ".join(f"{fate}: {', '.join(keys)}" for fate, keys in by_fate.items())
 
 

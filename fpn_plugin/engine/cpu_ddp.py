@@ -10,7 +10,19 @@ from torch.futures import Future
 
 from fpn_plugin.errors import UserError
 
-__all__ = ["create_cpu_ddp_model"]
+__all__ = ["create_cpu_ddp_model", "distributed_model"]
+
+
+def distributed_model(model: nn.Module, device: str, **kwargs: Any) -> nn.Module:
+    """Wraps a model for distributed training on its device; see Detectron2's ``create_ddp_model``.
+
+    Args:
+        model: returned as it is if there is one process.
+        device: of the model.
+        kwargs: see :func:`create_cpu_ddp_model`.
+    """
+    wrap = create_ddp_model if device.startswith("cuda") else create_cpu_ddp_model
+    return wrap(model, **kwargs)
 
 
 def create_cpu_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:

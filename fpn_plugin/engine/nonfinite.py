@@ -1,4 +1,4 @@
-"""Stopping where numbers go bad, with what a user needs to find out why."""
+"""Hooks that stop a training at numbers that are not finite, and say where they came from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 
 from fpn_plugin.errors import NonFiniteError
 
-__all__ = ["LossWatch", "SkippedSteps"]
+__all__ = ["NonFiniteCheck", "SkippedSteps"]
 
 _MOST_SKIPPED_IN_A_ROW = 32
 """Halved so often, the loss scale is 2^-16 of the one that GradScaler begins with, below 1."""
 
 
-class LossWatch(HookBase):
+class NonFiniteCheck(HookBase):
     """Stops a training at the first loss that is NaN or infinite, before weights are changed.
 
     Every process looks at its own losses, so the files named are those of the batch that gave
@@ -61,13 +61,13 @@ class LossWatch(HookBase):
             return
         values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         where = f" in process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
-        told = self._told(f"{' and '.join(bad)} not finite{where} ({values})") if bad else ""
-        # Every process tells it: launchers end the others when the first of them ends.
-        raise NonFiniteError(next(filter(None, comm.all_gather(told))))
+        own = self._message(f"{' and '.join(bad)} not finite{where} ({values})") if bad else ""
+        # Every process reports it: launchers end the others when the first of them ends.
+        raise NonFiniteError(next(filter(None, comm.all_gather(own))))
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it, what Detectron2 or the plugin find not finite is told with the batch.
+        """Within it, what Detectron2 or the plugin find not finite is reported with the batch.
 
         Raises:
             NonFiniteError: instead of any FloatingPointError.
@@ -77,9 +77,9 @@ class LossWatch(HookBase):
         except FloatingPointError as error:
             if str(error).startswith("iteration "):
                 raise
-            raise NonFiniteError(self._told(" ".join(str(error).split()))) from error
+            raise NonFiniteError(self._message(" ".join(str(error).split()))) from error
 
-    def _told(self, what: str) -> str:
+    def _message(self, what: str) -> str:
         return (
             f"iteration {self.trainer.iter}: {what}; batch: {', '.join(self._names)}. Either the "
             "annotations of these images are broken, or training diverged: the same command with "

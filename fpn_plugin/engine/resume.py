@@ -23,10 +23,10 @@ from fpn_plugin.utils.seeding import seed_rngs
 
 from .changes import Change, changes, flat_config, summary
 
-__all__ = ["ExactResume"]
+__all__ = ["ResumeState"]
 
 
-class ExactResume(HookBase):
+class ResumeState(HookBase):
     """Makes data and random numbers of each iteration a function of the seed and the iteration.
 
     So a checkpoint, whose iteration, weights, optimizer and schedule Detectron2 keeps, says all
@@ -46,6 +46,9 @@ class ExactResume(HookBase):
         cfg: the run's config, yacs or lazy.
         optimizer: as the config has it, nothing loaded yet.
     """
+
+    # Detectron2 keeps a hook's state in checkpoints under this name; earlier ones have it.
+    __qualname__ = "ExactResume"
 
     def __init__(
         self,
@@ -78,9 +81,9 @@ class ExactResume(HookBase):
             return
         if comm.is_main_process():
             _drop_rows_from(self._metrics, self.trainer.iter)
-            self._tell()
+            self._report_changes()
         if self._changes != []:
-            self._take_settings()
+            self._apply_settings()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -92,12 +95,12 @@ class ExactResume(HookBase):
         except UserError as error:
             if not self._changes or any(change.fate.refused for change in self._changes):
                 raise
-            keys = ", ".join(change.told for change in self._changes)
+            keys = ", ".join(change.text for change in self._changes)
             raise UserError(
                 f"{error}. Keys of another value than the checkpoint's: {keys}"
             ) from error
 
-    def _tell(self) -> None:
+    def _report_changes(self) -> None:
         logger = logging.getLogger(__name__)
         at = f"resumed at iteration {self.trainer.iter}"
         if self._changes is None:
@@ -111,7 +114,7 @@ class ExactResume(HookBase):
                 "%s with another config than the checkpoint's; %s", at, summary(self._changes)
             )
 
-    def _take_settings(self) -> None:
+    def _apply_settings(self) -> None:
         """Gives the optimizer and its schedule the config's settings: theirs are the checkpoint's.
 
         The state that the optimizer has gathered, its momentum, stays.
@@ -162,11 +165,11 @@ class ExactResume(HookBase):
         theirs, ours = state.get("sizes", {}), self._sizes()
         changed = [name for name in ours if theirs.get(name, ours[name]) != ours[name]]
         if changed and comm.is_main_process():
-            told = ", ".join(f"{name}: {ours[name]}, was {theirs[name]}" for name in changed)
+            sizes = ", ".join(f"{name}: {ours[name]}, was {theirs[name]}" for name in changed)
             logging.getLogger(__name__).warning(
                 "resumed as another run than the one that was cut (%s): it goes on with other "
                 "images and other random numbers",
-                told,
+                sizes,
             )
 
     def _sizes(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""From a config file and command-line options to a config, with errors that a user can act on."""
+"""Yacs configs, from a file and command-line options, with errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ __all__ = [
     "check_mixed_precision",
     "check_number",
     "check_seed",
-    "check_solver",
     "find_config_file",
     "load_config",
     "settle_device",
@@ -74,7 +73,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
         if path.endswith(".py"):
             raise UserError(
                 f"{path} is Python, which is not run here: YAML is expected; lazy configs are for "
-                "tools/lazyconfig_train_net.py"
+                "fpn-plugin train"
             )
         check_config_file(path)
         try:
@@ -91,27 +90,6 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     _refuse_nan(cfg, "")
     _device_kind(cfg.MODEL.DEVICE, "MODEL.DEVICE")
     return cfg
-
-
-def check_solver(cfg: CfgNode) -> None:
-    """Refuses numbers that no training could begin with.
-
-    Args:
-        cfg: the config.
-
-    Raises:
-        UserError: names the key, and what it is expected to be.
-    """
-    for key, least in (("MAX_ITER", 1), ("CHECKPOINT_PERIOD", 1), ("IMS_PER_BATCH", 1)):
-        check_number(f"SOLVER.{key}", cfg.SOLVER[key], least)
-    check_number("SOLVER.BASE_LR", cfg.SOLVER.BASE_LR, 0)
-    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
-    check_number("SOLVER.REFERENCE_WORLD_SIZE", reference, 0)
-    if reference and batch % reference:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch}, which SOLVER.REFERENCE_WORLD_SIZE {reference} does "
-            "not divide: processes have equal parts of a batch"
-        )
 
 
 def check_seed(key: str, seed: Any) -> None:

@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fpn_plugin.config import add_fpn_config
-from fpn_plugin.errors import UserError, naming_keys, near_names
+from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.modeling import (
     FeaturePyramidNetwork,
     FPNCascadeROIHeads,
@@ -44,15 +44,13 @@ from fpn_plugin.modeling import (
     PerLevelRPNHead,
     PyramidROIPooler,
 )
-from fpn_plugin.modeling.bottom_up import frozen
-from fpn_plugin.modeling.neck import build_top_block
+from fpn_plugin.modeling.bottom_up import build_pyramid
 
 from .keys import newer_keys
 
 __all__ = [
     "build_network",
     "build_per_level_head",
-    "build_pyramid",
     "build_res5",
     "model_node",
     "with_pyramid",
@@ -131,64 +129,6 @@ def _set_keys(cfg: CfgNode, node: str, keys: dict[str, Any]) -> None:
             raise UserError(f"MODEL.{node}.{key}: {' '.join(str(error).split())}") from error
 
 
-def build_pyramid(
-    bottom_up: Backbone,
-    in_features: Sequence[str],
-    out_channels: int,
-    *,
-    top_block: str | nn.Module | None = "maxpool",
-    norm: str = "",
-    fuse_type: str = "sum",
-    coarsest_output_conv: bool = False,
-    top_down: bool = True,
-    lateral: bool = True,
-    match_lateral_size: bool = False,
-    out_features: Sequence[str] | None = None,
-    freeze: bool = False,
-) -> FeaturePyramidNetwork:
-    """A pyramid whose top block is made for the network that is under it.
-
-    Args:
-        bottom_up: see :class:`FeaturePyramidNetwork`, as the arguments that are not named here.
-        in_features: likewise.
-        out_channels: likewise.
-        top_block: a name that :func:`build_top_block` knows, or a module.
-        norm: likewise.
-        fuse_type: likewise.
-        coarsest_output_conv: likewise.
-        top_down: likewise.
-        lateral: likewise.
-        match_lateral_size: likewise.
-        out_features: likewise.
-        freeze: whether nothing of it is trained.
-    """
-    shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
-    # Stages that are not there are reported by FeaturePyramidNetwork, with what is.
-    if isinstance(top_block, str) and coarsest in shapes:
-        with naming_keys({"name": "`top_block`"}):
-            top_block = build_top_block(
-                top_block,
-                coarsest_stage=coarsest,
-                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-                in_channels=shapes[coarsest].channels,
-                out_channels=out_channels,
-            )
-    neck = FeaturePyramidNetwork(
-        bottom_up,
-        in_features,
-        out_channels,
-        norm=norm,
-        top_block=top_block,
-        fuse_type=fuse_type,
-        coarsest_output_conv=coarsest_output_conv,
-        top_down=top_down,
-        lateral=lateral,
-        match_lateral_size=match_lateral_size,
-        out_features=out_features,
-    )
-    return frozen(neck) if freeze else neck
-
-
 def model_node(cfg: CfgNode) -> DictConfig:
     """The model of a yacs config as a lazy node.
 
@@ -215,7 +155,7 @@ def model_node(cfg: CfgNode) -> DictConfig:
 
 
 def known(table: dict[str, Any], key: str, value: str) -> Any:
-    """What a table has for the value of a key; a UserError names what it has, where not that."""
+    """What a table has for the value of a key; if it has nothing, a UserError names what it has."""
     if value not in table:
         raise UserError(
             f"{key} {value!r} has no lazy form here; those that have: {', '.join(table)}"

@@ -24,7 +24,7 @@ from fpn_plugin.engine.evaluation import DetectionEvaluator
 
 from .model import known, refuse_changed
 
-__all__ = ["dataloader_node", "dataset_node", "optimizer_node", "schedule_node", "train_node"]
+__all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 
 
 def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
@@ -60,8 +60,7 @@ def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     )
 
 
-def dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
-    """The records of training or evaluation, as Detectron2's yacs loaders read them."""
+def _dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
     arguments = config_arguments(cfg, training=is_train)
     # One test set is named without a list, so that an evaluator can take its name from there.
     if not is_train and len(arguments["names"]) == 1:
@@ -103,14 +102,14 @@ def dataloader_node(cfg: CfgNode) -> DictConfig:
     return OmegaConf.create(
         {
             "train": L(build_detection_train_loader)(
-                dataset=dataset_node(cfg, is_train=True),
+                dataset=_dataset_node(cfg, is_train=True),
                 mapper=_mapper(cfg, is_train=True),
                 total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
                 aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
             "test": L(build_detection_test_loader)(
-                dataset=dataset_node(cfg, is_train=False),
+                dataset=_dataset_node(cfg, is_train=False),
                 mapper=_mapper(cfg, is_train=False),
                 num_workers=cfg.DATALOADER.NUM_WORKERS,
             ),
@@ -169,7 +168,7 @@ def schedule_node(cfg: CfgNode) -> DictConfig:
 
 
 def train_node(cfg: CfgNode) -> DictConfig:
-    """What a training needs besides: length, checkpoints, logs.
+    """What else a training needs: length, checkpoints, logs.
 
     Raises:
         UserError: a setting of it that has no lazy form here.

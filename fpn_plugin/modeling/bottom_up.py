@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -15,7 +17,7 @@ from .detectron2_networks import DETECTRON2_NETWORKS
 from .neck import FeaturePyramidNetwork, build_top_block
 from .networks import ImageNetwork, as_cfg_node
 
-__all__ = ["build_fpn_backbone", "frozen", "image_channels"]
+__all__ = ["build_fpn_backbone", "build_pyramid", "frozen", "image_channels"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
 # Builders that take any MODEL.BACKBONE.FREEZE_AT in silence.
@@ -27,7 +29,7 @@ _KEYS = {
         "in_features", "out_channels", "norm", "top_block", "fuse_type", "coarsest_output_conv",
         "top_down", "lateral", "match_lateral_size", "out_features",
     )
-} | {"name": "MODEL.FPN.TOP_BLOCK"}  # fmt: skip
+}  # fmt: skip
 
 
 @BACKBONE_REGISTRY.register()
@@ -50,34 +52,84 @@ def build_fpn_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Fea
             "cfg.merge_from_file(...)"
         )
     bottom_up = _build_bottom_up(cfg, input_shape)
-    # Names that are not there are reported by FeaturePyramidNetwork, with what is.
-    shapes = bottom_up.output_shape()
-    coarsest = fpn.IN_FEATURES[-1] if fpn.IN_FEATURES else None
-    top_block = None
     with naming_keys(_KEYS):
-        if coarsest in shapes:
-            top_block = build_top_block(
-                fpn.TOP_BLOCK,
-                coarsest_stage=coarsest,
-                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-                in_channels=shapes[coarsest].channels,
-                out_channels=fpn.OUT_CHANNELS,
-            )
-        neck = FeaturePyramidNetwork(
+        neck = build_pyramid(
             bottom_up,
             fpn.IN_FEATURES,
             fpn.OUT_CHANNELS,
+            top_block=fpn.TOP_BLOCK,
             norm=fpn.NORM,
-            top_block=top_block,
             fuse_type=fpn.FUSE_TYPE,
             coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
             top_down=fpn.TOP_DOWN,
             lateral=fpn.LATERAL,
             match_lateral_size=fpn.MATCH_LATERAL_SIZE,
             out_features=fpn.OUT_FEATURES or None,
+            freeze=fpn.FREEZE,
         )
     neck._config_keys = _KEYS
-    return frozen(neck) if fpn.FREEZE else neck
+    return neck
+
+
+def build_pyramid(
+    bottom_up: Backbone,
+    in_features: Sequence[str],
+    out_channels: int,
+    *,
+    top_block: str | nn.Module | None = "maxpool",
+    norm: str = "",
+    fuse_type: str = "sum",
+    coarsest_output_conv: bool = False,
+    top_down: bool = True,
+    lateral: bool = True,
+    match_lateral_size: bool = False,
+    out_features: Sequence[str] | None = None,
+    freeze: bool = False,
+) -> FeaturePyramidNetwork:
+    """Builds a pyramid whose top block fits the network under it.
+
+    Args:
+        bottom_up: see :class:`FeaturePyramidNetwork`, as for each argument that is not below.
+        in_features: likewise.
+        out_channels: likewise.
+        top_block: a name that :func:`build_top_block` knows, or a module.
+        norm: likewise.
+        fuse_type: likewise.
+        coarsest_output_conv: likewise.
+        top_down: likewise.
+        lateral: likewise.
+        match_lateral_size: likewise.
+        out_features: likewise.
+        freeze: whether nothing of it is trained.
+
+    Raises:
+        UserError: the arguments do not fit the network; names the one to change.
+    """
+    shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
+    # FeaturePyramidNetwork reports stages that are not there, with those that are.
+    if isinstance(top_block, str) and coarsest in shapes:
+        with naming_keys({"name": "`top_block`"}):
+            top_block = build_top_block(
+                top_block,
+                coarsest_stage=coarsest,
+                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
+                in_channels=shapes[coarsest].channels,
+                out_channels=out_channels,
+            )
+    neck = FeaturePyramidNetwork(
+        bottom_up,
+        in_features,
+        out_channels,
+        norm=norm,
+        top_block=top_block,
+        fuse_type=fuse_type,
+        coarsest_output_conv=coarsest_output_conv,
+        top_down=top_down,
+        lateral=lateral,
+        match_lateral_size=match_lateral_size,
+        out_features=out_features,
+    )
+    return frozen(neck) if freeze else neck
 
 
 def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:

@@ -22,14 +22,13 @@ from fpn_plugin.cli.export import export_main
 from fpn_plugin.cli.inspect import inspect_main
 from fpn_plugin.cli.optimize import optimize_main
 from fpn_plugin.cli.report import report_main
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.cli.visualize import visualize_main
 from fpn_plugin.conversion import convert_main
 from fpn_plugin.data import channels_first, read_picture, resized_picture, rgb_of
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector
 from fpn_plugin.inspection.forward_trace import glimpse
-from fpn_plugin.lazy.trainer import lazy_main
 
 COLOURS = [
     "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]", "MODEL.PIXEL_STD",

@@ -19,8 +19,8 @@ from pycocotools import mask as coco_mask
 from torch import tensor
 
 from fpn_plugin import UserError
-from fpn_plugin.cli import train as training
 from fpn_plugin.cli.check import check_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import (
     Needs,
     ReadableImageMapper,
@@ -30,7 +30,6 @@ from fpn_plugin.data import (
     registered_specs,
 )
 from fpn_plugin.fitting import read_ground_truth
-from fpn_plugin.lazy import trainer as lazy_training
 
 NAME = "agreeing"
 SIZES = {1: (40, 30), 2: (24, 36)}  # width and height by image id
@@ -357,20 +356,20 @@ def test_what_a_user_registered_is_mended_if_detectron2_reads_it(images):
         check_records([NAME], Needs())
 
 
-@pytest.mark.parametrize("module", [training, lazy_training])
-def test_started_processes_are_given_the_mended_json(images, tmp_path, monkeypatch, module):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_started_processes_are_given_the_mended_json(images, tmp_path, monkeypatch, lazy):
     path = written(images, coco([box(0), box(1, image_id=2)]))
     given = []
-    monkeypatch.setattr(module, "launch", lambda *args: given.extend(args[1].dataset))
+    monkeypatch.setattr("fpn_plugin.engine.run.launch", lambda *args: given.extend(args[1].dataset))
     spec = ["--dataset", f"{NAME}={path}:{images}"]
-    if module is training:
-        training.train_main(
+    if not lazy:
+        train_main(
             ["--config-file", "mini/faster_rcnn_R_18_FPN.yaml", *spec,
              "DATASETS.TRAIN", f"('{NAME}',)", "DATASETS.TEST", f"('{NAME}',)",
              "MODEL.ROI_HEADS.NUM_CLASSES", "2", "OUTPUT_DIR", str(tmp_path / "out")]
         )  # fmt: skip
     else:
-        lazy_training.lazy_main(
+        lazy_main(
             ["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", *spec,
              f"dataloader.train.dataset.names={NAME}", f"dataloader.test.dataset.names={NAME}",
              "model.roi_heads.num_classes=2", f"train.output_dir={tmp_path / 'out'}"]

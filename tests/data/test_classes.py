@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpn_plugin import UserError
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import class_order, follow_classes, register_datasets
 from fpn_plugin.engine.checkpoint import classes_in
 from fpn_plugin.engine.class_names import match_datasets
 from fpn_plugin.engine.evaluation import DetectionEvaluator
-from fpn_plugin.lazy import trainer as lazy_training
-from fpn_plugin.lazy.trainer import lazy_main
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 
@@ -278,7 +276,7 @@ def test_an_evaluation_on_other_classes_than_the_weights_is_refused(tmp_path):
 
 
 def test_a_lazy_run_matches_by_name_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_training, "launch", lambda *_: None)
+    monkeypatch.setattr("fpn_plugin.engine.run.launch", lambda *_: None)
     others = ["dog", "ant", "bee", "cat"]
     train, val = write(tmp_path, "first", in_order()), write(tmp_path, "val", in_order(others))
     lazy_main([

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +21,16 @@ from PIL import Image
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.check import check_main
 from fpn_plugin.cli.detect import demo_main
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import (
     ReadableImageMapper,
-    check_config_datasets,
     register_datasets,
     swapped_keypoints,
 )
 from fpn_plugin.data.keypoint_names import mirrored_order
 from fpn_plugin.engine.inference import keypoint_layout
+from fpn_plugin.engine.run import YacsRun
 from fpn_plugin.engine.trainer import FPNTrainer
-from fpn_plugin.lazy import trainer as lazy_training
-from fpn_plugin.lazy.trainer import lazy_main
 from fpn_plugin.visualization.keypoints import KeypointLayout, draw_keypoints
 
 NAMES = ["tail", "left_wing", "right_wing"]
@@ -338,6 +337,10 @@ REFUSED = {
 }  # fmt: skip
 
 
+def check_config_datasets(cfg, training: bool) -> None:
+    YacsRun(cfg, Namespace(eval_only=not training)).check_data()
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_trained_or_evaluated_is_one_line(tmp_path, case):
     change, opts, message = REFUSED[case]
@@ -419,7 +422,7 @@ def test_a_lazy_configs_keypoints_are_checked_too(spec, tmp_path, monkeypatch, m
     unnamed(content)
     nameless = write(tmp_path, "nameless", content)
     begun = []
-    monkeypatch.setattr(lazy_training, "launch", lambda *_: begun.append(True))
+    monkeypatch.setattr("fpn_plugin.engine.run.launch", lambda *_: begun.append(True))
     args = [
         "--config-file", "lazy/COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py", "--dataset", spec,
         "--dataset", nameless, "model.roi_heads.keypoint_head.num_keypoints=3",

@@ -11,20 +11,20 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import defaults
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from omegaconf import OmegaConf
 from torch import nn
 
 from evidence.tiny import tiny_options
 from fpn_plugin import UserError
-from fpn_plugin.cli import train as training
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer, run
 from fpn_plugin.engine.changes import changes, flat_config, summary
-from fpn_plugin.engine.resume import ExactResume
+from fpn_plugin.engine.hooks import LossCurve
+from fpn_plugin.engine.resume import ResumeState
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.engine.trainer import LossCurve
-from fpn_plugin.lazy import trainer as lazy_training
-from fpn_plugin.lazy.trainer import lazy_main, load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
+from fpn_plugin.lazy.trainer import LazyRun
 
 LAZY = "lazy/mini/faster_rcnn_R_18_FPN.py"
 
@@ -68,13 +68,13 @@ def used(monkeypatch) -> dict[int, list[float]]:
     def before_step(hook) -> None:
         rates[hook.trainer.iter] = [group["lr"] for group in hook._optimizer.param_groups]
 
-    monkeypatch.setattr(ExactResume, "before_step", before_step)
-    monkeypatch.setattr(training, "FPNTrainer", ToyTrainer)
-    monkeypatch.setattr(lazy_training, "_model", lambda cfg: Toy())
-    monkeypatch.setattr(lazy_training, "_evaluate", lambda *_: {})
-    monkeypatch.setattr(lazy_training, "train_stream", ToyTrainer.build_train_loader)
+    monkeypatch.setattr(ResumeState, "before_step", before_step)
+    monkeypatch.setattr(run, "FPNTrainer", ToyTrainer)
+    monkeypatch.setattr(LazyRun, "model", lambda run: Toy())
+    monkeypatch.setattr(LazyRun, "_evaluate", lambda *_: {})
+    monkeypatch.setattr("fpn_plugin.lazy.trainer.train_stream", ToyTrainer.build_train_loader)
     monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
-    monkeypatch.setattr(training, "default_setup", write_config)
+    monkeypatch.setattr(run, "default_setup", write_config)
     monkeypatch.setattr(LossCurve, "after_train", lambda hook: None)
     yield rates
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -83,7 +83,10 @@ def used(monkeypatch) -> dict[int, list[float]]:
 
 def write_config(cfg, args) -> None:
     """Of Detectron2's default_setup, which takes its time, what matters here."""
-    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
+    if OmegaConf.is_config(cfg):
+        LazyConfig.save(cfg, f"{cfg.train.output_dir}/config.yaml")
+    else:
+        Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
 
 
 def train(squares: str, output: Path, *opts: object) -> None:
@@ -384,11 +387,11 @@ def test_images_are_drawn_anew_where_a_key_asks_for_it(squares, tmp_path, opts, 
     register_datasets([squares])
     options = tiny_options(squares, tmp_path, 0)
 
-    def hook(*more: object) -> ExactResume:
+    def hook(*more: object) -> ResumeState:
         cfg = load_config(options[1], [*options[5:], "SEED", "3", *map(str, more)])
         optimizer = build_optimizer(cfg, Toy())
         stream = FPNTrainer.build_train_loader(cfg)
-        return ExactResume(cfg.SEED, stream, str(tmp_path), cfg, optimizer)
+        return ResumeState(cfg.SEED, stream, str(tmp_path), cfg, optimizer)
 
     saved, resumed = hook(), hook(*opts)
     drawn = resumed._stream.state_dict()

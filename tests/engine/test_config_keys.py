@@ -14,7 +14,6 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 
 from evidence.tiny import tiny_options
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.cli import train as training
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer
@@ -79,7 +78,7 @@ def tool(squares, tmp_path, monkeypatch):
     def run(*args: str) -> Notes:
         read = Notes()
         monkeypatch.setattr(
-            training, "load_config", lambda *given: recorded(load_config(*given), read)
+            "fpn_plugin.cli.train.load_config", lambda *given: recorded(load_config(*given), read)
         )
         options = tiny_options(squares, tmp_path, 0)
         flags = [arg for arg in args if arg.startswith("--")]

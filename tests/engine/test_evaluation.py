@@ -13,11 +13,11 @@ from detectron2.structures import Boxes, Instances, polygons_to_bitmask
 from omegaconf import OmegaConf
 
 from fpn_plugin import model_zoo
-from fpn_plugin.engine import trainer
 from fpn_plugin.engine.evaluation import DetectionEvaluator
-from fpn_plugin.engine.trainer import FPNTrainer, results_table
+from fpn_plugin.engine.results import results_table, save_results
+from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.inspection.errors import find_errors
-from fpn_plugin.lazy.trainer import load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
 
 SIDE = 40
 CELLS, DISCS = 150, 10
@@ -140,7 +140,7 @@ def test_nothing_detected_has_the_same_keys(crowded, tmp_path):
     assert results["bbox@300"]["AP"] != results["bbox@300"]["AP"]
 
 
-def test_the_trainer_evaluates_as_many_as_its_model_may_give(crowded, tmp_path, monkeypatch):
+def test_the_trainer_evaluates_as_many_as_its_model_may_give(crowded, tmp_path):
     cfg = model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml")
     cfg.TEST.DETECTIONS_PER_IMAGE = 200
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.2, 0.1]
@@ -152,8 +152,7 @@ def test_the_trainer_evaluates_as_many_as_its_model_may_give(crowded, tmp_path, 
     results = evaluator.evaluate()
     for task in ("bbox@200", "keypoints@200"):
         assert results[task]["AP"] == pytest.approx(100)
-    monkeypatch.setattr(trainer, "print", lambda *_, **__: None, raising=False)
-    trainer.save_results(results, str(tmp_path))
+    save_results(results, str(tmp_path))
     assert json.loads((tmp_path / "results.json").read_text())["keypoints@200"]["AR"] == 100
     text = (tmp_path / "results.md").read_text()
     assert "\nbbox@200\n\n|" in text

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,13 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 
 from evidence.tiny import tiny_options
 from fpn_plugin import UserError
-from fpn_plugin.cli import train as training
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, run_tool
 from fpn_plugin.engine.expectations import check_expected, verify_expected
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.lazy import trainer as lazy_training
-from fpn_plugin.lazy.trainer import lazy_main, load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
+from fpn_plugin.lazy.trainer import LazyRun
 from fpn_plugin.mini import ensure_mini
 
 MASK = "mini/mask_rcnn_R_18_FPN.yaml"
@@ -168,7 +168,7 @@ def test_a_lazy_model_without_augmentation_is_one_line():
         "lazy/COCO-Detection/fcos_R_50_FPN_1x.py", ["train.tta.enabled=True", "train.device=meta"]
     )
     with torch.device("meta"), pytest.raises(UserError, match="train.tta.enabled .* for FCOS"):
-        lazy_training._model(node)
+        LazyRun(node, Namespace(eval_only=True)).model()
 
 
 # ---- expected results
@@ -219,9 +219,9 @@ def test_results_that_are_not_met_are_a_status_and_are_written(
     squares, tmp_path, monkeypatch, capfd, how, met
 ):
     register_datasets([squares])
-    monkeypatch.setattr(training, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr("fpn_plugin.engine.run.default_setup", lambda cfg, args: None)
     monkeypatch.setattr(FPNTrainer, "test", classmethod(lambda *_: {"bbox": {"AP": 40.0}}))
-    monkeypatch.setattr("fpn_plugin.lazy.trainer._evaluate", lambda *_: RESULTS)
+    monkeypatch.setattr(LazyRun, "_evaluate", lambda *_: RESULTS)
     value = 40.0 if met else 50.0
     opts = ["TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {value}, 1.0]]", "SOLVER.MAX_ITER", "1"]
     args = [*tiny_options(squares, tmp_path, 0), *opts]

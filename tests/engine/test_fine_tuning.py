@@ -15,7 +15,7 @@ from torch import nn
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine import StrictCheckpointer
-from fpn_plugin.lazy.trainer import load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
 
 FCOS = "lazy/COCO-Detection/fcos_R_50_FPN_1x.py"
 TWINS = [name for name in model_zoo.names() if name.split("/")[0] not in ("mini", "paper")]

@@ -9,13 +9,12 @@ from detectron2.engine import SimpleTrainer
 from torch import nn
 
 from evidence.tiny import tiny_options
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
-from fpn_plugin.engine.nonfinite import LossWatch, SkippedSteps
+from fpn_plugin.engine.nonfinite import NonFiniteCheck, SkippedSteps
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import NonFiniteError, UserError
-from fpn_plugin.lazy.trainer import lazy_main
 
 
 class Toy(nn.Module):
@@ -44,7 +43,7 @@ def trainer_over(values, optimizer_of=lambda model: torch.optim.SGD(model.parame
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_not_finite_names_itself_the_iteration_and_the_files(value):
     trainer = trainer_over([1.0, 0.5, value, 1.0])
-    watch = LossWatch(trainer.model)
+    watch = NonFiniteCheck(trainer.model)
     trainer.register_hooks([watch])
     weights = []
     step = trainer.optimizer.step
@@ -69,7 +68,7 @@ def test_what_a_model_finds_not_finite_is_told_with_the_files():
     model = Diverged()
     data = [[{"file_name": "a.jpg"}]]
     trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), 0.1))
-    watch = LossWatch(model)
+    watch = NonFiniteCheck(model)
     trainer.register_hooks([watch])
     told = r"^iteration 0: Predicted .* Diverged.; batch: a.jpg"
     with pytest.raises(NonFiniteError, match=told), watch.explained():
@@ -194,7 +193,7 @@ def test_the_trainer_names_the_loss_of_a_real_detector(squares, tmp_path, monkey
 
 
 def test_explained_needs_the_trainer_alone():
-    watch = LossWatch(Toy())
+    watch = NonFiniteCheck(Toy())
     watch.trainer = types.SimpleNamespace(iter=7)
     with pytest.raises(NonFiniteError, match="iteration 7: x;"), watch.explained():
         raise FloatingPointError("x")

@@ -19,11 +19,11 @@ from torch import nn
 from evidence.kill_and_resume import differing_tensors, kill_and_resume
 from evidence.tiny import tiny_options
 from fpn_plugin import UserError
+from fpn_plugin.cli.train import lazy_main
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
-from fpn_plugin.engine.resume import ExactResume, _drop_rows_from
+from fpn_plugin.engine.resume import ResumeState, _drop_rows_from
 from fpn_plugin.engine.settings import load_config
-from fpn_plugin.lazy.trainer import lazy_main
 from fpn_plugin.utils.atomic import explained_full_disk, written_whole
 
 LENGTH = 7
@@ -103,7 +103,7 @@ def test_a_drawn_seed_is_resumed(squares, tmp_path):
     first = train(cfg, 3)
     seed_all_rng(1)
     second = FPNTrainer(cfg)
-    seeds = [next(h for h in t._hooks if isinstance(h, ExactResume)) for t in (first, second)]
+    seeds = [next(h for h in t._hooks if isinstance(h, ResumeState)) for t in (first, second)]
     assert seeds[0].state_dict() != seeds[1].state_dict()
     second.resume_or_load(resume=True)
     assert seeds[0].state_dict() == seeds[1].state_dict()
@@ -151,10 +151,10 @@ def test_a_cut_lazy_run_is_the_uncut_one(squares, tmp_path, monkeypatch):
             ]
         )  # fmt: skip
 
-    monkeypatch.setattr("fpn_plugin.lazy.trainer._evaluate", lambda *_: {})
+    monkeypatch.setattr("fpn_plugin.lazy.trainer.LazyRun._evaluate", lambda *_: {})
     run(tmp_path / "uncut")
     steps: list[int] = []
-    before_step = ExactResume.before_step
+    before_step = ResumeState.before_step
 
     def cut(hook) -> None:
         steps.append(hook.trainer.iter)
@@ -162,7 +162,7 @@ def test_a_cut_lazy_run_is_the_uncut_one(squares, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         before_step(hook)
 
-    monkeypatch.setattr(ExactResume, "before_step", cut)
+    monkeypatch.setattr(ResumeState, "before_step", cut)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
     run(tmp_path / "cut")

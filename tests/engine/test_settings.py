@@ -10,9 +10,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.engine.run_config import RunConfig
 from fpn_plugin.engine.settings import (
     check_seed,
-    check_solver,
     find_config_file,
     load_config,
     settle_device,
@@ -141,10 +141,10 @@ def test_a_config_does_not_run_code(tmp_path):
 )
 def test_numbers_that_no_training_could_begin_with_are_named(key, value, told):
     cfg = load_config(MINI)
-    check_solver(cfg)
+    RunConfig(cfg).check_solver()
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=f"{key} {told}"):
-        check_solver(cfg)
+        RunConfig(cfg).check_solver()
 
 
 def test_a_seed_is_one_that_every_generator_takes():

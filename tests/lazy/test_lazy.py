@@ -17,11 +17,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fpn_plugin import FeaturePyramidNetwork, UserError, add_fpn_config, model_zoo
-from fpn_plugin.cli.train import train_main
+from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import Needs, ReadableImageMapper
-from fpn_plugin.lazy import model_node, with_pyramid
+from fpn_plugin.lazy import load_lazy_config, model_node, with_pyramid
 from fpn_plugin.lazy import trainer as lazy_training
-from fpn_plugin.lazy.trainer import lazy_main, load_lazy_config
 from fpn_plugin.lazy.training import dataloader_node, optimizer_node, schedule_node, train_node
 from fpn_plugin.mini import ensure_mini
 from fpn_plugin.utils.metrics import loss_rows

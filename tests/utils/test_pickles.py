@@ -17,7 +17,7 @@ from fpn_plugin.cli.images import given_images
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.engine import load_config
-from fpn_plugin.lazy.trainer import load_lazy_config
+from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.utils import pickles as unpickling
 from fpn_plugin.utils.pickles import load_arrays
 

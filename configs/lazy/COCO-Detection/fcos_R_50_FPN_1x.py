@@ -2,10 +2,11 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config as zoo_config
 
-from fpn_plugin.lazy import twin, with_pyramid
+from fpn_plugin.lazy import get_config, with_pyramid
 
 # FCOS has no yacs config in Detectron2; its own lazy one gets the plugin's pyramid.
-_, optimizer, lr_multiplier, dataloader, train = twin("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+retinanet = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+model, optimizer, lr_multiplier, dataloader, train = get_config(retinanet).values()
 model = with_pyramid(zoo_config("COCO-Detection/fcos_R_50_FPN_1x.py").model)
 
 # Detectron2 writes these as numbers; here they follow the pyramid's.

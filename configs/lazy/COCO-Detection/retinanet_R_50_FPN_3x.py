@@ -1,5 +1,0 @@
-from fpn_plugin.lazy import twin
-
-model, optimizer, lr_multiplier, dataloader, train = twin(
-    "COCO-Detection/retinanet_R_50_FPN_3x.yaml"
-)

@@ -1,5 +1,0 @@
-from fpn_plugin.lazy import twin
-
-model, optimizer, lr_multiplier, dataloader, train = twin(
-    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
-)

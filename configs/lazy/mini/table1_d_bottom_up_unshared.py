@@ -1,3 +1,0 @@
-from fpn_plugin.lazy import twin
-
-model, optimizer, lr_multiplier, dataloader, train = twin("mini/table1_d_bottom_up_unshared.yaml")

@@ -1,3 +1,0 @@
-from fpn_plugin.lazy import twin
-
-model, optimizer, lr_multiplier, dataloader, train = twin("paper/table3_a_C4.yaml")
