@@ -1,1 +1,1 @@
-"""What shows that the plugin keeps its promises: run from a checkout, not part of the wheel."""
+"""Measurements that support the documentation's claims: run from a checkout, not in the wheel."""

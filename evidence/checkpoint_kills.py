@@ -1,4 +1,4 @@
-"""A training that kills itself while it writes a checkpoint: the surest way to hit that moment."""
+"""A training that kills itself while it writes a checkpoint, at a chosen moment."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MOMENTS = (
     "before it has its name",
     "before last_checkpoint names it",
 )
-"""When a process may die that writes a checkpoint."""
+"""When the process is killed."""
 
 _BYTES = 40 << 20
-"""No more than a checkpoint of the tiny model has."""
+"""A checkpoint of the tiny model has at least as many."""
 
 
 def train_until() -> None:
-    """Trains as train_net.py does, in a process started with ``MOMENT NTH FRACTION ARGUMENTS...``.
+    """Trains as ``fpn-plugin train``, in a process with arguments ``MOMENT NTH FRACTION ...``.
 
-    At that moment of the n-th checkpoint that the process writes, it sends itself SIGKILL;
-    ``FRACTION`` says how far among the bytes. With the moment "never" it does not.
+    At that moment of the n-th checkpoint that it writes, the process sends itself SIGKILL.
+    ``FRACTION`` says after what part of the bytes. With the moment "never" it does not.
     """
     moment, nth, fraction, *args = sys.argv[1:]
     writes = 0
@@ -38,39 +38,39 @@ def train_until() -> None:
     def due(name: str, path: str) -> bool:
         return name == moment and writes == int(nth) and ".pth" in path
 
-    class DyingFile(io.FileIO):
+    class KilledFile(io.FileIO):
         def write(self, data: Any) -> int:
             written = super().write(data)
             if due("among its bytes", self.name) and self.tell() > float(fraction) * _BYTES:
-                _die()
+                _kill()
             return written
 
-    def dying_open(path: str, mode: str = "r") -> Any:
+    def killed_open(path: str, mode: str = "r") -> Any:
         nonlocal writes
         if mode != "wb":
             return open(path, mode)
         writes += path.endswith(atomic.PARTIAL)
-        return io.BufferedWriter(DyingFile(path, "w"))
+        return io.BufferedWriter(KilledFile(path, "w"))
 
-    class DyingOs:
+    class KilledOs:
         def __getattr__(self, name: str) -> Any:
             return getattr(os, name)
 
         def fsync(self, descriptor: int) -> None:
             if due("before they are on the disk", os.readlink(f"/proc/self/fd/{descriptor}")):
-                _die()
+                _kill()
             os.fsync(descriptor)
 
         def replace(self, aside: str, path: str) -> None:
             if due("before it has its name", path):
-                _die()
+                _kill()
             os.replace(aside, path)
             if due("before last_checkpoint names it", path):
-                _die()
+                _kill()
 
-    atomic.open, atomic.os = dying_open, DyingOs()
+    atomic.open, atomic.os = killed_open, KilledOs()
     run_tool(lambda: train_main(args))
 
 
-def _die() -> None:
+def _kill() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)

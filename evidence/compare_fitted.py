@@ -1,4 +1,4 @@
-"""Whether fitting helps: trainings with a config and with the fitted one, on mini datasets."""
+"""``python -m evidence.compare_fitted``: trains a config and its fitted sibling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fpn_plugin.cli.common import ToolParser, at_least, output_folder
 from fpn_plugin.data import Needs, check_datasets
-from fpn_plugin.engine import find_config_file, load_config
+from fpn_plugin.engine import find_config_file, load_config, run_tool
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.fitting.fit import fit_pyramid
 from fpn_plugin.fitting.ground_truth import read_ground_truth
@@ -38,9 +38,9 @@ _AVERAGE_RECALL = {"AR": 8, "ARs": 9, "ARm": 10, "ARl": 11}  # places in COCOeva
 
 _EXAMPLES = """
 Examples:
-  compare_fitted.py --seeds 0 1 2                  # all four datasets
-  compare_fitted.py small thin --seeds 0           # two of them, one seed
-  compare_fitted.py --dry-run
+  python -m evidence.compare_fitted --seeds 0 1 2                  # all four datasets
+  python -m evidence.compare_fitted small thin --seeds 0           # two of them, one seed
+  python -m evidence.compare_fitted --dry-run
 """
 
 
@@ -78,7 +78,7 @@ class ComparedRun(RunFolder):
     def _recall(self) -> dict[str, float]:
         [name] = self.config().DATASETS.TEST
         detections = self.path / "inference" / "coco_instances_results.json"
-        with redirect_stdout(io.StringIO()):  # pycocotools tells its progress
+        with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             truth = COCO(MetadataCatalog.get(name).json_file)
             if not json.loads(detections.read_text()):
                 return dict.fromkeys(_AVERAGE_RECALL, 0.0)
@@ -87,16 +87,16 @@ class ComparedRun(RunFolder):
             evaluation.accumulate()
             evaluation.summarize()
         figures = {name: float(evaluation.stats[i]) for name, i in _AVERAGE_RECALL.items()}
-        # COCOeval has -1 where there is no object of a size.
+        # COCOeval has -1 if there is no object of a size.
         return {name: 100 * v if v >= 0 else float("nan") for name, v in figures.items()}
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/compare_fitted.py."""
+    """The arguments of the command."""
     parser = ToolParser(
-        description="Train a config and its fitted sibling, on the same budget, on mini datasets "
-        "of small, of all, of large and of long thin objects, and compare them. What is finished "
-        "is not run again, what was cut off goes on.",
+        description="Train a config and its fitted sibling for as many iterations, on mini "
+        "datasets of small, mixed, large and long thin objects, and compare them. Finished runs "
+        "are kept, interrupted ones continue.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("data", nargs="*", default=list(_DATA), help=", ".join(_DATA))
@@ -163,7 +163,7 @@ def _opts(name: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _fitted(name: str, args: argparse.Namespace, output: Path) -> Compared:
-    """Fits the config to a dataset and leaves the fit's report beside the runs."""
+    """Fits the config to a dataset and writes the fit's report next to the runs."""
     opts = _opts(name, args)
     cfg = load_config(args.config_file, opts)
     for split in ("TRAIN", "TEST"):
@@ -188,3 +188,7 @@ def _folder(
         opts=_opts(name, args),
         config_file=str(output / name / "fit" / "fitted.yaml") if fitted else args.config_file,
     )
+
+
+if __name__ == "__main__":
+    run_tool(compare_main)

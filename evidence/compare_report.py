@@ -15,21 +15,23 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from fpn_plugin.fitting.recommendation import Recommendation
+from fpn_plugin.paper.report import mean_with_spread
+from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
 __all__ = ["Compared", "write_comparison"]
 
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl")
-_COLORS = {"default": "#D55E00", "fitted": "#0072B2"}  # Okabe and Ito's palette
+_COLORS = dict(zip(("fitted", "default"), CATEGORY_COLORS, strict=False))
 _MARKERS = {"default": "D", "fitted": "o"}
 
 
 @dataclass
 class Compared:
-    """What came of one dataset.
+    """The comparison on one dataset.
 
     Attributes:
         name: of the dataset.
-        recommendations: what fitting the config to it came to.
+        recommendations: of fitting the config to it.
         runs: metrics by seed, for "default" and "fitted".
     """
 
@@ -51,7 +53,7 @@ def write_comparison(compared: Sequence[Compared], iterations: int, folder: Path
     """Writes the report.
 
     Args:
-        compared: what came of each dataset.
+        compared: the comparison on each dataset.
         iterations: of each training.
         folder: gets report.md, report.json and comparison.png.
 
@@ -59,7 +61,7 @@ def write_comparison(compared: Sequence[Compared], iterations: int, folder: Path
         The path of report.md.
     """
     parts = [
-        "# A pyramid as it is and fitted, on the same budget",
+        "# A pyramid as it is and fitted, trained equally long",
         "**Runs on mini datasets, a few minutes each: they say nothing about COCO.** Each "
         f"training has {iterations} iterations. ±: standard deviation over seeds. AR: of at most "
         "100 detections an image.",
@@ -68,19 +70,19 @@ def write_comparison(compared: Sequence[Compared], iterations: int, folder: Path
         *(_in_words(each) for each in compared),
     ]
     _chart(compared).savefig(folder / "comparison.png")
-    content = {"iterations": iterations, "data": [_plain(asdict(each)) for each in compared]}
+    content = {"iterations": iterations, "data": [_without_nan(asdict(each)) for each in compared]}
     (folder / "report.json").write_text(json.dumps(content, indent=1))
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n")
     return report
 
 
-def _plain(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     """The same without NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _without_nan(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -90,7 +92,7 @@ def _table(compared: Sequence[Compared]) -> str:
         for which, runs in each.runs.items():
             cells = [each.name, which, ",".join(map(str, sorted(runs)))]
             for metric in _METRICS:
-                cells.append(_with_spread(each.values(which, metric)))
+                cells.append(_cell(each.values(which, metric)))
             rows.append([*cells, f"{statistics.median(each.values(which, 's/it')):.2f}"])
         if not each.changes:
             rows.append([each.name, "fitted", "the config is kept"])
@@ -98,18 +100,18 @@ def _table(compared: Sequence[Compared]) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _with_spread(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float]) -> str:
     if any(map(math.isnan, values)):
         return "-"
-    text = f"{statistics.mean(values):.1f}"
-    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return mean_with_spread(statistics.mean(values), spread, len(values))
 
 
 def _in_words(each: Compared) -> str:
-    """What fitting changed, and whether it gained more than seeds differ."""
+    """The gains of fitting, and what it changed."""
     if not each.changes:
         return f"**{each.name}**: the config is kept; there is nothing to compare."
-    told = []
+    gains = []
     for metric in ("AP", "AR"):
         default, fitted = (each.values(which, metric) for which in ("default", "fitted"))
         gain = statistics.mean(fitted) - statistics.mean(default)
@@ -118,8 +120,8 @@ def _in_words(each: Compared) -> str:
             pairs = zip(default, fitted, strict=True)
             higher = sum(b > a for a, b in pairs)
             text += f" (higher with {higher} of {len(fitted)} seeds)"
-        told.append(text)
-    lines = [f"**{each.name}**: {', '.join(told)}. Fitting changes {' and '.join(each.changes)}."]
+        gains.append(text)
+    lines = [f"**{each.name}**: {', '.join(gains)}. Fitting changes {' and '.join(each.changes)}."]
     lines += [f"- {r.subject}: {r.reason} {r.effect}" for r in each.recommendations if not r.keep]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Small COCO-format datasets, and ways to break them."""
+"""Small COCO-format datasets, and corruptions of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["BREAKS", "Broken", "make_dataset"]
+__all__ = ["CORRUPTIONS", "CorruptDataset", "make_dataset"]
 
 _ORIENTATION = 0x0112
 _EXIF_TURNS = (5, 6, 7, 8)
-# Values that stand where others belong.
+# Values in the place of right ones.
 _JUNK = [
     None, True, False, -1, 0, 1, 7, 0.5, -0.0, 1e9, 2**70, -(2**63), math.nan, math.inf, -math.inf,
     "", "x", "1", "ü b\n", "\ud800", [], [None], [[]], [1, 2], [1, 2, 3, 4], [0, 0, 1e-5, 5],
@@ -29,13 +29,13 @@ _JUNK = [
 
 
 @dataclass
-class Broken:
+class CorruptDataset:
     """A dataset on the disk.
 
     Args:
         folder: has ``data.json`` and ``images/``.
         content: of the JSON.
-        colours: that an image file shows all over, RGB; None where that cannot be said.
+        colours: the one colour of each image file, RGB; None if it is unknown.
     """
 
     folder: Path
@@ -57,16 +57,16 @@ class Broken:
         Path(self.json_file).write_text(json.dumps(self.content), encoding="utf-8")
 
     def path(self, record: dict[str, Any]) -> Path:
-        """Path of an image; of nothing where its name has been broken."""
+        """Path of an image; of no file if its name is corrupt."""
         name = record.get("file_name")
         usable = isinstance(name, str) and name.isascii() and name.endswith(".png")
         return Path(self.images, name if usable else "none.png")
 
 
-def make_dataset(folder: Path, rng: np.random.Generator) -> Broken:
+def make_dataset(folder: Path, rng: np.random.Generator) -> CorruptDataset:
     """A whole dataset of three images, one colour each, and some annotations of two categories."""
     (folder / "images").mkdir(parents=True)
-    made = Broken(folder, {"images": [], "annotations": [], "categories": []})
+    made = CorruptDataset(folder, {"images": [], "annotations": [], "categories": []})
     made.content["categories"] = [{"id": 9, "name": "cell"}, {"id": 4, "name": "ring"}]
     for number in (5, 2, 8):
         width, height = (int(v) for v in rng.integers(20, 60, 2))
@@ -92,23 +92,23 @@ def make_dataset(folder: Path, rng: np.random.Generator) -> Broken:
     return made
 
 
-Break = Callable[[Broken, np.random.Generator], None]
-BREAKS: dict[str, Break] = {}
+Corruption = Callable[[CorruptDataset, np.random.Generator], None]
+CORRUPTIONS: dict[str, Corruption] = {}
 
 
-def _breaks(function: Break) -> Break:
-    BREAKS[function.__name__.strip("_")] = function
+def _corruption(function: Corruption) -> Corruption:
+    CORRUPTIONS[function.__name__.strip("_")] = function
     return function
 
 
 def _one(records: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """A record, or an empty one where what was broken before left none."""
+    """A record, or an empty one if an earlier corruption left none."""
     whole = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
     return whole[int(rng.integers(len(whole)))] if whole else {}
 
 
 def _opened(path: Path) -> Image.Image | None:
-    """An image, or None where what was broken before left none."""
+    """An image, or None if an earlier corruption left none."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -117,98 +117,98 @@ def _opened(path: Path) -> Image.Image | None:
         return None
 
 
-def _part(made: Broken, rng: np.random.Generator) -> list[Any]:
+def _part(made: CorruptDataset, rng: np.random.Generator) -> list[Any]:
     records = made.content.get(str(rng.choice(["images", "annotations", "categories"])))
     return records if isinstance(records, list) else []
 
 
-def _image(made: Broken, rng: np.random.Generator) -> dict[str, Any]:
+def _image(made: CorruptDataset, rng: np.random.Generator) -> dict[str, Any]:
     return _one(made.content.get("images"), rng)
 
 
-def _annotation(made: Broken, rng: np.random.Generator) -> dict[str, Any]:
+def _annotation(made: CorruptDataset, rng: np.random.Generator) -> dict[str, Any]:
     return _one(made.content.get("annotations"), rng)
 
 
-@_breaks
-def _value(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _value(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _one(_part(made, rng), rng)
     if record:
         key = str(rng.choice(sorted(record)))
         record[key] = copy.deepcopy(_JUNK[int(rng.integers(len(_JUNK)))])
 
 
-@_breaks
-def _missing_key(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _missing_key(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _one(_part(made, rng), rng)
     if record:
         del record[str(rng.choice(sorted(record)))]
 
 
-@_breaks
-def _more_keys(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _more_keys(made: CorruptDataset, rng: np.random.Generator) -> None:
     key = str(rng.choice(["keypoints", "num_keypoints", "ignore", "attributes"]))
     _annotation(made, rng)[key] = copy.deepcopy(_JUNK[int(rng.integers(len(_JUNK)))])
 
 
-@_breaks
-def _record_twice(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _record_twice(made: CorruptDataset, rng: np.random.Generator) -> None:
     records = _part(made, rng)
     records.append(copy.deepcopy(_one(records, rng)))
 
 
-@_breaks
-def _record_is_junk(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _record_is_junk(made: CorruptDataset, rng: np.random.Generator) -> None:
     _part(made, rng).append(copy.deepcopy(_JUNK[int(rng.integers(len(_JUNK)))]))
 
 
-@_breaks
-def _part_is_junk(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _part_is_junk(made: CorruptDataset, rng: np.random.Generator) -> None:
     part = str(rng.choice(["images", "annotations", "categories"]))
     made.content[part] = copy.deepcopy(_JUNK[int(rng.integers(len(_JUNK)))])
 
 
-@_breaks
-def _id_of_nothing(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _id_of_nothing(made: CorruptDataset, rng: np.random.Generator) -> None:
     _annotation(made, rng)[str(rng.choice(["image_id", "category_id"]))] = int(rng.integers(10**9))
 
 
-@_breaks
-def _box(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _box(made: CorruptDataset, rng: np.random.Generator) -> None:
     kinds = [0.0, 1e-9, -3.0, 1.0, 30.0, 59.0, 1e3, 1e9, -1e9, math.nan, math.inf, 1e308]
     _annotation(made, rng)["bbox"] = [float(v) for v in rng.choice(kinds, 4)]
 
 
-@_breaks
-def _box_moved(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _box_moved(made: CorruptDataset, rng: np.random.Generator) -> None:
     x, y, width, height = rng.uniform([-60, -60, 0, 0], 60, (4,)).tolist()
     _annotation(made, rng)["bbox"] = [x, y, width, height]
 
 
-@_breaks
-def _crowd(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _crowd(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _annotation(made, rng)
     record.update(iscrowd=1, segmentation={"size": [20, 20], "counts": [400]})
 
 
-@_breaks
-def _no_annotations(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _no_annotations(made: CorruptDataset, rng: np.random.Generator) -> None:
     made.content["annotations"] = []
 
 
-@_breaks
-def _no_images(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _no_images(made: CorruptDataset, rng: np.random.Generator) -> None:
     made.content["images"] = []
 
 
-@_breaks
-def _size_in_json(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _size_in_json(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     record["width"], record["height"] = record.get("height"), record.get("width")
 
 
-@_breaks
-def _name(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _name(made: CorruptDataset, rng: np.random.Generator) -> None:
     names = ["ü ñ 木.png", "with  spaces .png", "a\nb.png", "sub/deep/c.png", "😀.png", "%s{}.png"]
     record, name = _image(made, rng), str(rng.choice(names))
     path = made.path(record)
@@ -219,14 +219,14 @@ def _name(made: Broken, rng: np.random.Generator) -> None:
         record["file_name"] = name
 
 
-@_breaks
-def _traversal(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _traversal(made: CorruptDataset, rng: np.random.Generator) -> None:
     names = ["../images/5.png", "/etc/passwd", "..\\5.png", "a/../../5.png", "..", "C:\\5.png"]
     _image(made, rng)["file_name"] = str(rng.choice(names))
 
 
-@_breaks
-def _no_file(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _no_file(made: CorruptDataset, rng: np.random.Generator) -> None:
     path = made.path(_image(made, rng))
     if not path.is_dir():
         path.unlink(missing_ok=True)
@@ -234,8 +234,8 @@ def _no_file(made: Broken, rng: np.random.Generator) -> None:
             path.mkdir()
 
 
-@_breaks
-def _cut_off(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _cut_off(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
     image = _opened(path)
@@ -247,8 +247,8 @@ def _cut_off(made: Broken, rng: np.random.Generator) -> None:
         made.colours[record["file_name"]] = None
 
 
-@_breaks
-def _damaged(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _damaged(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
     if path.is_file():
@@ -259,8 +259,8 @@ def _damaged(made: Broken, rng: np.random.Generator) -> None:
         made.colours[record["file_name"]] = None
 
 
-@_breaks
-def _bomb(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _bomb(made: CorruptDataset, rng: np.random.Generator) -> None:
     path = made.path(_image(made, rng))
     if path.is_file():  # a header of 10 gigapixels, and nothing behind it
         header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
@@ -268,8 +268,8 @@ def _bomb(made: Broken, rng: np.random.Generator) -> None:
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + size + header + crc)
 
 
-@_breaks
-def _mode(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _mode(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
     image = _opened(path)
@@ -303,13 +303,13 @@ def _mode(made: Broken, rng: np.random.Generator) -> None:
         image = Image.new("L", image.size, shade).convert(mode)
     try:
         image.save(path, format=kind)
-    except OSError:  # two breaks that do not go together
+    except OSError:  # two corruptions that exclude each other
         return
     made.colours[record["file_name"]] = colour
 
 
-@_breaks
-def _turned_by_exif(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _turned_by_exif(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
     image = _opened(path)
@@ -323,8 +323,8 @@ def _turned_by_exif(made: Broken, rng: np.random.Generator) -> None:
         _annotations_of(made, record)
 
 
-@_breaks
-def _odd_size(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _odd_size(made: CorruptDataset, rng: np.random.Generator) -> None:
     record = _image(made, rng)
     path = made.path(record)
     colour = made.colours.get(record.get("file_name")) if path.is_file() else None
@@ -335,8 +335,8 @@ def _odd_size(made: Broken, rng: np.random.Generator) -> None:
         _annotations_of(made, record)
 
 
-def _annotations_of(made: Broken, image: dict[str, Any]) -> None:
-    """Lets an image's annotations mark all of it."""
+def _annotations_of(made: CorruptDataset, image: dict[str, Any]) -> None:
+    """Makes an image's annotations cover all of it."""
     width, height = image["width"], image["height"]
     annotations = made.content.get("annotations")
     for annotation in annotations if isinstance(annotations, list) else ():
@@ -345,8 +345,8 @@ def _annotations_of(made: Broken, image: dict[str, Any]) -> None:
             annotation["segmentation"] = [[0, 0, width, 0, width, height]]
 
 
-@_breaks
-def _many_categories(made: Broken, rng: np.random.Generator) -> None:
+@_corruption
+def _many_categories(made: CorruptDataset, rng: np.random.Generator) -> None:
     if isinstance(made.content.get("categories"), list):
         more = [{"id": 10_000 + i, "name": f"c{i}"} for i in range(2000)]
         made.content["categories"] += more

@@ -1,7 +1,7 @@
-"""What tools/fuzz_data.py does: breaks datasets at random and holds the plugin to its word.
+"""``python -m evidence.fuzz_data``: corrupts datasets at random and judges what the plugin does.
 
-A broken dataset is refused in one line that names the record, or it loads right; and what the check
-says beforehand is what then happens.
+A corrupt dataset is refused in one line that names the record, or it loads right; and the check
+predicts which.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from fpn_plugin.cli.common import ToolParser, at_least
 from fpn_plugin.data import Needs, ReadableImageMapper, check_dataset
 from fpn_plugin.data.dataset_check import read_coco
 from fpn_plugin.data.problems import Report
+from fpn_plugin.engine import run_tool
 from fpn_plugin.errors import UserError
 
-from .corruptions import BREAKS, Broken, make_dataset
+from .corruptions import CORRUPTIONS, CorruptDataset, make_dataset
 
 __all__ = ["fuzz_main", "judge", "load_records", "make_mapper"]
 
@@ -51,18 +52,18 @@ def make_mapper() -> ReadableImageMapper:
     return ReadableImageMapper(cfg, is_train=True)
 
 
-def judge(made: Broken, mapper: ReadableImageMapper) -> str:
-    """Holds the plugin to its word for a dataset.
+def judge(made: CorruptDataset, mapper: ReadableImageMapper) -> str:
+    """Judges what the plugin does with a dataset.
 
     Args:
-        made: is written.
+        made: the dataset; this writes its JSON.
         mapper: of :func:`make_mapper`.
 
     Returns:
         "refused before training", "refused at an image" or "loads".
 
     Raises:
-        AssertionError: it is not kept; says how. Other errors likewise.
+        AssertionError: it does neither, or not what the check predicts. Other errors likewise.
     """
     made.write()
     needs = Needs(max_size=_SIZES[1])
@@ -80,8 +81,8 @@ def judge(made: Broken, mapper: ReadableImageMapper) -> str:
         _expect(found or "no file" in told, f"names none of {named[:3]}: {told}")
         return "refused before training"
     _expect(not before, f"accepted, but the report finds {before}")
-    # What training and evaluation are given in the place of data that lack something.
-    mended = Broken(made.folder / "mended", coco.content, made.colours)
+    # Training and evaluation get data with the missing parts filled in.
+    mended = CorruptDataset(made.folder / "mended", coco.content, made.colours)
     mended.folder.mkdir(exist_ok=True)
     mended.write()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -108,14 +109,14 @@ def judge(made: Broken, mapper: ReadableImageMapper) -> str:
     return outcome
 
 
-def load_records(made: Broken, images: str = "") -> list[dict[str, Any]]:
+def load_records(made: CorruptDataset, images: str = "") -> list[dict[str, Any]]:
     """Detectron2's records of a dataset, categories numbered.
 
     Args:
         made: the dataset.
         images: folder of its images, if it is not its own.
     """
-    name = "fpn_plugin_broken"
+    name = "fpn_plugin_corrupt"
     try:
         return load_coco_json(made.json_file, images or made.images, name)
     finally:
@@ -137,7 +138,7 @@ def _is_named(report: Report, image: dict[str, Any]) -> bool:
     return any(f"(id {image['id']!r})" in problem.record for problem in kept)
 
 
-def _evaluate_itself(made: Broken) -> None:
+def _evaluate_itself(made: CorruptDataset) -> None:
     """COCO's evaluation of the annotations as if a model had found them."""
     truth = COCO(made.json_file)
     keys = ("image_id", "category_id", "bbox")
@@ -147,7 +148,7 @@ def _evaluate_itself(made: Broken) -> None:
     evaluation.accumulate()
 
 
-def _expect_right(made: Broken, image: dict[str, Any], mapped: dict[str, Any]) -> None:
+def _expect_right(made: CorruptDataset, image: dict[str, Any], mapped: dict[str, Any]) -> None:
     """Compares pixels, boxes and classes with those that the JSON and the colour call for."""
     width, height = image["width"], image["height"]
     shown = mapped["image"].numpy()
@@ -182,19 +183,22 @@ def _expect_right(made: Broken, image: dict[str, Any], mapped: dict[str, Any]) -
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The tool's arguments."""
+    """The arguments of the command."""
     parser = ToolParser(
-        description="Break datasets at random: each must load right or be refused by name."
+        description="Corrupt datasets at random: each must load right or be refused by name."
     )
-    parser.add_argument("--cases", type=at_least(1), default=2000, help="datasets to break")
+    parser.add_argument("--cases", type=at_least(1), default=2000, help="datasets to corrupt")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="of the first; the next has the next"
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of the first dataset; the next has the next seed",
     )
     return parser
 
 
 def fuzz_main(argv: Sequence[str] | None = None) -> None:
-    """Prints what became of the datasets; exits with status 1 where one was not handled right.
+    """Prints how the datasets were handled; exits with status 1 if one was handled wrong.
 
     Args:
         argv: arguments; those of the command line by default.
@@ -202,23 +206,27 @@ def fuzz_main(argv: Sequence[str] | None = None) -> None:
     args = argument_parser().parse_args(argv)
     setup_logger(name="detectron2").setLevel("ERROR")
     mapper, outcomes, failures = make_mapper(), Counter(), []
-    names = list(BREAKS)
-    for seed in tqdm(range(args.seed, args.seed + args.cases), "broken datasets", unit="case"):
+    names = list(CORRUPTIONS)
+    for seed in tqdm(range(args.seed, args.seed + args.cases), "corrupt datasets", unit="case"):
         rng = np.random.default_rng(seed)
         with tempfile.TemporaryDirectory() as folder:
             made = make_dataset(Path(folder, "data"), rng)
-            # Each way to break comes first in turn; up to two more follow.
+            # Each corruption comes first in turn; up to two more follow.
             chosen = [names[seed % len(names)], *rng.choice(names, int(rng.integers(3)))]
             try:
                 for name in chosen:
-                    BREAKS[name](made, rng)
+                    CORRUPTIONS[name](made, rng)
                 outcomes[judge(made, mapper)] += 1
             except Exception as error:
                 failures.append(f"seed {seed} ({', '.join(chosen)}): {error!r}")
-    print(f"{args.cases} datasets broken in {len(names)} ways and their combinations")
+    print(f"{args.cases} datasets corrupted in {len(names)} ways and their combinations")
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:6} {outcome}")
-    print(f"{len(failures):6} neither, or otherwise than the check says")
+    print(f"{len(failures):6} neither, or not what the check predicts")
     print(*failures[:20], sep="\n")
     if failures:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_tool(fuzz_main)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests marked gpu and the GPU's comparisons, in under six minutes on an H100, and prints one table.
-#   evidence/gpu_check.sh [arguments of tools/benchmark.py, as --pairs 7 or --parts comparisons steps training]
+#   evidence/gpu_check.sh [arguments of evidence.benchmark, as --pairs 7 or --parts comparisons steps training]
 # PYTHON: the interpreter (.venv's by default). LIMIT: seconds for both (345). Logs: output/gpu_check/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 timeout -k 5 $((limit / 2)) "$python" -m pytest -m gpu -p no:cacheprovider \
   $(grep -rl --include='test_*.py' 'mark\.gpu' tests) >"$folder/tests.log" 2>&1
 tests=$?
-timeout -k 5 $((limit - SECONDS)) "$python" tools/benchmark.py --device cuda --pairs 5 \
+timeout -k 5 $((limit - SECONDS)) "$python" -m evidence.benchmark --device cuda --pairs 5 \
   --parts comparisons training --output "$folder" "$@" >"$folder/benchmark.log" 2>&1
 benchmark=$?
 

@@ -1,4 +1,4 @@
-"""What tools/kill_and_resume.py does: kills a training again and again, and resumes it."""
+"""``python -m evidence.kill_and_resume``: kills a training many times, and resumes it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from fpn_plugin.cli.common import ToolParser, at_least, output_folder
+from fpn_plugin.engine import run_tool
 from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.errors import UserError
 from fpn_plugin.utils.atomic import PARTIAL
@@ -32,11 +33,11 @@ _TRAIN = "from evidence.checkpoint_kills import train_until; train_until()"
 _STARTED = re.compile(r"Starting training from iteration (\d+)")
 _CONFIG = ".hooks.ExactResume.config."
 _LONGEST_SECONDS = 3600
-"""A training that does nothing for so long is taken to hang."""
+"""A training without output for longer hangs."""
 
 
 def kill_main(argv: Sequence[str] | None = None) -> None:
-    """Kills and resumes a tiny training, and prints what came of it.
+    """Kills and resumes a tiny training, and prints the result.
 
     Args:
         argv: arguments; those of the command line by default.
@@ -62,14 +63,14 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
     if report["differing_tensors"] or report["unreadable_checkpoints"]:
-        raise UserError(f"the training that was killed is not the uncut one: see {folder}")
+        raise UserError(f"the killed training differs from the one without kills: see {folder}")
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -> dict[str, Any]:
     """Trains twice on the same data, once without being killed.
 
-    Half of the kills come within the writing of a checkpoint; of the others every second one at
-    any moment of the process, as while it imports or loads, and every second while it trains.
+    Half of the kills come while a checkpoint is written, a quarter at any moment of the process,
+    also while it imports or loads, and a quarter while it trains.
 
     Args:
         folder: is made.
@@ -104,7 +105,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
                 moment = MOMENTS[number // 2 % len(MOMENTS)]
                 kind = f"in a write, {moment}"
                 run.start(moment, draw.randint(1, 2), draw.random())
-                run.wait_for_its_death()
+                run.wait_until_killed()
                 found["half written"] += run.half_written()
             else:
                 kind = "anywhere" if number % 4 == 1 else "in training"
@@ -196,7 +197,7 @@ class _Run:
             raise UserError(f"the training ended with status {status}: see {self._log}")
         return begin, time.monotonic() - self._begun
 
-    def wait_for_its_death(self) -> None:
+    def wait_until_killed(self) -> None:
         """Waits until it has killed itself.
 
         Raises:
@@ -258,3 +259,7 @@ class _Run:
                 raise UserError(f"the training hangs: see {self._log}")
             time.sleep(0.01)
         return time.monotonic() - self._begun
+
+
+if __name__ == "__main__":
+    run_tool(kill_main)

@@ -1,4 +1,4 @@
-"""What tools/time_level_stats.py does: how much longer training takes with level statistics."""
+"""``python -m evidence.level_statistics_cost``: the time that level statistics add to training."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fpn_plugin.cli.common import ToolParser, at_least
 from fpn_plugin.data import check_datasets, register_datasets
+from fpn_plugin.engine import run_tool
 from fpn_plugin.engine.level_statistics import LevelStatistics
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.engine.trainer import FPNTrainer
@@ -28,15 +29,15 @@ __all__ = ["argument_parser", "cost_main", "cost_table", "paired_seconds"]
 _WARM_UP = 3
 _EXAMPLES = """
 Example:
-  time_level_stats.py --config-file mini/faster_rcnn_R_18_FPN.yaml --pairs 100
+  python -m evidence.level_statistics_cost --config-file mini/faster_rcnn_R_18_FPN.yaml --pairs 100
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/time_level_stats.py."""
+    """The arguments of the command."""
     parser = ToolParser(
-        description="Time iterations with and without level statistics, batch by batch, and say "
-        "what MODEL.FPN.LEVEL_STATS_PERIOD costs. Weights are random and stay so.",
+        description="Time iterations with and without level statistics, batch by batch, and "
+        "report the cost of MODEL.FPN.LEVEL_STATS_PERIOD. Weights are random and do not change.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
@@ -154,3 +155,7 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+if __name__ == "__main__":
+    run_tool(cost_main)

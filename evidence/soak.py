@@ -1,4 +1,4 @@
-"""What tools/soak.py does: trains and evaluates for long, and says whether memory grows."""
+"""``python -m evidence.soak``: trains and evaluates for long, and measures memory growth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fpn_plugin.cli.common import ToolParser, at_least, output_folder
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FPNTrainer, load_config
+from fpn_plugin.engine import FPNTrainer, load_config, run_tool
 from fpn_plugin.errors import UserError
 
 from .tiny import make_new_folder, make_squares, tiny_options
@@ -62,8 +62,8 @@ def soak_main(argv: Sequence[str] | None = None) -> None:
 def slope(rss: Sequence[int], warm_up: int) -> dict[str, float]:
     """The line of least squares through memory over steps.
 
-    Readings depend on those before, which would make an interval of independent ones far too
-    narrow: the interval is Student's over slopes of ten blocks' means instead.
+    Readings depend on those before, so an interval for independent ones would be far too narrow.
+    The interval is Student's for the means of ten blocks instead.
 
     Args:
         rss: bytes after each step.
@@ -128,7 +128,7 @@ def _rss() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    raise UserError("/proc/self/status does not tell VmRSS: this needs Linux")
+    raise UserError("/proc/self/status has no VmRSS: this needs Linux")
 
 
 class _Memory(HookBase):
@@ -154,3 +154,7 @@ def _readings(model: nn.Module, bar: tqdm) -> Iterator[list[int]]:
         yield readings
     finally:
         handle.remove()
+
+
+if __name__ == "__main__":
+    run_tool(soak_main)

@@ -1,4 +1,4 @@
-"""What tools/time_check.py does: times the check of a COCO-format JSON of COCO's size."""
+"""``python -m evidence.time_check``: times the check of a COCO-format JSON of COCO's size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from fpn_plugin.cli.common import ToolParser, at_least
 from fpn_plugin.data import Needs, check_dataset
+from fpn_plugin.engine import run_tool
 
 __all__ = ["time_check_main", "write_big_dataset"]
 
@@ -90,3 +91,7 @@ def time_check_main(argv: Sequence[str] | None = None) -> None:
             report = check_dataset(str(file), folder, look="none", needs=Needs(masks="polygon"))
             wall, cpu = time.perf_counter() - begun, time.process_time() - busy
             print(f"{wall:.1f} s, of which {cpu:.1f} s on the CPU; problems: {report.counts}")
+
+
+if __name__ == "__main__":
+    run_tool(time_check_main)

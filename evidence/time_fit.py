@@ -1,4 +1,4 @@
-"""What tools/time_fit.py does: times a fit to a million boxes, and says what memory it took."""
+"""``python -m evidence.time_fit``: times a fit to a million boxes, and measures its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fpn_plugin.cli.common import ToolParser, at_least
-from fpn_plugin.engine import load_config
+from fpn_plugin.engine import load_config, run_tool
 from fpn_plugin.errors import UserError
 
 from .time_check import write_big_dataset
@@ -26,8 +26,8 @@ _UNIT = 1024 if sys.platform.startswith("linux") else 1  # bytes, of ru_maxrss
 
 
 def time_fit_main(argv: Sequence[str] | None = None) -> None:
-    """Makes a JSON, fits a config to it as tools/fit_pyramid.py does, in a process of its own, and
-    prints how long that took, imports, reading and charts included, and its peak memory.
+    """Makes a JSON, fits a config to it as ``fpn-plugin fit`` does, in a process of its own, and
+    prints its time, with imports, reading and charts, and its peak memory.
 
     Args:
         argv: arguments; those of the command line by default.
@@ -41,7 +41,7 @@ def time_fit_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--per-image", type=at_least(1), default=10, help="annotations of an image")
     parser.add_argument("--runs", type=at_least(1), default=3)
     args = parser.parse_args(argv)
-    load_config(args.config_file)  # what is wrong with it is said before the JSON is made
+    load_config(args.config_file)  # an error in it shows before the JSON is made
     with tempfile.TemporaryDirectory() as folder:
         file = write_big_dataset(Path(folder), args.images, args.per_image)
         command = [sys.executable, "-c", _FIT, "--config-file", args.config_file]
@@ -54,3 +54,7 @@ def time_fit_main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"the fit failed: {done.stderr.strip().splitlines()[-1]}")
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT
             print(f"{wall:.1f} s; peak memory {peak / 2**20:,.0f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    run_tool(time_fit_main)

@@ -1,4 +1,4 @@
-"""A training of some hundredths of a second an iteration, with all that draws random numbers."""
+"""A training of some hundredths of a second per iteration, with every source of randomness."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["make_new_folder", "make_squares", "tiny_options"]
 
 
 def make_new_folder(folder: Path) -> None:
-    """Makes what --output names.
+    """Makes the folder of --output.
 
     Raises:
-        UserError: it is there already, or cannot be made.
+        UserError: it exists already, or cannot be made.
     """
     try:
         folder.mkdir(parents=True)
@@ -60,7 +60,7 @@ def make_squares(folder: Path, images: int = 12) -> str:
 
 
 def tiny_options(dataset: str, output: Path, workers: int = 1) -> list[str]:
-    """Arguments of train_net.py for a small Faster R-CNN on these squares, on the CPU.
+    """Arguments of ``fpn-plugin train`` for a small Faster R-CNN on these squares, on the CPU.
 
     Scales and mirroring are drawn at random, images grouped by aspect ratio.
 

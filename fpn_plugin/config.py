@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_fpn_config", "flat_keys"]
+__all__ = ["add_fpn_config", "flat_keys", "value_at"]
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
@@ -94,3 +97,13 @@ def flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, CfgNode):
             yield from flat_keys(value, f"{prefix}{key}.")
+
+
+def value_at(cfg: CfgNode, key: str) -> Any:
+    """The value of a config under a dotted key such as ``"MODEL.FPN.NORM"``.
+
+    Args:
+        cfg: the config.
+        key: one of its keys, or a section's.
+    """
+    return functools.reduce(operator.getitem, key.split("."), cfg)

@@ -1,11 +1,10 @@
-"""What is measured on a GPU, and the aims there: results on the host on both sides."""
+"""The measurements on a GPU and their aims; both sides bring results to the host."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import re
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.convolution import FusedConv2d
 from fpn_plugin.deploy.graphs import tf32_set
 
-from .measure import Bench, bare_convolutions, no_grad
+from .measure import MIB, Bench, bare_convolutions, calls_of, no_grad
 from .models import (
     FASTER_R50,
     MASK_R50,
@@ -40,7 +39,6 @@ __all__ = ["COUNTS", "ROWS", "Count", "CudaBench", "Row", "waits_among"]
 _Found = TypeVar("_Found")
 _Calls = tuple[Callable[[], object], Callable[[], object]]
 _STOCK, _AUTOCAST = "stock Detectron2", "stock under autocast"
-_MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,13 @@ class Count:
 class CudaBench(Bench):
     """Comparisons at one image size on a GPU; see :class:`Bench` for the arguments.
 
-    What cannot be measured, for want of memory for example, is noted in ``failed``.
+    What cannot be measured, for example without enough memory, is noted in ``failed``.
     """
 
     def __init__(self, device: str, *args: Any, **kwargs: Any) -> None:
         self.failed: dict[str, str] = {}
         self.counted: list[dict[str, Any]] = []
-        self.graphs: dict[str, float] = {}  # memory that each adds, in MB
+        self.graphs: dict[str, float] = {}  # memory that each adds, in MiB
         self._stocks: dict[str, nn.Module] = {}
         self._optimised: dict[tuple[str, bool], nn.Module] = {}
         super().__init__(device, *args, **kwargs)
@@ -121,22 +119,22 @@ class CudaBench(Bench):
             aims = {"target": row.aim, "limit": row.limit}
             return compare(name, row.baseline, *calls, pairs=pairs, **aims)
 
-        yield from self._tried(f"{name}, against {row.baseline}", timed)
+        yield from self._measured(f"{name}, against {row.baseline}", timed)
 
-    def _tried(self, name: str, action: Callable[[], _Found]) -> Iterator[_Found]:
-        """What an action gives; nothing if it fails, which is noted."""
+    def _measured(self, name: str, action: Callable[[], _Found]) -> Iterator[_Found]:
+        """The result of an action; nothing if it fails, which is noted."""
         try:
             found = action()
         except Exception as error:  # out of memory, no profiler: others can be measured still
-            told = " ".join(str(error).split())[:200]
-            self.failed[name] = f"{type(error).__name__}: {told}"
+            message = " ".join(str(error).split())[:200]
+            self.failed[name] = f"{type(error).__name__}: {message}"
             return
         yield found
 
     def figures(self, part: str) -> Iterator[tuple[str, Any]]:
-        """What else is measured, see the base class."""
+        """The other measurements, see the base class."""
         for count in COUNTS.get(part, ()):
-            for both in self._tried(
+            for both in self._measured(
                 count.name, lambda c=count: list(map(c.measure, c.calls(self)))
             ):
                 theirs, ours = both
@@ -146,19 +144,17 @@ class CudaBench(Bench):
                 )
                 yield "counted", self.counted
         if part == "comparisons":
-            for floor in self._tried("floor", self.floor):
-                yield "floor", floor
+            for found in self._measured("bare convolutions", self.convolution_seconds):
+                yield "bare_convolutions", found
             with tf32_set(False):
-                for found in self._tried("differences, TF32 off", self.differences):
+                for found in self._measured("differences, TF32 off", self.differences):
                     yield "differences_without_tf32", found
             yield "graphs", self.graphs
         yield "graph_calls", graph_calls(self._optimised)
         yield "failed", self.failed
 
-    def floor(self) -> dict[str, float]:
-        """Seconds of the model in half precision, and of its convolutions and matrix products
-        alone, without biases, in one graph.
-        """
+    def convolution_calls(self) -> Callable[[], object]:
+        """Those in half precision, without biases, in one graph."""
         model = optimize_for_inference(self.stock, dtype=self.half, graphs=None)
         called = bare_convolutions(model, self.inputs)
         # Bare are products: a bias is another kernel unless a ReLU comes with it.
@@ -166,19 +162,12 @@ class CudaBench(Bench):
             if isinstance(module, FusedConv2d):
                 module.bias = None
         called = [(partial(c, bias=None) if isinstance(c, partial) else c, x) for c, x in called]
+        run = calls_of(called)
+        return _captured(run) if self.device == "cuda" else run
 
-        def run() -> None:
-            for call, x in called:
-                call(x)
-
-        run = no_grad(run)
-        bare = _captured(run) if self.device == "cuda" else run
-        whole = self._call(self.fast_half)
-        pairs = compare("bare convolutions", "whole model", whole, bare, pairs=self.pairs)
-        return {
-            "model": statistics.median(pairs.baseline_seconds),
-            "convolutions": statistics.median(pairs.seconds),
-        }
+    def convolution_seconds(self) -> dict[str, float]:
+        """As the base class's, in half precision."""
+        return self._convolution_seconds(self.fast_half)
 
     def detectors(
         self,
@@ -197,8 +186,8 @@ class CudaBench(Bench):
             images: in a batch.
             half: whether ours computes in half precision.
             autocast: whether stock's does.
-            of_bytes: images are uint8, as a data loader gives them.
-            left: fields that are not brought to the host.
+            of_bytes: images are uint8, as from a data loader.
+            left: fields that stay on the GPU.
         """
         if config not in self._stocks:
             self._stocks[config] = stock_model(self.device, self.image, config, **self._opts)
@@ -255,8 +244,8 @@ class CudaBench(Bench):
         return stock, ours
 
     def trainers(self, images: int, amp: bool) -> _Calls:
-        """A training iteration each, from images on the host, as Detectron2's loader gives them,
-        to the optimizer's step.
+        """A training iteration each, from images on the host, as Detectron2's loader gives them, to
+        the optimizer's step.
         """
         batch = training_batch(self.image.round().to(torch.uint8), images)
         models = (copy.deepcopy(self.stock), plugin_model(self.stock, self.device, **self._opts))
@@ -305,7 +294,7 @@ class CudaBench(Bench):
         autocast: bool = False,
         left: tuple[str, ...] = (),
     ) -> Callable[[], object]:
-        """A call whose results come to the host, but for fields that are left."""
+        """A call that brings results to the host, except fields that are left."""
         given = self.inputs if inputs is None else inputs
 
         def call() -> list[Any]:
@@ -319,90 +308,41 @@ class CudaBench(Bench):
         return no_grad(call)
 
 
+def _detectors(config: str, images: int = 1, **options: Any) -> Callable[[CudaBench], _Calls]:
+    return lambda bench: bench.detectors(config, images, **options)
+
+
+def _trainers(images: int, amp: bool) -> Callable[[CudaBench], _Calls]:
+    return lambda bench: bench.trainers(images, amp)
+
+
+_BATCH_1, _BATCH_8 = "Faster R-CNN, {half}, batch 1", "Faster R-CNN, {half}, batch 8"
+_MASKS = "Mask R-CNN, {half}, batch 1"
+_SPREAD = "pooler, boxes of 12 to 400 px, channels last, {half}"
+_PROPOSED = "pooler, the RPN's boxes, channels last, {half}"
 ROWS: dict[str, tuple[Row, ...]] = {
     "comparisons": (
+        Row(_BATCH_1, _STOCK, _detectors(FASTER_R50), 5, 0.004),
+        Row(_BATCH_1, _AUTOCAST, _detectors(FASTER_R50, autocast=True), 5, 0.004),
+        Row(f"{_BATCH_1}, uint8", _STOCK, _detectors(FASTER_R50, of_bytes=True), 5, 0.004),
+        Row("Faster R-CNN, float32, batch 1", _STOCK, _detectors(FASTER_R50, half=False), 3),
+        Row(_BATCH_8, _STOCK, _detectors(FASTER_R50, 8), 2.5),
+        Row(_BATCH_8, _AUTOCAST, _detectors(FASTER_R50, 8, autocast=True), 2.5),
+        Row(_MASKS, _STOCK, _detectors(MASK_R50), 3),
         Row(
-            "Faster R-CNN, {half}, batch 1",
+            f"{_MASKS}, masks left on the GPU",
             _STOCK,
-            lambda bench: bench.detectors(FASTER_R50),
-            5,
-            0.004,
-        ),
-        Row(
-            "Faster R-CNN, {half}, batch 1",
-            _AUTOCAST,
-            lambda bench: bench.detectors(FASTER_R50, autocast=True),
-            5,
-            0.004,
-        ),
-        Row(
-            "Faster R-CNN, {half}, batch 1, uint8",
-            _STOCK,
-            lambda bench: bench.detectors(FASTER_R50, of_bytes=True),
-            5,
-            0.004,
-        ),
-        Row(
-            "Faster R-CNN, float32, batch 1",
-            _STOCK,
-            lambda bench: bench.detectors(FASTER_R50, half=False),
+            _detectors(MASK_R50, left=("pred_masks",)),
             3,
         ),
-        Row(
-            "Faster R-CNN, {half}, batch 8",
-            _STOCK,
-            lambda bench: bench.detectors(FASTER_R50, 8),
-            2.5,
-        ),
-        Row(
-            "Faster R-CNN, {half}, batch 8",
-            _AUTOCAST,
-            lambda bench: bench.detectors(FASTER_R50, 8, autocast=True),
-            2.5,
-        ),
-        Row(
-            "Mask R-CNN, {half}, batch 1",
-            _STOCK,
-            lambda bench: bench.detectors(MASK_R50),
-            3,
-        ),
-        Row(
-            "Mask R-CNN, {half}, batch 1, masks left on the GPU",
-            _STOCK,
-            lambda bench: bench.detectors(MASK_R50, left=("pred_masks",)),
-            3,
-        ),
-        Row(
-            "RetinaNet, {half}, batch 1",
-            _STOCK,
-            lambda bench: bench.detectors(RETINANET_R50),
-            4,
-        ),
-        Row(
-            "Faster R-CNN, {half}, batch 1", "torchvision under autocast", CudaBench.torchvision, 3
-        ),
-        Row(
-            "pooler, boxes of 12 to 400 px, channels last, {half}",
-            _STOCK,
-            lambda bench: bench.poolers(spread=True),
-            5,
-        ),
-        Row(
-            "pooler, the RPN's boxes, channels last, {half}",
-            _STOCK,
-            lambda bench: bench.poolers(spread=False),
-            5,
-        ),
+        Row("RetinaNet, {half}, batch 1", _STOCK, _detectors(RETINANET_R50), 4),
+        Row(_BATCH_1, "torchvision under autocast", CudaBench.torchvision, 3),
+        Row(_SPREAD, _STOCK, lambda bench: bench.poolers(spread=True), 5),
+        Row(_PROPOSED, _STOCK, lambda bench: bench.poolers(spread=False), 5),
     ),
     "steps": (
-        Row("Faster R-CNN, {half}, batch 1, no graphs", _STOCK, CudaBench.without_graphs),
-        Row(
-            "Faster R-CNN, {half}, batch 1, compiled",
-            _STOCK,
-            lambda bench: bench.compiled(half=True),
-            5,
-            0.004,
-        ),
+        Row(f"{_BATCH_1}, no graphs", _STOCK, CudaBench.without_graphs),
+        Row(f"{_BATCH_1}, compiled", _STOCK, lambda bench: bench.compiled(half=True), 5, 0.004),
         Row(
             "Faster R-CNN, float32, batch 1, compiled",
             _STOCK,
@@ -411,16 +351,9 @@ ROWS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "training": (
-        Row(
-            "training iteration, AMP, batch 16", _STOCK, lambda bench: bench.trainers(16, True), 1.6
-        ),
-        Row("training iteration, AMP, batch 2", _STOCK, lambda bench: bench.trainers(2, True), 1.3),
-        Row(
-            "training iteration, float32, batch 16",
-            _STOCK,
-            lambda bench: bench.trainers(16, False),
-            1.3,
-        ),
+        Row("training iteration, AMP, batch 16", _STOCK, _trainers(16, True), 1.6),
+        Row("training iteration, AMP, batch 2", _STOCK, _trainers(2, True), 1.3),
+        Row("training iteration, float32, batch 16", _STOCK, _trainers(16, False), 1.3),
     ),
 }
 """By part, in the order of measuring."""
@@ -463,18 +396,18 @@ def waits_among(events: Iterable[Any]) -> int:
 
 
 def peak_of_call(call: Callable[[], object]) -> float:
-    """Most memory of the GPU, in MB, that a call takes besides what is there already."""
+    """Most memory of the GPU, in MiB, that a call takes in addition to what is allocated."""
     torch.cuda.synchronize()
     call()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / _MEGABYTE
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def graph_calls(models: dict[tuple[str, bool], nn.Module]) -> dict[str, int]:
-    """Calls of optimised models by what became of them, see :class:`Graphs`."""
+    """Calls of optimised models by how they ran, see :class:`Graphs`."""
     found: dict[str, int] = {}
     for (config, half), model in models.items():
         kind = f"{config.split('/')[1].split('_R_')[0]}, {'half precision' if half else 'float32'}"
@@ -499,28 +432,26 @@ def _captured(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def _graph_memory() -> float:
-    """Memory of the GPU, in MB, that all graphs of this process hold."""
+    """Memory of the GPU, in MiB, that all graphs of this process hold."""
     if not torch.cuda.is_initialized():
         return 0.0
     segments = torch.cuda.memory_snapshot()
     held = (each["total_size"] for each in segments if tuple(each["segment_pool_id"]) != (0, 0))
-    return sum(held) / _MEGABYTE
+    return sum(held) / MIB
 
 
 COUNTS: dict[str, tuple[Count, ...]] = {
     "comparisons": (
-        Count("waits, one image", waits, lambda bench: bench.detectors(FASTER_R50), 1),
+        Count("waits, one image", waits, _detectors(FASTER_R50), 1),
         Count(
-            "MB of the pooler, boxes of 12 to 400 px",
+            "MiB of the pooler, boxes of 12 to 400 px",
             peak_of_call,
             lambda bench: bench.poolers(spread=True),
         ),
     ),
     "training": (
-        Count("waits, training, AMP, batch 2", waits, lambda bench: bench.trainers(2, True), 1),
-        Count(
-            "waits, training, float32, batch 2", waits, lambda bench: bench.trainers(2, False), 1
-        ),
+        Count("waits, training, AMP, batch 2", waits, _trainers(2, True), 1),
+        Count("waits, training, float32, batch 2", waits, _trainers(2, False), 1),
     ),
 }
 """By part, after its rows."""

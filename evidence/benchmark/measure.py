@@ -1,4 +1,4 @@
-"""The measurements: each takes models apart just enough to time one thing."""
+"""The measurements on a CPU."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ from .models import (
 )
 from .timing import Comparison, compare, seconds_of
 
-__all__ = ["SCALINGS", "Bench", "memory", "peak", "scaling"]
+__all__ = ["MIB", "SCALINGS", "Bench", "memory", "peak", "scaling"]
 
+MIB = 2**20  # bytes
 _PROPOSALS = 1000
 _MOST_OPERATORS = 15  # of a profile, by name
 _LEVELS = ("p2", "p3", "p4", "p5")
@@ -124,15 +125,15 @@ class Bench:
         )
 
     def figures(self, part: str) -> Iterator[tuple[str, Any]]:
-        """What else is measured after the comparisons of a part, by its name in the report."""
+        """Other measurements after the comparisons of a part, by their names in the report."""
         if part == "comparisons":
-            yield "floor", self.floor()
+            yield "bare_convolutions", self.convolution_seconds()
 
     def training(self) -> Iterator[Comparison]:
         """Each against stock Detectron2; then inference in the memory that training leaves.
 
-        What it leaves, the allocator keeps, so that the system does not have to provide it again,
-        which stock's larger and more numerous temporaries gain more from.
+        The allocator keeps that memory, so the system does not provide it again. Stock's larger and
+        more numerous temporaries gain more from this.
         """
         yield self._pooler_training()
         yield self._training()
@@ -141,16 +142,16 @@ class Bench:
             yield self._compare(f"inference after it, {dtype}", *self._calls(model), None)
 
     def steps(self) -> Iterator[Comparison]:
-        """What each step of optimising brings, one after the other; and compiling instead."""
+        """The gain of each step of optimising, one after the other, and of compiling instead."""
 
-        def say(*_: object, **__: object) -> None:
-            """Steps are named below."""
+        def ignore(*_: object, **__: object) -> None:
+            """Takes a report of a step."""
 
         model = copy.deepcopy(self.stock)
-        fold(model, say)
+        fold(model, ignore)
         yield self._compare("batch norms folded", *self._calls(model), None)
         for put_in in PLUGIN_STEPS.values():
-            put_in(model, say)
+            put_in(model, ignore)
         yield self._compare("+ pooling, decoding what is selected", *self._calls(model), None)
         yield self._compare("+ fused convolutions, channels last", *self._calls(self.fast), None)
         half = f"+ {self.half}".replace("torch.", "")
@@ -162,19 +163,23 @@ class Bench:
             if compiled:
                 yield self._compare(name, *self._calls(model), None)
 
-    def floor(self) -> dict[str, float]:
-        """Seconds of the optimised model, and of its convolutions and matrix products alone.
+    def convolution_calls(self) -> Callable[[], object]:
+        """A call of every convolution and matrix product of the optimised float32 model.
 
-        Of the very operators that it calls, without the ReLUs and sums that are done in them.
+        They are the operators that the model calls, without the ReLUs and sums fused into them.
         """
-        called = bare_convolutions(self.fast, self.inputs)
+        return calls_of(bare_convolutions(self.fast, self.inputs))
 
-        def run() -> None:
-            for call, x in called:
-                call(x)  # not kept: all results together would be of memory that is new each time
+    def convolution_seconds(self) -> dict[str, float]:
+        """Seconds of the optimised model, and of its convolutions and matrix products one by one.
 
-        whole = self._call(self.fast)
-        pairs = compare("bare convolutions", "whole model", whole, no_grad(run), pairs=self.pairs)
+        The latter may be the slower: the model's convolutions find their input in the cache.
+        """
+        return self._convolution_seconds(self.fast)
+
+    def _convolution_seconds(self, model: nn.Module) -> dict[str, float]:
+        calls = self._call(model), self.convolution_calls()
+        pairs = compare("bare convolutions", "whole model", *calls, pairs=self.pairs)
         return {
             "model": statistics.median(pairs.baseline_seconds),
             "convolutions": statistics.median(pairs.seconds),
@@ -183,7 +188,7 @@ class Bench:
     def profile(self) -> dict[str, float]:
         """Milliseconds of one call of the optimised float32 model, by operator, largest first.
 
-        Convolutions and matrix products together; the rest is what there is to save.
+        Convolutions and matrix products are one row.
         """
         on_gpu = self.device == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -276,6 +281,19 @@ def no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return torch.no_grad()(call)
 
 
+def calls_of(called: list[tuple[Callable[[Tensor], Tensor], Tensor]]) -> Callable[[], object]:
+    """Calls of all functions with their inputs, without gradients.
+
+    No result is kept: all of them together would need new memory each time.
+    """
+
+    def run() -> None:
+        for call, x in called:
+            call(x)
+
+    return no_grad(run)
+
+
 def train_once(model: nn.Module, batch: list[dict[str, Any]]) -> None:
     """An iteration's forward and backward pass."""
     model.train()
@@ -334,7 +352,7 @@ def _recorded_input(module: FusedConv2d, called: list[Any], x: Tensor) -> Tensor
 def _bare(module: nn.Conv2d | nn.Linear) -> Callable[[Tensor], Tensor]:
     if isinstance(module, nn.Linear):
         return partial(F.linear, weight=module.weight, bias=module.bias)
-    # Without what Detectron2's convolutions do besides: norm and activation.
+    # Without the norm and activation of Detectron2's convolutions.
     return partial(module._conv_forward, weight=module.weight, bias=module.bias)
 
 
@@ -380,7 +398,7 @@ _MEMORY_KINDS = (
 
 
 def memory(device: str, height: int, width: int, image_path: str | None) -> dict[str, float]:
-    """Peak memory, in MB, of processes of their own: inference, training and pooling, both ways."""
+    """Peak memory, in MiB, of inference, training and pooling, each in a process of its own."""
     peaks = {}
     for kind in _MEMORY_KINDS:
         arguments = (kind, device, height, width, image_path)
@@ -393,17 +411,17 @@ def memory(device: str, height: int, width: int, image_path: str | None) -> dict
 
 
 def _peak_of_process(device: str) -> float:
-    """Most memory that this process has had on the device so far, in MB."""
+    """Most memory that this process has had on the device so far, in MiB."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated() / MIB
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def peak(kind: str, device: str, height: int, width: int, image_path: str | None) -> None:
-    """Prints the peak memory, in MB, that one way needs; called in a process of its own.
+    """Prints the peak memory, in MiB, of one kind; called in a process of its own.
 
-    Poolers': what pooling adds to the maps and boxes, which are there already.
+    Of a pooler: the memory that pooling adds to its maps and boxes.
     """
     base = 0.0
     if kind.startswith("pooler"):

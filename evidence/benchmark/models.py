@@ -1,4 +1,4 @@
-"""What is timed: one set of weights as a stock model, as the plugin's and as torchvision's."""
+"""The models that are timed: one set of weights in stock Detectron2's and the plugin's models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def photograph(path: str | None, height: int, width: int) -> Tensor:
     """A photograph, BGR ``(3, height, width)``, float32 of 0 to 255.
 
     Args:
-        path: an image file; None for one that scikit-learn brings along.
+        path: an image file; None for one of scikit-learn's.
         height: in pixels.
         width: in pixels.
     """
@@ -48,7 +48,7 @@ def photograph(path: str | None, height: int, width: int) -> Tensor:
             from sklearn.datasets import load_sample_image
         except ImportError:
             raise UserError(
-                "give --image a photograph, or install the one that scikit-learn has: "
+                "give --image a photograph, or install scikit-learn, which has one: "
                 "pip install scikit-learn"
             ) from None
         pixels = load_sample_image("china.jpg")
@@ -106,7 +106,7 @@ def stock_model(device: str, image: Tensor, config: str = FASTER_R50, **opts: An
 
 
 def plugin_model(stock: nn.Module, device: str, **opts: Any) -> nn.Module:
-    """The plugin's twin with a stock model's weights, as tools/train_net.py makes it."""
+    """The plugin's twin with a stock model's weights, as ``fpn-plugin train`` makes it."""
     cfg = _set(model_zoo.get_config(FASTER_R50), device, _keys(opts))
     model = build_model(cfg)
     model.load_state_dict(stock.state_dict())

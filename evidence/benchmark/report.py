@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 import fpn_plugin
+from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
 from .timing import Comparison
 
 __all__ = ["LEAST_PAIRS", "UNITS", "environment", "one_line", "spread", "write_report"]
 
-_OURS, _THEIRS = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
-
+_OURS, _THEIRS = CATEGORY_COLORS[:2]
 
 LEAST_PAIRS = 7
 """A comparison of fewer is a trial."""
@@ -31,7 +31,7 @@ LEAST_PAIRS = 7
 
 @dataclass(frozen=True)
 class Unit:
-    """What times are told in."""
+    """The unit of times in the report."""
 
     name: str
     symbol: str
@@ -48,7 +48,7 @@ UNITS = {"cpu": Unit("seconds", "s", 1, 3), "cuda": Unit("ms", "ms", 1000, 2)}
 
 
 def environment(device: str, size: tuple[int, int], pairs: int) -> dict[str, str]:
-    """What the figures depend on."""
+    """The machine and versions that the figures depend on."""
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -75,24 +75,24 @@ def environment(device: str, size: tuple[int, int], pairs: int) -> dict[str, str
 def write_report(
     folder: Path, content: dict[str, Any], comparisons: dict[str, list[Comparison]]
 ) -> Path:
-    """Writes what there is so far; called after each measurement.
+    """Writes the results so far; called after each measurement.
 
     Args:
         folder: gets benchmark.json, benchmark.md and a chart a scaling.
-        content: by part: environment, differences, first_calls, floor, profile, memory, accuracy,
-            agreement, scaling; on a GPU also counted, graphs, graph_calls, trained_calls, failed,
-            and differences and agreement without TF32.
+        content: by part: environment, differences, first_calls, bare_convolutions, profile,
+            memory, accuracy, agreement, scaling; on a GPU also counted, graphs, graph_calls,
+            trained_calls, failed, and differences and agreement without TF32.
         comparisons: by part, comparisons, steps and training, in the order to list them in.
 
     Returns:
         benchmark.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told = {
+    timed = {
         part: [{**vars(each), "ratio": each.ratio, "ratios": each.ratios} for each in of_part]
         for part, of_part in comparisons.items()
     }
-    (folder / "benchmark.json").write_text(json.dumps({**content, **told}, indent=1))
+    (folder / "benchmark.json").write_text(json.dumps({**content, **timed}, indent=1))
     parts = ["# Benchmark\n", one_line(content["environment"])]
     device = content["environment"].get("device", "cpu").split(",")[0]
     unit = UNITS[device]
@@ -134,25 +134,25 @@ def write_report(
 
 _COMPARING = {
     "comparisons": "Inference",
-    "steps": "What each step brings",
+    "steps": "The gain of each step",
     "training": "Training, and inference after it",
 }
 _TITLES = {
     "differences": "Detections, stock against optimised float32",
-    "differences_without_tf32": "The same where cuDNN and cuBLAS do without TF32",
+    "differences_without_tf32": "The same without TF32 in cuDNN and cuBLAS",
     "accuracy": "AP on mini_val of a trained mini model (not COCO)",
     "agreement": "Detections of that model on mini_val, optimised float32 against the original",
-    "agreement_without_tf32": "The same where cuDNN and cuBLAS do without TF32",
+    "agreement_without_tf32": "The same without TF32 in cuDNN and cuBLAS",
     "first_calls": "The first call of an optimised copy, and making it (seconds)",
-    "floor": "What is not convolution (seconds)",
-    "memory": "Peak memory (MB)",
+    "bare_convolutions": "The model, and its convolutions and products called one by one (seconds)",
+    "memory": "Peak memory (MiB)",
 }
 
 
 _LISTS = {
-    "graphs": "Memory that a CUDA graph adds (MB)",
-    "graph_calls": "Calls of the optimised copies, by what became of them",
-    "trained_calls": "Calls of the trained model's copy, by what became of them",
+    "graphs": "Memory that a CUDA graph adds (MiB)",
+    "graph_calls": "Calls of the optimised copies, by how they ran",
+    "trained_calls": "Calls of the trained model's copy, by how they ran",
     "failed": "Not measured",
 }
 
@@ -177,7 +177,7 @@ def spread(values: list[float], digits: int) -> str:
 def _aims_table(
     counted: list[dict[str, Any]], comparisons: dict[str, list[Comparison]], unit: Unit
 ) -> str:
-    """What has an aim, and whether it is met."""
+    """Measurements with an aim, and whether they meet it."""
     rows = [
         [
             each.name,

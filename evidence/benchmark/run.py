@@ -1,4 +1,4 @@
-"""What tools/benchmark.py does: measures, and writes after each measurement what there is."""
+"""``python -m evidence.benchmark``: measures, and writes the report after each measurement."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .timing import Comparison
 
 __all__ = ["argument_parser", "benchmark_main"]
 
-# In this order: what training leaves in memory makes inference after it faster.
+# In this order: inference after training is faster, in the memory that training leaves.
 _BENCHES = {"cpu": Bench, "cuda": CudaBench}
 _COMPARING = ("comparisons", "steps", "training")
 _PARTS = (*_COMPARING, "profile", "memory", "accuracy", "scaling")
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/benchmark.py."""
+    """The arguments of the command."""
     parser = ToolParser(
-        description="Time the plugin against stock Detectron2 and torchvision. Leave the machine "
-        "alone meanwhile. On a GPU results come to the host on both sides.",
+        description="Time the plugin against stock Detectron2 and torchvision. Run nothing else "
+        "on the machine. On a GPU both sides bring results to the host.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -96,7 +96,7 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
         for part in _COMPARING:
             for comparison in getattr(bench, part)() if part in args.parts else ():
                 done[part].append(comparison)
-                print(_told(comparison, device))
+                print(_line(comparison, device))
                 write_report(folder, content, done)
             for name, values in bench.figures(part) if part in args.parts else ():
                 content[name] = values
@@ -119,7 +119,7 @@ def benchmark_main(argv: Sequence[str] | None = None) -> None:
     print(f"report: {write_report(folder, content, done)}")
 
 
-def _told(comparison: Comparison, device: str) -> str:
+def _line(comparison: Comparison, device: str) -> str:
     """A comparison in a line: medians, least and greatest."""
     unit = UNITS[device]
     theirs, ours = unit.spread(comparison.baseline_seconds), unit.spread(comparison.seconds)
@@ -131,7 +131,7 @@ def _told(comparison: Comparison, device: str) -> str:
 
 def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
     """AP of a trained model and its fast copies, and how far the float32 one's detections are; on
-    a GPU also without TF32, and what became of the copy's calls.
+    a GPU also without TF32, and how the copy's calls ran.
     """
     cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", device])
     original = FPNTrainer.build_model(cfg)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
+from fpn_plugin.config import value_at
 from fpn_plugin.errors import UserError
 
 from .ground_truth import GroundTruth
-from .recommendation import UNTRIED, Recommendation, value_at
+from .recommendation import UNTRIED, Recommendation
 
 __all__ = ["Density", "check_sampling", "recommend_room"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-__all__ = ["UNTRIED", "Recommendation", "applied", "value_at"]
+__all__ = ["UNTRIED", "Recommendation", "applied"]
 
 UNTRIED = "not tried by training"  # of an effect that docs/fitting.md has no run of
 
@@ -45,11 +45,3 @@ def applied(cfg: CfgNode, recommendations: Iterable[Recommendation]) -> CfgNode:
         for key, value in recommendation.changes.items():
             cfg.merge_from_list([key, value])
     return cfg
-
-
-def value_at(cfg: CfgNode, key: str) -> Any:
-    """What a config has under a key such as "MODEL.FPN.NORM"."""
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from fvcore.common.config import BASE_KEY
 from tabulate import tabulate
 
+from fpn_plugin.config import value_at
 from fpn_plugin.data import number_of_classes
 from fpn_plugin.errors import UserError
 
@@ -21,7 +22,6 @@ from . import charts
 from .fit import Fit
 from .ground_truth import LEFT_OUT
 from .measures import PERCENTILES, Measures
-from .recommendation import value_at
 
 _SIZES_TOLD = "Sizes are sqrt(w h). In pixels of the input:"
 _POOR_RECALL = 0.5  # of anchors at IoU 0.5, below which no config fits

@@ -1,4 +1,4 @@
-"""The report that sets runs beside the paper's figures: report.md, report.json and charts."""
+"""The report of runs next to the paper's figures: report.md, report.json and charts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from tabulate import tabulate
 
 import fpn_plugin
 from fpn_plugin.errors import UserError
+from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
-from .runs import CODE, PARTS, Outcome, RunFolder, code_version
+from .runs import PARTS, Outcome, RunFolder, code_files, code_version
 from .tables import TABLES, Row, Table
 
-__all__ = ["Summary", "read_runs", "summarize", "write_report"]
+__all__ = ["Summary", "mean_with_spread", "read_runs", "summarize", "write_report"]
 
 _MINI = (
     "**These are runs on the mini dataset: 256 px drawings, ResNet-18 of a quarter of the paper's "
@@ -32,8 +33,7 @@ _MINI = (
     "with the paper's, never the figures themselves.**"
 )
 _PAPER = "Runs on COCO, trained on train2017 and evaluated on val2017 (trainval35k and minival)."
-# Okabe and Ito's palette, as in the other pictures.
-_OURS, _THEIRS = "#0072B2", "#D55E00"
+_OURS, _THEIRS = CATEGORY_COLORS[:2]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Summary:
 
 
 def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
-    """Puts the outcomes of a row's seeds together.
+    """Summarizes the outcomes of a row's seeds.
 
     Args:
         outcomes: by seed; at least one.
@@ -70,7 +70,7 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
         spread={name: spread(values) for name, values in columns.items()},
         groups={name: statistics.mean(values) for name, values in groups.items()},
         groups_spread={name: spread(values) for name, values in groups.items()},
-        # None where a seed tells none.
+        # Empty if a seed has none.
         losses=[statistics.mean(part) for part in zip(*(o.losses for o in every), strict=False)],
         seconds_per_iteration=statistics.median(o.seconds_per_iteration for o in every),
         seconds_per_image=statistics.median(o.seconds_per_image for o in every),
@@ -78,20 +78,20 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
 
 
 def read_runs(report: Path, folders: Iterable[RunFolder]) -> dict[RunFolder, Outcome]:
-    """Outcomes that an earlier report, made elsewhere, has of runs.
+    """Outcomes of runs in an earlier report, for example of another machine.
 
     Args:
         report: a report.json.
-        folders: the runs that are wanted.
+        folders: the runs to look for.
 
     Raises:
-        UserError: it is no report, or what it has was made by another config or other code.
+        UserError: it is no report, or one of its runs was made by another config or other code.
     """
     try:
         recorded = json.loads(report.read_text())["runs"]
         known = {(entry["run"], entry["seed"], entry["scale"]): entry for entry in recorded}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{report} is no report.json of this tool: {error}") from error
+        raise UserError(f"{report} is no report.json of this command: {error}") from error
     found = {}
     for folder in folders:
         entry = known.get((folder.run.name, folder.seed, folder.scale))
@@ -114,9 +114,9 @@ def write_report(
     """Writes the report of rows.
 
     Args:
-        tables: the rows asked for, by table.
-        outcomes: what came out of finished runs.
-        folder: where report.md, report.json and table<N>.png go; named as the scale.
+        tables: the rows to show, by table.
+        outcomes: results of finished runs.
+        folder: gets report.md, report.json and table<N>.png; its name is the scale.
 
     Returns:
         The path of report.md.
@@ -179,18 +179,18 @@ def _facts(scale: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" where what trains was changed since; "" without a checkout."""
+    """The checkout's commit, with "+" if the code that trains has changed since; else ""."""
     root = Path(fpn_plugin.__file__).parent
     git = ["git", "-C", str(root)]
     try:
-        told = subprocess.run(
+        head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         )
-        parts = [*CODE, "../configs"]
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *parts])
+        read = [*map(str, code_files()), "../configs"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *read])
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return told.stdout.strip() + ("+" if changed.returncode else "")
+    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def _how_made(facts: dict[str, str]) -> str:
@@ -222,31 +222,34 @@ def _section(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -
     for name in table.metrics:
         headers += [name, f"{name} paper"]
     headers += ["s/iteration", "s/image"]
-    parts.append(tabulate(body, headers=headers, tablefmt="github", disable_numparse=True))
+    parts.append(_markdown(body, headers))
     groups = next((list(s.groups) for s in summaries.values() if s.groups), [])
     if groups:
         what = "AR1k" if table.task == "box_proposals" else "AP"
         body = [
-            [row.title, *(_group_cell(group, row, summaries) for group in groups)]
+            [row.title, *(_cell(group, row, summaries, groups=True) for group in groups)]
             for row in rows
             if row.key in summaries
         ]
-        parts.append(f"{what} of the groups of categories apart:")
-        parts.append(
-            tabulate(body, headers=["row", *groups], tablefmt="github", disable_numparse=True)
-        )
-    told = [row for row in rows if row.key in summaries and summaries[row.key].losses]
-    if told:
-        parts.append("Total loss, mean over each eighth of the training, one after the other:")
-        body = [[row.title, *(f"{x:.3f}" for x in summaries[row.key].losses)] for row in told]
+        parts.append(f"{what} of each group of categories:")
+        parts.append(_markdown(body, ["row", *groups]))
+    logged = [row for row in rows if row.key in summaries and summaries[row.key].losses]
+    if logged:
+        parts.append("Total loss, mean over each eighth of the training:")
+        body = [[row.title, *(f"{x:.3f}" for x in summaries[row.key].losses)] for row in logged]
         headers = ["row", *(f"{part}/{PARTS}" for part in range(1, PARTS + 1))]
-        parts.append(tabulate(body, headers=headers, tablefmt="github", disable_numparse=True))
+        parts.append(_markdown(body, headers))
     words = _in_words(table, rows, summaries)
     return [*parts, words] if words else parts
 
 
-def _with_spread(mean: float, spread: float, seeds: Sequence[int]) -> str:
-    return f"{mean:.1f} ± {spread:.1f}" if len(seeds) > 1 else f"{mean:.1f}"
+def _markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def mean_with_spread(mean: float, spread: float, count: int) -> str:
+    """A mean over seeds and, if there are several, their standard deviation: ``"40.5 ± 0.7"``."""
+    return f"{mean:.1f} ± {spread:.1f}" if count > 1 else f"{mean:.1f}"
 
 
 def _difference(row: Row, value: float, reference: float | None) -> str:
@@ -255,19 +258,15 @@ def _difference(row: Row, value: float, reference: float | None) -> str:
     return f" ({value - reference:+.1f})"
 
 
-def _cell(name: str, row: Row, summaries: dict[str, Summary]) -> str:
-    here = summaries.get(row.key)
+def _cell(name: str, row: Row, summaries: dict[str, Summary], groups: bool = False) -> str:
+    """Mean, spread and difference of a metric, or of a group of categories."""
+    here, reference = summaries.get(row.key), summaries.get(row.against or "")
     if here is None:
         return "-"
-    reference = summaries.get(row.against or "")
-    text = _with_spread(here.mean[name], here.spread[name], here.seeds)
-    return text + _difference(row, here.mean[name], reference and reference.mean[name])
-
-
-def _group_cell(group: str, row: Row, summaries: dict[str, Summary]) -> str:
-    here, reference = summaries[row.key], summaries.get(row.against or "")
-    text = _with_spread(here.groups[group], here.groups_spread[group], here.seeds)
-    return text + _difference(row, here.groups[group], reference and reference.groups[group])
+    mean, spread = ("groups", "groups_spread") if groups else ("mean", "spread")
+    value = getattr(here, mean)[name]
+    text = mean_with_spread(value, getattr(here, spread)[name], len(here.seeds))
+    return text + _difference(row, value, reference and getattr(reference, mean)[name])
 
 
 def _published_cell(name: str, row: Row, table: Table) -> str:
@@ -279,7 +278,7 @@ def _published_cell(name: str, row: Row, table: Table) -> str:
 
 
 def _in_words(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -> str:
-    """Where the order of the rows by the main metric agrees with the paper's, pair by pair."""
+    """Whether pairs of rows have the paper's order by the main metric."""
     both = [r for r in rows if r.key in summaries and table.main in r.published]
     if len(both) < 2:
         return ""
@@ -297,7 +296,7 @@ def _in_words(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) 
             agree.append(f"{first.key} over {second.key}")
         else:
             other.append(
-                f"{first.key} over {second.key} there, {gap:+.1f} the other way here{within}"
+                f"{first.key} over {second.key} in the paper, here {gap:+.1f} the other way{within}"
             )
 
     def order(figures: dict[str, float]) -> str:
@@ -306,17 +305,17 @@ def _in_words(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) 
 
     lines = [
         f"By {table.main}, here: {order(here)}. Paper: {order(paper)}.",
-        f"{len(agree)} of {len(agree) + len(other)} pairs of rows stand in the paper's order.",
+        f"{len(agree)} of {len(agree) + len(other)} pairs of rows have the paper's order.",
     ]
     if other:
-        lines.append(f"Not so: {'; '.join(other)}.")
+        lines.append(f"The others: {'; '.join(other)}.")
     return " ".join(lines)
 
 
 def _chart(
     table: Table, rows: Sequence[Row], summaries: dict[str, Summary], scale: str, path: Path
 ) -> None:
-    """Every metric of every row, this run's and the paper's side by side, each on its own axis."""
+    """Draws every metric of every row, this run's next to the paper's, each on its own axis."""
     shown = [row for row in rows if row.key in summaries or row.published]
     places = range(len(shown))
     figure = Figure(

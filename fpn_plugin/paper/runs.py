@@ -1,7 +1,8 @@
-"""The folder of one run: what it must hold, how far it is, and what came out."""
+"""The folder of one run: what made it, how far it is, and its results."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import io
@@ -21,6 +22,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 import fpn_plugin
+from fpn_plugin.config import flat_keys, value_at
 from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
 from fpn_plugin.utils.metrics import loss_rows
@@ -28,13 +30,42 @@ from fpn_plugin.utils.pickles import load_arrays
 
 from .tables import Run
 
-__all__ = ["CODE", "PARTS", "Outcome", "RunFolder", "code_version"]
+__all__ = ["PARTS", "Outcome", "RunFolder", "code_files", "code_version", "losses_by_part"]
 
 _MADE_BY = "made_by.json"
 _GROUPS = "groups.json"
-# What a training reads; a change elsewhere leaves finished runs what they are.
-CODE = ("config.py", "proposals.py", "modeling", "data", "engine")
-PARTS = 8  # of a training, whose losses tell whether it had come to rest
+PARTS = 8  # of a training; their mean losses show whether it had converged
+_PROGRAMS = ("cli/train.py", "cli/dump_proposals.py")  # the processes that make a run
+
+
+def code_files() -> list[Path]:
+    """The package's source files that a training or a dump of proposals imports, sorted.
+
+    Imports are followed from file to file, also those inside functions. Pictures are left out:
+    they change no result.
+    """
+    package = Path(fpn_plugin.__file__).parent
+    found: set[Path] = set()
+    waiting = [package / name for name in _PROGRAMS]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            base, names = package.parent, []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = path.parents[node.level - 1] if node.level else base
+                names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            for name in names:  # each part may be a module, a package or a name inside one
+                target = base.joinpath(*filter(None, name.split(".")))
+                for each in (target, *target.parents):
+                    if each == package or package in each.parents:
+                        waiting += [each.with_suffix(".py"), each / "__init__.py"]
+    pictures = package / "visualization"
+    return sorted(path for path in found if pictures not in path.parents)
 
 
 @functools.cache
@@ -42,26 +73,23 @@ def code_version() -> str:
     """Twelve hex digits that change when the code that trains and evaluates does."""
     package = Path(fpn_plugin.__file__).parent
     digest = hashlib.sha256()
-    for part in CODE:
-        path = package / part
-        for source in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(source.relative_to(package).as_posix().encode())
-            digest.update(source.read_bytes())
+    for path in code_files():
+        digest.update(path.relative_to(package).as_posix().encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to.
+    """The results of a finished run.
 
     Attributes:
         metrics: Detectron2's results of the task, by their keys there.
-        groups: AR@1000 or AP of each group of categories, where a dataset has groups.
+        groups: AR@1000 or AP of each group of categories, if the dataset has groups.
         seconds_per_iteration: median over the training.
-        seconds_per_image: median over the evaluation, one image a call.
+        seconds_per_image: median over the evaluation, one image per call.
         made_by: config, code and versions that made it.
-        losses: mean total loss over each eighth of the training; nothing where one of them
-            logged none.
+        losses: mean total loss over each eighth of the training; empty if an eighth logged no loss.
     """
 
     metrics: dict[str, float]
@@ -100,11 +128,11 @@ class RunFolder:
         """Name of its config in the package."""
         return f"{self.scale}/{self.run.name}.yaml"
 
-    def _beside(self, name: str) -> RunFolder:
+    def _other(self, name: str) -> RunFolder:
         return RunFolder(Run(name), self.scale, self.seed, self.output, self.opts)
 
     def config(self) -> CfgNode:
-        """Its config, frozen, before paths are put in place.
+        """Its config, frozen, before paths are set.
 
         Raises:
             UserError: an option that does not fit.
@@ -112,13 +140,13 @@ class RunFolder:
         return _config(self.config_name, self.opts, self.seed)
 
     def all_opts(self) -> list[str]:
-        """Options of its training: the user's, the seed, and where things lie."""
+        """Options of its training: the user's, the seed, and the paths."""
         opts = [*self.opts, "SEED", str(self.seed), "OUTPUT_DIR", str(self.path)]
         if self.run.weights_from:
-            start = self._beside(self.run.weights_from).path / "model_final.pth"
+            start = self._other(self.run.weights_from).path / "model_final.pth"
             opts += ["MODEL.WEIGHTS", str(start)]
         if self.run.proposals_from:
-            cfg, source = self.config(), self._beside(self.run.proposals_from)
+            cfg, source = self.config(), self._other(self.run.proposals_from)
             for split in ("TRAIN", "TEST"):
                 files = tuple(str(source.proposals(name)) for name in cfg.DATASETS[split])
                 opts += [f"DATASETS.PROPOSAL_FILES_{split}", str(files)]
@@ -129,9 +157,12 @@ class RunFolder:
         return self.path / "proposals" / f"{dataset}.pkl"
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run: every key of its config but the folder, the code, the versions."""
+        """What makes a run: every key of its config except the folder, the code, the versions."""
+        cfg = self.config()
+        values = {key: value_at(cfg, key) for key in flat_keys(cfg) if key != "OUTPUT_DIR"}
+        values = {key: v for key, v in values.items() if not isinstance(v, CfgNode)}
         return {
-            "config": json.loads(json.dumps(_flat(self.config()), default=str)),
+            "config": json.loads(json.dumps(values, default=str)),
             "code": code_version(),
             "plugin": fpn_plugin.__version__,
             "torch": torch.__version__,
@@ -139,7 +170,7 @@ class RunFolder:
         }
 
     def check(self) -> None:
-        """Refuses a folder that another config or other code began.
+        """Refuses a folder that another config or other code made.
 
         Raises:
             UserError: names the folder and what differs.
@@ -148,21 +179,21 @@ class RunFolder:
         if not note.is_file():
             if any(self.path.glob("*")):
                 raise UserError(
-                    f"{self.path} holds files but no {_MADE_BY}: it is not a run of this tool; "
+                    f"{self.path} holds files but no {_MADE_BY}: it is not a run of this command; "
                     "remove it, or give another --output"
                 )
             return
-        told = self.differs(json.loads(note.read_text()))
-        if told:
+        differs = self.differs(json.loads(note.read_text()))
+        if differs:
             raise UserError(
-                f"{self.path} was made by {told}: remove it, or give another --output; runs are "
+                f"{self.path} was made by {differs}: remove it, or give another --output; runs are "
                 "never mixed"
             )
 
     def differs(self, had: dict[str, Any]) -> str:
-        """What of another identity would have made another run; "" where nothing."""
+        """How another identity differs from this one in config and code; "" if it does not."""
         wanted = self.identity()
-        told = []
+        differences = []
         if had["config"] != wanted["config"]:
             keys = sorted(set(had["config"]) | set(wanted["config"]))
             differing = [k for k in keys if had["config"].get(k) != wanted["config"].get(k)]
@@ -170,10 +201,10 @@ class RunFolder:
                 f"{key} {had['config'].get(key)!r} there, {wanted['config'].get(key)!r} now"
                 for key in differing[:3]
             )
-            told.append(f"another config ({len(differing)} keys: {shown})")
+            differences.append(f"another config ({len(differing)} keys: {shown})")
         if had["code"] != wanted["code"]:
-            told.append(f"other code ({had['code']} there, {wanted['code']} now)")
-        return " and ".join(told)
+            differences.append(f"other code ({had['code']} there, {wanted['code']} now)")
+        return " and ".join(differences)
 
     def claim(self) -> None:
         """Makes the folder and notes what makes it."""
@@ -192,12 +223,12 @@ class RunFolder:
             checkpoint.unlink()
 
     def iteration(self) -> int:
-        """How many iterations of its training are done, as far as its log tells."""
+        """How many iterations of its training are done, by its log."""
         rows = loss_rows(self.path / "metrics.json")
         return int(rows[-1]["iteration"]) + 1 if rows else 0
 
     def outcome(self, task: str) -> Outcome:
-        """What came out of a finished run.
+        """The results of a finished run.
 
         Args:
             task: "box_proposals" or "bbox".
@@ -215,7 +246,7 @@ class RunFolder:
             seconds_per_iteration=statistics.median(times) if times else float("nan"),
             seconds_per_image=speed["median_seconds_per_call"],
             made_by=json.loads((self.path / _MADE_BY).read_text()),
-            losses=_by_part(rows, self.config().SOLVER.MAX_ITER),
+            losses=losses_by_part(rows, self.config().SOLVER.MAX_ITER),
         )
 
 
@@ -226,8 +257,13 @@ def _config(name: str, opts: tuple[str, ...], seed: int) -> CfgNode:
     return cfg
 
 
-def _by_part(rows: list[dict[str, float]], iterations: int) -> list[float]:
-    """Mean total loss over each eighth of a training; nothing where an eighth has no row."""
+def losses_by_part(rows: list[dict[str, float]], iterations: int) -> list[float]:
+    """Mean total loss over each eighth of a training; empty if an eighth has no row.
+
+    Args:
+        rows: of the training's metrics file, with ``iteration`` and ``total_loss``.
+        iterations: of the whole training.
+    """
     parts: list[list[float]] = [[] for _ in range(PARTS)]
     for row in rows:
         part = int(row["iteration"]) * PARTS // iterations
@@ -235,26 +271,16 @@ def _by_part(rows: list[dict[str, float]], iterations: int) -> list[float]:
     return [statistics.mean(part) for part in parts] if all(parts) else []
 
 
-def _flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif prefix + key != "OUTPUT_DIR":
-            flat[prefix + key] = value
-    return flat
-
-
 def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str, float]:
-    """AP or AR@1000 of each supercategory of the mini dataset; nothing for other data.
+    """AP or AR@1000 of each supercategory of the mini dataset; empty for other data.
 
-    AP of a group is the mean of its categories' AP, as COCO's is of all. Recall of proposals
-    has no categories: that of a group is Detectron2's over the group's labels alone.
+    AP of a group is the mean of its categories' AP, as COCO's is of all. Proposals have
+    no categories: the recall of a group is Detectron2's over only the group's labels.
     """
     if folder.scale != "mini":
         return {}
     [name] = folder.config().DATASETS.TEST
-    with redirect_stdout(io.StringIO()):  # pycocotools tells its progress
+    with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO(MetadataCatalog.get(name).json_file)
     groups: dict[str, list[dict[str, Any]]] = {}
     for category in coco.loadCats(coco.getCatIds()):
@@ -262,7 +288,7 @@ def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str
     if task == "bbox":
         per_category = results[task]
         return {
-            # Without any detection there is no AP of a category.
+            # A category without detections has no AP.
             group: statistics.mean(
                 per_category.get(f"AP-{category['name']}", float("nan")) for category in categories
             )

@@ -1,4 +1,4 @@
-"""Running trainings and dumps of proposals, each a process of its own, in the order they need."""
+"""Trainings and dumps of proposals, each in its own process, in the order of their needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fpn_plugin.errors import UserError
 
 from .runs import RunFolder
 
-__all__ = ["Task", "run_tasks", "tasks_for"]
+__all__ = ["Task", "gpus_of", "run_tasks", "tasks_for", "visible_gpus"]
 
 _POLL_SECONDS = 1.0
 _TRAIN = "from fpn_plugin.cli.train import train_main as main"
@@ -35,7 +35,7 @@ class Task:
     Attributes:
         folder: the run's.
         dump: False for the training.
-        after: tasks that must be done before.
+        after: tasks that must be done first.
     """
 
     folder: RunFolder
@@ -44,13 +44,13 @@ class Task:
 
     @property
     def name(self) -> str:
-        """As the progress line and its log file have it."""
+        """As the progress line shows it."""
         run = f"{self.folder.run.name} seed {self.folder.seed}"
         return f"{run} proposals" if self.dump else run
 
     @property
     def done(self) -> bool:
-        """Whether what it makes is there."""
+        """Whether its results exist."""
         if self.dump:
             return all(self.folder.proposals(name).is_file() for name in self._datasets())
         return self.folder.finished
@@ -79,7 +79,7 @@ class Task:
 
 
 def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:
-    """Trainings of runs, and the dumps that other runs among them read, each after what it needs.
+    """Trainings of runs, and the dumps that other runs among them read, in order.
 
     Args:
         folders: runs, each after those it depends on.
@@ -104,11 +104,11 @@ def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:
 
 
 def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
-    """Runs what is not done yet; a line tells which run, how far, and the time left.
+    """Runs what is not done yet; a line shows which runs, how far, and the time left.
 
     Args:
         tasks: each after those it needs.
-        at_once: how many processes; GPUs, or the CPU's threads, are divided among them.
+        at_once: how many processes; they share the GPUs, or the CPU's threads.
 
     Raises:
         UserError: a process failed; names its log.
@@ -121,15 +121,15 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
     bar = tqdm(
         total=sum(lengths.values()), initial=sum(reached.values()), unit="it", smoothing=0.02
     )
-    # Ended politely, it ends what it started; two processes must never share a run's folder.
-    before = signal.signal(signal.SIGTERM, _leave)
+    # When terminated, it ends its processes: two must never share a run's folder.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             for task in [t for t in waiting if all(before.done for before in t.after)]:
                 if not slots:
                     break
                 slot = slots.pop(0)
-                with _interrupts_after():  # a process that is started must be known, to be ended
+                with _interrupts_after():  # else a started process could not be ended
                     running[task] = (_start(task, slot, at_once), slot)
                 waiting.remove(task)
             for task, (process, _) in list(running.items()):
@@ -138,11 +138,11 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
                     slots.append(running.pop(task)[1])
                 if task in lengths:
                     reached[task] = lengths[task] if task.done else task.folder.iteration()
-            told = [
+            progress = [
                 f"{task.name} {reached[task]}/{lengths[task]}" if task in lengths else task.name
                 for task in running
             ]
-            bar.set_description_str(" | ".join(told), refresh=False)
+            bar.set_description_str(" | ".join(progress), refresh=False)
             bar.set_postfix_str(f"{len(waiting)} to start", refresh=False)
             bar.n = sum(reached.values())
             bar.refresh()
@@ -156,22 +156,18 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
             process.wait()
 
 
-def _leave(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 @contextmanager
 def _interrupts_after() -> Iterator[None]:
-    """An interrupt that comes within it is raised at its end; an ignored one stays ignored."""
-    came: list[int] = []
-    heeded = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in heeded}
+    """Raises an interrupt that arrives inside it at its end; an ignored one stays ignored."""
+    arrived: list[int] = []
+    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, _: arrived.append(number)) for s in handled}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
+    if arrived:
         raise KeyboardInterrupt
 
 
@@ -179,30 +175,36 @@ def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:
     if not task.dump:
         task.folder.claim()
     environment = dict(os.environ)
-    mine = _gpus_of(task.folder.config(), _visible_gpus(), slot, at_once)
-    if mine:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    gpus = gpus_of(task.folder.config(), visible_gpus(), slot, at_once)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif at_once > 1:
         threads = max(1, (os.cpu_count() or 1) // at_once)
         environment["OMP_NUM_THREADS"] = str(threads)
     with task.log.open("ab") as log:
         return subprocess.Popen(
-            task.command(len(mine)), stdout=log, stderr=subprocess.STDOUT, env=environment
+            task.command(len(gpus)), stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
     return named[:count] if named else [str(gpu) for gpu in range(count)]
 
 
-def _gpus_of(cfg: CfgNode, gpus: Sequence[str], slot: int, at_once: int) -> list[str]:
-    """The GPUs of one of the runs that go on at once; none on the CPU.
+def gpus_of(cfg: CfgNode, gpus: Sequence[str], slot: int, at_once: int) -> list[str]:
+    """The GPUs of one of the runs that train at the same time; none on the CPU.
 
-    Detectron2 wants a batch that its GPUs can share alike. A network whose batch norm is trained
-    gets one, so that a batch is normalised as a whole wherever it runs.
+    Detectron2 needs a batch that its GPUs divide evenly. A network that trains its batch norms gets
+    one GPU, so that each batch is normalised as a whole on every machine.
+
+    Args:
+        cfg: of the run.
+        gpus: that may be used.
+        slot: number of the run among those at the same time.
+        at_once: how many those are.
     """
     if not gpus or not cfg.MODEL.DEVICE.startswith("cuda"):
         return []
@@ -219,5 +221,5 @@ def _check(task: Task, process: subprocess.Popen[bytes]) -> None:
     lines = task.log.read_text(errors="replace").strip().splitlines()
     raise UserError(
         f"{task.name} ended with status {process.returncode}: {lines[-1] if lines else ''} "
-        f"(all of it in {task.log}). The same command goes on with what is left"
+        f"(full log: {task.log}). The same command continues with what is left"
     )

@@ -1,6 +1,6 @@
-"""Tables 1 to 5 of the paper: what each row is, what it printed, and the runs that make it.
+"""Tables 1 to 5 of the paper: their rows, the published figures, and the runs of each row.
 
-Figures are those of the arXiv edition (1612.03144v2), by minival unless a table says otherwise.
+Figures are those of the arXiv edition (1612.03144v2), on minival unless a table says otherwise.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Run:
 
     Attributes:
         name: of the run, its config and its folder.
-        proposals_from: the run whose RPN wrote the proposals it reads; None for an RPN.
-        weights_from: the run it starts from; None for what its config names.
+        proposals_from: the run whose RPN's proposals it reads; None for an RPN.
+        weights_from: the run it starts from; None for the weights in its config.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Row:
     """A row of a table.
 
     Attributes:
-        key: as a command line has it, for example ``"1c"``.
+        key: its name on the command line, for example ``"1c"``.
         title: what the paper calls it.
-        run: the run that makes its figures; None where there are published figures only.
+        run: the run of its figures; None if there are only published figures.
         published: the paper's figures by metric.
-        against: key of the row that differences are taken to, None for no differences.
+        against: key of the row that it is compared with; None for no comparison.
     """
 
     key: str
@@ -57,10 +57,10 @@ class Table:
         number: in the paper.
         title: what it compares.
         task: of the metrics, in Detectron2's results.
-        metrics: the paper's column to the key that Detectron2's results have for it.
-        main: the column that words about the order of the rows go by.
+        metrics: the paper's column to the key in Detectron2's results.
+        main: the column that orders the rows.
         rows: in the paper's order.
-        note: what a reader must know of how the two columns compare; "" for nothing.
+        note: what a reader must know to compare the two columns; may be "".
     """
 
     number: int
@@ -91,7 +91,7 @@ _RUNS = (
     Run("table3_b_C5", proposals_from="table1_b_C5"),
     Run("table4_R_101_rpn"),
     Run("table4_R_101_FPN", proposals_from="table4_R_101_rpn"),
-    # Table 5: 4-step training; steps 1 and 2 are the rows that share nothing.
+    # Table 5: 4-step training; steps 1 and 2 are the rows without sharing.
     Run("table5_R_50_step3_rpn", weights_from="table2_c_FPN"),
     Run(
         "table5_R_50_shared",
@@ -215,7 +215,7 @@ _TABLES = (
             Row("3b", "(b) C5, 2fc head", "table3_b_C5", _ap(51.7, 28.0, 9.6, 31.9, 43.1), "3c"),
             Row("3c", "(c) FPN", "table2_c_FPN", _ap(56.9, 33.9, 17.8, 37.7, 45.8), "3c"),
         ),
-        "Row (c) is the run of Table 2 (c): its proposals are those of its own kind already.",
+        "Row (c) is the run of Table 2 (c): its proposals come from its own kind of RPN.",
     ),
     Table(
         4,
@@ -261,14 +261,14 @@ TABLES = {table.number: table for table in _TABLES}
 
 
 def select_rows(names: Iterable[str]) -> dict[int, list[Row]]:
-    """Rows that a command line names, by table.
+    """Rows by their names on the command line, by table.
 
     Args:
         names: tables ("1", "table1"), rows ("1c", "2a", "5-R50-yes") or their runs
             ("table1_c_FPN").
 
     Raises:
-        UserError: a name that is neither; lists what there is.
+        UserError: an unknown name; lists the known ones.
     """
     wanted = set()
     rows = {row.key: row for table in _TABLES for row in table.rows}
@@ -286,7 +286,7 @@ def select_rows(names: Iterable[str]) -> dict[int, list[Row]]:
 
 
 def needed_runs(rows: Iterable[Row]) -> list[Run]:
-    """Runs that rows are made of, each after those it depends on."""
+    """Runs that rows need, each after those it depends on."""
     ordered: dict[str, Run] = {}
 
     def visit(name: str | None) -> None:

@@ -1,4 +1,4 @@
-"""tools/reproduce.py: what runs, what is refused, and what the report says of it."""
+"""``fpn-plugin reproduce``: which runs it starts and refuses, and what it reports."""
 
 import dataclasses
 import functools
@@ -19,11 +19,10 @@ from fpn_plugin.cli.reproduce import reproduce_main
 from fpn_plugin.mini import ensure_mini
 from fpn_plugin.paper import runs, scheduler
 from fpn_plugin.paper.report import read_runs, summarize, write_report
-from fpn_plugin.paper.runs import Outcome, RunFolder, _by_part
-from fpn_plugin.paper.scheduler import _gpus_of, _visible_gpus, tasks_for
+from fpn_plugin.paper.runs import Outcome, RunFolder, losses_by_part
+from fpn_plugin.paper.scheduler import gpus_of, tasks_for, visible_gpus
 from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
 
-TOOLS = Path(__file__).parents[2] / "tools"
 # Seconds instead of minutes: few iterations, images of 64 px.
 TINY = (
     "SOLVER.MAX_ITER", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
@@ -109,7 +108,7 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     folder = RunFolder(RUNS["table1_c_FPN"], "mini", 0, tmp_path)
     folder.path.mkdir(parents=True)
     (folder.path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"made_by.json: it is not a run of this tool"):
+    with pytest.raises(UserError, match=r"made_by.json: it is not a run of this command"):
         folder.check()
 
 
@@ -119,11 +118,29 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.fpn_plugin, "__file__", str(package / "__init__.py"))
     version = runs.code_version.__wrapped__
     before = version()
-    (package / "paper" / "report.py").write_text("# reports do not change what is trained")
+    # Reports and pictures do not change what is trained.
+    for name in ("paper/report.py", "fitting/report.py", "visualization/losses.py"):
+        with (package / name).open("a") as source:
+            source.write("# changed\n")
     assert version() == before
-    with (package / "modeling" / "levels.py").open("a") as source:
-        source.write("\n# changed\n")
+    (package / "modeling" / "levels.py").write_text("# changed\n")
     assert version() != before
+
+
+def test_what_a_training_and_a_dump_import_counts_as_their_code():
+    package = Path(runs.fpn_plugin.__file__).parent
+    found = {path.relative_to(package).as_posix() for path in runs.code_files()}
+    assert found >= {
+        "__init__.py", "config.py", "cli/train.py", "cli/dump_proposals.py", "data/__init__.py",
+        "data/proposal_files.py", "engine/trainer.py", "kernels/proposals.py", "modeling/neck.py",
+        "utils/pickles.py", "utils/seeding.py",
+    }  # fmt: skip
+    assert not [name for name in found if name.startswith(("paper/", "fitting/", "visualiz"))]
+    loaded = "from fpn_plugin.cli import dump_proposals, train; import sys; print(*(m.__file__ "
+    loaded += "for n, m in list(sys.modules.items()) if n.partition('.')[0] == 'fpn_plugin'))"
+    done = subprocess.run([sys.executable, "-c", loaded], stdout=subprocess.PIPE, text=True)
+    imported = {Path(file).relative_to(package).as_posix() for file in done.stdout.split()}
+    assert {name for name in imported if not name.startswith("visualization/")} <= found
 
 
 @pytest.mark.parametrize(
@@ -142,16 +159,16 @@ def test_the_code_version_changes_with_the_code(tmp_path, monkeypatch):
 def test_gpus_are_shared_as_batches_can_be(name, device, gpus, slot, at_once, expected):
     cfg = model_zoo.get_config(f"{name}.yaml")
     cfg.MODEL.DEVICE = device
-    assert "".join(_gpus_of(cfg, list(gpus), slot, at_once)) == expected
+    assert "".join(gpus_of(cfg, list(gpus), slot, at_once)) == expected
 
 
 def test_only_visible_gpus_are_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert _visible_gpus() == ["5", "7"]
+    assert visible_gpus() == ["5", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert _visible_gpus() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]
 
 
 def outcome(scale: float, groups: bool = True) -> Outcome:
@@ -173,10 +190,10 @@ def test_seeds_are_put_together_by_mean_and_standard_deviation():
 
 def test_losses_are_told_by_eighths_of_the_training():
     rows = [{"iteration": i, "total_loss": float(i // 100)} for i in range(19, 800, 20)]
-    assert _by_part(rows, 800) == list(range(8))
-    assert _by_part(rows, 801)[-1] == 7  # also where the parts do not come out even
-    assert _by_part(rows[:-5], 800) == []  # none of the last eighth
-    assert _by_part([], 800) == []
+    assert losses_by_part(rows, 800) == list(range(8))
+    assert losses_by_part(rows, 801)[-1] == 7  # also where the parts do not come out even
+    assert losses_by_part(rows[:-5], 800) == []  # none of the last eighth
+    assert losses_by_part([], 800) == []
 
 
 def test_the_report_sets_rows_beside_the_papers(tmp_path):
@@ -204,8 +221,11 @@ def test_the_report_sets_rows_beside_the_papers(tmp_path):
     missing = next(line for line in text.splitlines() if line.startswith("| (d)"))
     assert "| -" in missing and "49.5 (-6.8)" in missing
     assert "By AR1k, here: 1f 63.0 > 1c 62.0 > 1a 51.0. Paper: 1c 56.3 > 1f 51.3 > 1a 48.3." in text
-    assert "2 of 3 pairs of rows stand in the paper's order." in text
-    assert "1c over 1f there, +1.0 the other way here, less than the seeds' spread of 2.8" in text
+    assert "2 of 3 pairs of rows have the paper's order." in text
+    assert (
+        "1c over 1f in the paper, here +1.0 the other way, less than the seeds' spread of 2.8"
+        in text
+    )
     content = json.loads((tmp_path / "mini" / "report.json").read_text())
     assert content["tables"]["1"]["1a"]["here"]["mean"]["AR1k"] == 51
     assert content["tables"]["1"]["1d"]["here"] is None
@@ -215,7 +235,9 @@ def test_the_report_sets_rows_beside_the_papers(tmp_path):
 def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     ensure_mini({"train": 6, "val": 4})
     args = ["2c", "--output", str(tmp_path), "--opts", *TINY]
-    tool = [sys.executable, str(TOOLS / "reproduce.py"), *args]
+    code = "from fpn_plugin.cli.reproduce import reproduce_main as main; "
+    code += "from fpn_plugin.engine import run_tool; run_tool(main)"
+    tool = [sys.executable, "-c", code, *args]
     # Cut off while it runs, it leaves a folder that the next call goes on with.
     # A shell in the background ignores interrupts, and so would what it starts.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -254,7 +276,7 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     changed = RunFolder(folder.run, "mini", 0, here, (*TINY, "SOLVER.BASE_LR", "0.5"))
     with pytest.raises(UserError, match=r"report.json: table2_c_FPN seed 0 was made by another"):
         read_runs(there, [changed])
-    with pytest.raises(UserError, match="no report.json of this tool"):
+    with pytest.raises(UserError, match="no report.json of this command"):
         read_runs(second / "results.json", [folder])
     reproduce_main([*args[:3], "--dry-run", *args[3:]])
     assert "0 of 3 to run" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import EpsImagePlugin, Image
 from pycocotools import mask as coco_mask
 
-from evidence.corruptions import BREAKS, Broken, make_dataset
+from evidence.corruptions import CORRUPTIONS, CorruptDataset, make_dataset
 from evidence.fuzz_data import judge, load_records, make_mapper
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.check import check_main
@@ -42,13 +42,13 @@ def mapper():
 
 
 @pytest.fixture
-def whole(tmp_path) -> Broken:
+def whole(tmp_path) -> CorruptDataset:
     made = make_dataset(tmp_path / "ü data", np.random.default_rng(0))
     made.write()
     return made
 
 
-def found(made: Broken, **more) -> dict[str, int]:
+def found(made: CorruptDataset, **more) -> dict[str, int]:
     made.write()
     return check_dataset(made.json_file, made.images, **more).counts
 
@@ -58,15 +58,15 @@ def test_whole_data_has_no_problem_and_loads(whole, mapper):
     assert judge(whole, mapper) == "loads"
 
 
-def annotation(made: Broken, **values) -> None:
+def annotation(made: CorruptDataset, **values) -> None:
     made.content["annotations"][0].update(values)
 
 
-def image(made: Broken, **values) -> None:
+def image(made: CorruptDataset, **values) -> None:
     made.content["images"][0].update(values)
 
 
-def twice(made: Broken, part: str) -> None:
+def twice(made: CorruptDataset, part: str) -> None:
     made.content[part].append(dict(made.content[part][0]))
 
 
@@ -149,13 +149,15 @@ def test_each_is_found_and_named(whole, mapper, case):
     assert judge(whole, mapper) == expected
 
 
-def save(made: Broken, pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> None:
+def save(
+    made: CorruptDataset, pixels: np.ndarray | Image.Image, kind: str = "PNG", **options
+) -> None:
     """Writes the first image."""
     picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
     picture.save(Path(made.images, made.content["images"][0]["file_name"]), kind, **options)
 
 
-def resized(made: Broken, width: int, height: int) -> None:
+def resized(made: CorruptDataset, width: int, height: int) -> None:
     """A first image of another size, which its annotations mark wholly."""
     save(made, np.full((height, width, 3), 80, np.uint8))
     image(made, width=width, height=height)
@@ -164,18 +166,18 @@ def resized(made: Broken, width: int, height: int) -> None:
             record.update(bbox=[0, 0, width, height], segmentation=[])
 
 
-def size(made: Broken) -> tuple[int, int]:
+def size(made: CorruptDataset) -> tuple[int, int]:
     return made.content["images"][0]["width"], made.content["images"][0]["height"]
 
 
-def cut(made: Broken, kind: str) -> None:
+def cut(made: CorruptDataset, kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size(made)[::-1], 3), dtype=np.uint8)
     save(made, noise, kind)
     path = Path(made.images, "5.png")
     path.write_bytes(path.read_bytes()[:-900])
 
 
-def deep(made: Broken, dtype: type) -> None:
+def deep(made: CorruptDataset, dtype: type) -> None:
     save(made, np.full(size(made)[::-1], 40_000, dtype), "TIFF")
 
 
@@ -317,7 +319,7 @@ def test_a_hundred_thousand_categories_load(whole, mapper):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    breaks=st.lists(st.sampled_from(sorted(BREAKS)), min_size=1, max_size=3),
+    breaks=st.lists(st.sampled_from(sorted(CORRUPTIONS)), min_size=1, max_size=3),
 )
 def test_whatever_is_broken_is_refused_by_name_or_loads_right(
     tmp_path_factory, mapper, seed, breaks
@@ -325,7 +327,7 @@ def test_whatever_is_broken_is_refused_by_name_or_loads_right(
     rng = np.random.default_rng(seed)
     made = make_dataset(tmp_path_factory.mktemp("broken") / "data", rng)
     for name in breaks:
-        BREAKS[name](made, rng)
+        CORRUPTIONS[name](made, rng)
     judge(made, mapper)
 
 

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from fpn_plugin import PerLevelRPNHead, PyramidROIPooler, model_zoo
+from fpn_plugin.config import flat_keys, value_at
 from fpn_plugin.paper.tables import RUNS, TABLES
 
 RPN_RUNS = [name for name, run in RUNS.items() if run.proposals_from is None]
@@ -27,19 +28,13 @@ def mini(name: str) -> CfgNode:
     return model_zoo.get_config(f"mini/{name}.yaml")
 
 
-def flat(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
-    found = {}
-    for key, value in cfg.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else None
-        found |= inner if inner is not None else {prefix + key: value}
-    return found
+def flat(cfg: CfgNode) -> dict[str, object]:
+    values = {key: value_at(cfg, key) for key in flat_keys(cfg)}
+    return {key: value for key, value in values.items() if not isinstance(value, CfgNode)}
 
 
-def built(cfg: CfgNode, norm: str | None = None) -> torch.nn.Module:
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = ""
-    if norm is not None:
-        cfg.MODEL.RESNETS.NORM = norm
+def built(cfg: CfgNode) -> torch.nn.Module:
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     return build_model(cfg)
 
 
@@ -109,32 +104,23 @@ def reads(neck: torch.nn.Module, level: str) -> set[str]:
 
 @pytest.mark.parametrize("table", [1, 2])
 @pytest.mark.parametrize(
-    ("row", "level", "stages"),
+    ("row", "expected"),
     [
-        ("c_FPN", "p3", {"res3", "res4", "res5"}),
-        ("c_FPN", "p2", set(STAGES)),
-        ("d_bottom_up", "p2", {"res2"}),
-        ("d_bottom_up", "p3", {"res3"}),
-        ("d_bottom_up", "p6", {"res5"}),
-        ("e_no_lateral", "p2", {"res5"}),
-        ("e_no_lateral", "p3", {"res5"}),
-        ("f_P2", "p2", set(STAGES)),
+        ("c_FPN", {"p3": {"res3", "res4", "res5"}, "p2": set(STAGES)}),
+        ("d_bottom_up", {"p2": {"res2"}, "p3": {"res3"}, "p6": {"res5"}}),
+        ("e_no_lateral", {"p2": {"res5"}, "p3": {"res5"}}),
+        ("f_P2", {"p2": set(STAGES)}),
     ],
 )
-def test_a_level_depends_on_its_rows_stages_alone(table, row, level, stages):
-    assert reads(built(mini(f"table{table}_{row}")).backbone, level) == stages
+def test_a_level_depends_on_only_its_rows_stages(table, row, expected):
+    neck = built(mini(f"table{table}_{row}")).backbone
+    assert {level: reads(neck, level) for level in expected} == expected
 
 
-@pytest.mark.parametrize("scale", ["mini", "paper"])
 @pytest.mark.parametrize("name", RUNS)
-def test_every_parameter_of_a_row_gets_a_gradient_that_is_not_zero(name, scale):
-    cfg = model_zoo.get_config(f"{scale}/{name}.yaml")
-    if scale == "paper":  # its architecture, at a size and depth that a test can run
-        small = mini(name).MODEL
-        cfg.MODEL.RESNETS = small.RESNETS
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
-        cfg.MODEL.FPN.OUT_CHANNELS = 32
-        cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
+def test_every_parameter_of_a_row_gets_a_gradient_that_is_not_zero(name):
+    """Of the mini scale: the paper's differs only in scale, see below."""
+    cfg = mini(name)
     # So that the batch has boxes for every level, see above.
     cfg.MODEL.FPN.CANONICAL_BOX_SIZE = 56
     one_list = len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 1
@@ -146,9 +132,7 @@ def test_every_parameter_of_a_row_gets_a_gradient_that_is_not_zero(name, scale):
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert trained
     largest = {k: 0 if p.grad is None else p.grad.abs().max() for k, p in trained.items()}
-    least = min(largest.values())
-    print(f"{scale}/{name}: {len(trained)} parameters, least {least:.1e}")
-    assert least > 1e-8, [key for key, value in largest.items() if value <= 1e-8]
+    assert not [key for key, value in largest.items() if value <= 1e-8]
     frozen = "step3" in name or ("_shared" in name and "not" not in name and "table5" in name)
     assert any(key.startswith("backbone.") for key in trained) is not frozen
 
@@ -260,7 +244,7 @@ SCALE_KEYS = re.compile(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_scales_differ_in_scale_alone(name):
+def test_scales_differ_only_in_scale(name):
     ours, theirs = flat(mini(name)), flat(paper(name))
     assert ours.keys() == theirs.keys()
     differing = {key for key in ours if ours[key] != theirs[key]}

@@ -1,4 +1,4 @@
-"""The tools that time a check and a fit."""
+"""The timings of a check and of a fit."""
 
 import re
 
