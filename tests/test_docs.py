@@ -1,5 +1,5 @@
 """README.md and docs/: their Python runs as it stands there, page by page, their lines are short,
-and the links of the files next to docs/ lead somewhere. ``make docs`` checks the links within docs/.
+and the links of files next to docs/ lead somewhere. ``make docs`` checks the links within docs/.
 """
 
 import re
@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES = [*BESIDE, *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [*BESIDE, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/api").glob("*.md"))]
 SNIPPET = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = {page.name: found for page in PAGES if (found := SNIPPET.findall(page.read_text()))}
 
