@@ -1,6 +1,6 @@
 # make demo   train, evaluate and draw on the mini dataset      make test   run the tests
 # make env    only build .venv                                 make lint   ruff
-# make clean  remove what the demo trained, output/demo
+# make docs   build the documentation into site/               make clean  remove output/demo
 # make test-processes  the tests of 2 and 4 processes     make test-long   those of many minutes
 # make test-oldest   the tests with the oldest torch, in .venv-oldest; wants Python 3.10
 PYTHON ?= python3
@@ -17,7 +17,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # A process a core, each of one thread: most tests are too small for two.
 TESTS := -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help env demo test test-processes test-long test-oldest lint format clean
+.PHONY: help env demo test test-processes test-long test-oldest lint format docs clean
 help:
 	@sed -n '/^[^#]/q; s/^# //p' Makefile
 
@@ -70,6 +70,10 @@ lint: $(BUILT)
 format: $(BUILT)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Every link is checked, and a warning is an error.
+docs: $(BUILT)
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(DEMO)
