@@ -8,7 +8,6 @@ torchvision's anchors, which it rounds to whole pixels.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from detectron2.modeling import build_model
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .cli.common import ToolParser, between, input_file, output_file
 from .engine.build_errors import explained_build_errors
 from .engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from .engine.settings import load_config
@@ -31,11 +29,13 @@ from .errors import UserError
 __all__ = [
     "CONFIG_KEYS",
     "LIBRARIES",
-    "argument_parser",
     "check_config",
-    "convert_main",
     "from_library",
+    "library_name",
+    "read_weights",
     "to_library",
+    "write_for_library",
+    "write_from_library",
 ]
 
 _PYTORCH_STYLE = [
@@ -434,87 +434,69 @@ def _with_background(key: str, tensor: Tensor, library: str) -> Tensor:
     return tensor.new_zeros(rows, *tensor.shape[1:])
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/convert_weights.py."""
-    parser = ToolParser(
-        description="Convert an FPN detector's weights from torchvision or mmdetection into this "
-        "plugin's names, or back. Files are read without running code that is in them.",
-        epilog="""
-Examples:
-  convert_weights.py --from torchvision --weights maskrcnn.pth --output maskrcnn_d2.pth \\
-      --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml
-  convert_weights.py --to torchvision --weights model_final.pth --output for_torchvision.pth \\
-      --config-file output/config.yaml
-""",
-    )
-    direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=LIBRARIES, help="library it is from")
-    direction.add_argument("--to", dest="target", choices=LIBRARIES, help="library it is for")
-    parser.add_argument(
-        "--weights", type=input_file, required=True, help=".pth, .pkl or .safetensors"
-    )
-    parser.add_argument(
-        "--bn-eps",
-        type=between(0, 1),
-        help="of the original's batch norms; 0 for torchvision's COCO_V1 weights",
-    )
-    parser.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="read weights that hold more than tensors, as mmdetection's checkpoints do, which "
-        "runs code that is in them: for files whose author you trust",
-    )
-    parser.add_argument("--config-file", required=True, help="of the model, path or packaged name")
-    parser.add_argument(
-        "--into", type=input_file, help="weights of the library whose layout to fill; for --to"
-    )
-    parser.add_argument(
-        "--output",
-        type=output_file(".pth", ".safetensors"),
-        required=True,
-        help="file to write, .pth or .safetensors",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
-    return parser
-
-
-def convert_main(argv: Sequence[str] | None = None) -> None:
-    """Writes converted weights and, from a library, the config beside them.
+def write_from_library(
+    state: dict[str, Tensor],
+    library: str,
+    config_file: str,
+    opts: Sequence[str],
+    output: Path,
+    bn_eps: float = _BN_EPS,
+) -> Path:
+    """Writes a library's weights in this plugin's names, and the config that loads them.
 
     Args:
-        argv: arguments; those of the command line by default.
+        state: the library's.
+        library: one of :data:`LIBRARIES`.
+        config_file: of the model; :data:`CONFIG_KEYS` are set in it.
+        opts: config keys and values for it.
+        output: the file, .pth or .safetensors; the config is written next to it.
+        bn_eps: see :func:`from_library`.
+
+    Returns:
+        The config's file.
 
     Raises:
-        UserError: a file cannot be read, or does not fit the config.
+        UserError: the weights do not fit the config, or a file cannot be written.
     """
-    args = argument_parser().parse_args(argv)
-    state = _tensors(args.weights, trust_pickle=args.trust_pickle)
-    if args.into and not args.target:
-        raise UserError("--into is for --to: it is the layout of the library that weights are for")
-    if args.bn_eps is not None and not args.source:
-        raise UserError("--bn-eps is for --from: it is of the library that weights are from")
-    output = Path(args.output)
-    config = output.with_suffix(".yaml")
-    if args.target:
-        cfg = load_config(args.config_file, args.opts)
-        into = _tensors(args.into, trust_pickle=args.trust_pickle) if args.into else None
-        converted = to_library(state, args.target, into)  # says first what cannot be converted
-        check_config(cfg, args.target)
-        _check_made_by(cfg, state, args.config_file)
-        with _explained_writing(output):
-            write_checkpoint(converted, output, bare=True)
-        print(f"{output}: in the names of {args.target}")
-        return
-    keys = [*CONFIG_KEYS[args.source], *_top_block_keys(state)]
-    cfg = load_config(args.config_file, [*keys, *args.opts])
-    converted = from_library(
-        state, cfg, args.source, _BN_EPS if args.bn_eps is None else args.bn_eps
-    )
+    keys = [*CONFIG_KEYS[library], *_top_block_keys(state)]
+    cfg = load_config(config_file, [*keys, *opts])
+    converted = from_library(state, cfg, library, bn_eps)
     cfg.MODEL.WEIGHTS = str(output)
+    config = output.with_suffix(".yaml")
     with _explained_writing(output):
         write_checkpoint(converted, output)
         config.write_text(cfg.dump())
-    print(f"{output}, and {config} that loads it")
+    return config
+
+
+def write_for_library(
+    state: dict[str, Tensor],
+    library: str,
+    config_file: str,
+    opts: Sequence[str],
+    output: Path,
+    into: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes weights of this plugin's models in a library's names.
+
+    Args:
+        state: of a model.
+        library: one of :data:`LIBRARIES`.
+        config_file: that the model was trained from.
+        opts: config keys and values for it.
+        output: the file, .pth or .safetensors.
+        into: see :func:`to_library`.
+
+    Raises:
+        UserError: the weights are not of the config, the library's model computes something else,
+            or the file cannot be written.
+    """
+    cfg = load_config(config_file, opts)
+    converted = to_library(state, library, into)  # its errors come first
+    check_config(cfg, library)
+    _check_made_by(cfg, state, config_file)
+    with _explained_writing(output):
+        write_checkpoint(converted, output, bare=True)
 
 
 def _check_made_by(cfg: CfgNode, state: dict[str, Tensor], config_file: str) -> None:
@@ -534,13 +516,9 @@ def _check_made_by(cfg: CfgNode, state: dict[str, Tensor], config_file: str) -> 
 def _explained_writing(output: Path) -> Iterator[None]:
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have their own
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot write --output {output}: {told}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot write --output {output}: {reason}") from error
 
 
 def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
@@ -552,7 +530,16 @@ def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
     return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if on_level else "p6p7_c5"]
 
 
-def _tensors(path: str, *, trust_pickle: bool) -> dict[str, Tensor]:
+def read_weights(path: str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file of weights, .pth, .pkl or .safetensors.
+
+    Args:
+        path: of the file.
+        trust_pickle: read more than tensors, which runs code that is in the file.
+
+    Raises:
+        UserError: the file cannot be read, or has no tensors.
+    """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     try:
         return weights_of(checkpoint, "model", "state_dict")

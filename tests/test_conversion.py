@@ -15,10 +15,10 @@ from torchvision.models.detection import (
 )
 
 from fpn_plugin import UserError
+from fpn_plugin.cli.convert import convert_main
 from fpn_plugin.conversion import (
     CONFIG_KEYS,
     check_config,
-    convert_main,
     from_library,
     library_name,
     to_library,

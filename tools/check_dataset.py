@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Find whatever is wrong with COCO-format data before training on it. See --help."""
+"""The command ``fpn-plugin check``."""
 
-from fpn_plugin.cli.check import check_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(check_main)
+    main("check")

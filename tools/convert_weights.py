@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""Convert weights from and to torchvision and mmdetection: --help tells how."""
+#!/usr/bin/env python
+"""The command ``fpn-plugin convert``."""
 
-from fpn_plugin.conversion import convert_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(convert_main)
+    main("convert")

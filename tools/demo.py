@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Draw a trained detector's boxes on images, tinted by pyramid level. See --help."""
+"""The command ``fpn-plugin detect``."""
 
-from fpn_plugin.cli.detect import demo_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(demo_main)
+    main("detect")

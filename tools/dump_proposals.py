@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""Write a trained RPN's proposals for Fast R-CNN: --help tells the arguments."""
+#!/usr/bin/env python
+"""The command ``fpn-plugin dump-proposals``."""
 
-from fpn_plugin.cli.dump_proposals import dump_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(dump_main)
+    main("dump-proposals")

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Export a trained detector to TorchScript, torch.export and ONNX. See --help."""
+"""The command ``fpn-plugin export``."""
 
-from fpn_plugin.cli.export import export_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(export_main)
+    main("export")

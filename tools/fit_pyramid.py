@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""Fit levels, canonical size and anchors to a dataset, and say why. See --help."""
+#!/usr/bin/env python
+"""The command ``fpn-plugin fit``."""
 
-from fpn_plugin.cli.fit import fit_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(fit_main)
+    main("fit")

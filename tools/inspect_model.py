@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Say what a config's model is made of: levels, anchors, parameters and FLOPs. See --help."""
+"""The command ``fpn-plugin inspect``."""
 
-from fpn_plugin.cli.inspect import inspect_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(inspect_main)
+    main("inspect")

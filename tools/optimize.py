@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Optimise a trained model, and say what that brings on images of yours. See --help."""
+"""The command ``fpn-plugin optimize``."""
 
-from fpn_plugin.cli.optimize import optimize_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(optimize_main)
+    main("optimize")

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Put a run's curves, results, levels and errors into one file of HTML. See --help."""
+"""The command ``fpn-plugin report``."""
 
-from fpn_plugin.cli.report import report_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(report_main)
+    main("report")

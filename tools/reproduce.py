@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
-"""Train rows of the paper's tables and report them beside its figures: --help tells how."""
+#!/usr/bin/env python
+"""The command ``fpn-plugin reproduce``."""
 
-from fpn_plugin.cli.reproduce import reproduce_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(reproduce_main)
+    main("reproduce")

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Train or evaluate a detector: Detectron2's arguments, the plugin's configs. See --help."""
+"""The command ``fpn-plugin train``."""
 
-from fpn_plugin.cli.train import train_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(train_main)
+    main("train")

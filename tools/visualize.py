@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Draw what trained models do with images, level by level. See --help."""
+"""The command ``fpn-plugin visualize``."""
 
-from fpn_plugin.cli.visualize import visualize_main
-from fpn_plugin.engine import run_tool
+from fpn_plugin.__main__ import main
 
 if __name__ == "__main__":
-    run_tool(visualize_main)
+    main("visualize")

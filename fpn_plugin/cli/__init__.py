@@ -1,1 +1,1 @@
-"""The commands of fpn-plugin: one file each, named as the command."""
+"""The commands of ``fpn-plugin``, a file each, named as the command."""

@@ -1,4 +1,4 @@
-"""What tools/check_dataset.py does: a dataset in, whatever is wrong with it out."""
+"""``fpn-plugin check``: what is wrong with COCO-format data."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ __all__ = ["check_main"]
 
 _EXAMPLES = """
 Examples:
-  check_dataset.py cells/train.json cells/images
-  check_dataset.py coco_2017_val --images headers
-  check_dataset.py cells/train.json cells/images --json problems.json --examples 10
-  check_dataset.py cells/export.json cells/images --convert cells/train.json
+  fpn-plugin check cells/train.json cells/images
+  fpn-plugin check coco_2017_val --images headers
+  fpn-plugin check cells/train.json cells/images --json problems.json --examples 10
+  fpn-plugin check cells/export.json cells/images --convert cells/train.json
 
-Exit status: 0 where nothing is refused, 1 where something is, 2 where the files cannot be found.
+Exit status: 0 if nothing is refused, 1 if something is, 2 if a file cannot be found.
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The tool's arguments."""
+    """The command's arguments."""
     parser = ToolParser(
-        description="Find whatever is wrong with COCO-format data before a model is trained on it.",
+        "fpn-plugin check",
+        description="Find what is wrong with COCO-format data before a model is trained on it.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("dataset", help="a COCO JSON, or the name of a registered dataset")
@@ -46,7 +47,7 @@ def argument_parser() -> argparse.ArgumentParser:
         choices=("decode", "headers", "none"),
         default="decode",
         help="decode: read every image, the only way to find those cut off (the default); headers: "
-        "sizes and kinds alone; none: the JSON alone",
+        "only sizes and kinds; none: only the JSON",
     )
     parser.add_argument("--examples", type=at_least(0), default=3, help="records shown of a kind")
     parser.add_argument(
@@ -96,13 +97,13 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def check_main(argv: Sequence[str] | None = None) -> None:
-    """Prints what is wrong with a dataset; exits with status 1 where training would refuse it.
+    """Prints what is wrong with a dataset; exits with status 1 if training would refuse it.
 
     Args:
         argv: arguments; those of the command line by default.
 
     Raises:
-        UserError: the dataset's files are not there.
+        UserError: the dataset's files do not exist.
     """
     args = argument_parser().parse_args(argv)
     json_file, folder = _files(args.dataset, args.folder)
@@ -128,10 +129,10 @@ def check_main(argv: Sequence[str] | None = None) -> None:
     content = report.as_json()
     read = report.contents
     classes = "1 class" if read.classes == 1 else f"{read.classes} classes"
-    told = f"{read.images} images, {read.boxes} boxes and {classes} were read"
+    summary = f"{read.images} images, {read.boxes} boxes and {classes} were read"
     if not args.test and not content["refused"]:
-        told += f"; {read.trained_on} boxes are trained on"
-    print(f"{told}\n{content['refused']} refused, {content['warnings']} warnings")
+        summary += f"; {read.trained_on} boxes are trained on"
+    print(f"{summary}\n{content['refused']} refused, {content['warnings']} warnings")
     if args.images != "decode":
         print("images were not read to their ends: those cut off are not found")
     if args.json:

@@ -1,4 +1,4 @@
-"""The command lines of all tools: one parser, and values that are refused where they are read."""
+"""The arguments of the commands: one parser, arguments that several share, types that refuse."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from typing import Any, NoReturn
 from detectron2.config import get_cfg
 
 from fpn_plugin.config import add_fpn_config, flat_keys
+from fpn_plugin.data.given_images import GivenImage, images_in, images_of_dataset
 from fpn_plugin.errors import UserError, near_names
 
 __all__ = [
     "ToolParser",
+    "add_shared",
     "at_least",
     "between",
     "dist_url",
+    "given_images",
     "input_file",
     "output_file",
     "output_folder",
@@ -30,12 +33,11 @@ __all__ = [
 
 
 class ToolParser(argparse.ArgumentParser):
-    """argparse's parser as the tools need it.
+    """argparse's parser as the commands need it.
 
-    Errors are a :class:`UserError`. In a parser that has ``opts``, the first config key ends the
-    values of the option before it, as in ``--input a.jpg b.jpg MODEL.WEIGHTS w.pth``; argparse's
-    intermixed parsing would give them all to ``--input``, and takes no ``REMAINDER``. Detectron2's
-    own parser, which has no option of several values, is taken in by ``parents``.
+    Errors are a :class:`UserError`. If a parser has ``opts``, the first config key ends the values
+    of the option before it, as in ``--input a.jpg b.jpg MODEL.WEIGHTS w.pth``. argparse's
+    intermixed parsing would give them all to ``--input``, and takes no ``REMAINDER``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,11 +64,11 @@ class ToolParser(argparse.ArgumentParser):
         return parsed, left
 
     def error(self, message: str) -> NoReturn:
-        """Raises a :class:`UserError`, which the tools print as one line with exit status 2."""
+        """Raises a :class:`UserError`, which the commands print as one line with exit status 2."""
         raise UserError(" ".join(message.splitlines()))
 
     def _check_options(self, words: Sequence[str]) -> None:
-        """Refuses options that there are not, with near names."""
+        """Refuses unknown options, with near names."""
         options = [option for action in self._actions for option in action.option_strings]
         for word in words:
             name = word.partition("=")[0]
@@ -116,13 +118,13 @@ def _is_number(text: str) -> bool:
 
 
 def at_least(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
-    """What argparse takes as ``type`` of a whole number that is not less than another.
+    """Argparse's ``type`` for a whole number that is not less than another.
 
     Args:
         least: the smallest that is taken.
         most: the largest.
     """
-    told = f"a whole number, {least} " + ("or more" if most == sys.maxsize else f"to {most}")
+    expected = f"a whole number, {least} " + ("or more" if most == sys.maxsize else f"to {most}")
 
     def read(text: str) -> int:
         try:
@@ -130,14 +132,14 @@ def at_least(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
         except ValueError:
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected {told}")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
         return value
 
     return read
 
 
 def between(least: float, most: float) -> Callable[[str], float]:
-    """What argparse takes as ``type`` of a number of a range; NaN is in none."""
+    """Argparse's ``type`` for a number of a range; NaN is in none."""
 
     def read(text: str) -> float:
         value = float(text) if _is_number(text) else float("nan")
@@ -149,7 +151,7 @@ def between(least: float, most: float) -> Callable[[str], float]:
 
 
 def input_file(text: str) -> str:
-    """What argparse takes as ``type`` of a file that is read."""
+    """Argparse's ``type`` for a file that is read."""
     if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file")
     if not os.path.isfile(text):
@@ -158,7 +160,7 @@ def input_file(text: str) -> str:
 
 
 def output_folder(text: str) -> str:
-    """What argparse takes as ``type`` of a folder that is written to; it need not be there."""
+    """Argparse's ``type`` for a folder that is written to; it need not be there."""
     if os.path.lexists(text) and not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a file, expected a folder to write to")
     _check_writable(text, Path(text))
@@ -166,7 +168,7 @@ def output_folder(text: str) -> str:
 
 
 def output_file(*suffixes: str) -> Callable[[str], str]:
-    """What argparse takes as ``type`` of a file that is written; its folder need not be there.
+    """Argparse's ``type`` for a file that is written; its folder need not be there.
 
     Args:
         suffixes: of which its name must have one; any where there are none.
@@ -176,8 +178,9 @@ def output_file(*suffixes: str) -> Callable[[str], str]:
         if os.path.isdir(text):
             raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file to write")
         if suffixes and Path(text).suffix.lower() not in suffixes:
-            told = f"{text!r}, expected a name that ends in {', '.join(suffixes)}"
-            raise argparse.ArgumentTypeError(told)
+            raise argparse.ArgumentTypeError(
+                f"{text!r}, expected a name that ends in {', '.join(suffixes)}"
+            )
         _check_writable(text, Path(text))
         return text
 
@@ -191,8 +194,8 @@ def _check_writable(text: str, path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
-        told = f"{text!r} cannot be made: {getattr(error, 'strerror', None) or error}"
-        raise argparse.ArgumentTypeError(told) from error
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {reason}") from error
     there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
     if there != path and not there.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(there)!r} is no folder")
@@ -201,10 +204,75 @@ def _check_writable(text: str, path: Path) -> None:
 
 
 def dist_url(text: str) -> str:
-    """What argparse takes as ``type`` of the address at which processes find each other."""
+    """Argparse's ``type`` for the address at which processes find each other."""
     known = re.fullmatch(r"tcp://\S+:(\d{1,5})|auto|env://|file:///.+", text)
     if known is None or (known[1] and not 0 < int(known[1]) < 2**16):
         raise argparse.ArgumentTypeError(
             f"{text!r}, expected tcp://HOST:PORT with a port from 1 to 65535, or auto"
         )
     return text
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--config-file": {
+        "required": True,
+        "metavar": "FILE",
+        "help": "path of a config, or name of a packaged one",
+    },
+    "--dataset": {
+        "action": "append",
+        "default": [],
+        "metavar": "NAME=JSON:IMAGES",
+        "help": "register COCO-format data under a name; may be given several times",
+    },
+    "opts": {"nargs": argparse.REMAINDER, "help": "config keys and values: KEY VALUE ..."},
+    "--output": {"type": output_folder, "help": "folder to write to (default: %(default)s)"},
+    "--threshold": {
+        "type": between(0, 1),
+        "default": 0.5,
+        "help": "least score of a detection to draw and count (default: %(default)s)",
+    },
+    "--input": {"nargs": "+", "metavar": "PATH", "help": "images, or folders of images"},
+    "--ground-truth": {
+        "metavar": "DATASET",
+        "help": "images of a dataset, its labels drawn next to the detections",
+    },
+    "--max-images": {"type": at_least(1), "help": "take only the first so many"},
+    "--optimize": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "help": "run a fast copy of the model: float32 gives the same detections",
+    },
+    "--num-gpus": {
+        "type": at_least(1, 1024),
+        "default": 1,
+        "help": "GPUs on this machine; with MODEL.DEVICE cpu, processes",
+    },
+    "--dist-url": {
+        "type": dist_url,
+        "default": "auto",
+        "help": "where processes find each other: auto, or tcp://HOST:PORT",
+    },
+}
+
+
+def add_shared(container: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Adds arguments that several commands have, each by its one definition.
+
+    Args:
+        container: a parser, or a group of one.
+        names: such as ``"--config-file"``, ``"--dataset"`` and ``"opts"``, the config keys.
+        changes: what is different in this command: a default, a help text.
+    """
+    for name in names:
+        container.add_argument(name, **(_SHARED[name] | changes))
+
+
+def given_images(args: argparse.Namespace) -> list[GivenImage]:
+    """The images that --input or --ground-truth names, up to --max-images.
+
+    Raises:
+        UserError: see :func:`images_in` and :func:`images_of_dataset`.
+    """
+    if args.ground_truth:
+        return images_of_dataset(args.ground_truth, "--ground-truth")[: args.max_images]
+    return images_in(args.input, "--input")[: args.max_images]

@@ -13,7 +13,7 @@ from fpn_plugin.fitting import Pyramid, ResizeRule, fit_pyramid, read_ground_tru
 from fpn_plugin.fitting.density import check_sampling
 from fpn_plugin.fitting.report import check_output, write_report
 
-from .common import ToolParser, output_folder
+from .common import ToolParser, add_shared
 
 __all__ = ["argument_parser", "fit_main"]
 
@@ -26,13 +26,13 @@ Examples:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of ``fpn-plugin fit``."""
+    """The command's arguments."""
     parser = ToolParser(
-        description="Which levels, canonical size and anchors your data wants: measures a config's "
-        "pyramid against labelled boxes, and writes a config that fits them better.",
+        "fpn-plugin fit",
+        description="Fit levels, canonical size and anchors to your data: measure a config's "
+        "pyramid against labelled boxes, and write a config that fits them better.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
         "--data",
         action="append",
@@ -41,14 +41,8 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a registered dataset or a COCO instances JSON; may be given several times; default: "
         "the config's DATASETS.TRAIN",
     )
-    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
-    parser.add_argument(
-        "--output",
-        type=output_folder,
-        default="output/fit",
-        help="folder of the report and config",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_shared(parser, "--output", default="output/fit")
+    add_shared(parser, "--config-file", "--dataset", "opts")
     return parser
 
 

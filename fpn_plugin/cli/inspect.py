@@ -1,4 +1,4 @@
-"""What tools/inspect_model.py does: says what a model is made of, in words and a picture."""
+"""``fpn-plugin inspect``: what a model is made of, in words and a picture."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.inspection.anatomy_text import anatomy_text
 from fpn_plugin.visualization.anatomy import draw_anatomy
 
-from .common import ToolParser, at_least, output_file
+from .common import ToolParser, add_shared, at_least, output_file
 
 __all__ = ["argument_parser", "inspect_main"]
 
 _EXAMPLES = """
 Examples:
-  inspect_model.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
-  inspect_model.py --config-file mini/faster_rcnn_R_18_FPN.yaml --size 256 256 \\
+  fpn-plugin inspect --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
+  fpn-plugin inspect --config-file mini/faster_rcnn_R_18_FPN.yaml --size 256 256 \\
       MODEL.FPN.CANONICAL_LEVEL 3
 """
 _LARGEST_SIDE = 10_000
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/inspect_model.py."""
+    """The command's arguments."""
     parser = ToolParser(
-        description="Say what a config's model is made of: levels, anchors, the box sizes that "
+        "fpn-plugin inspect",
+        description="Show what a config's model is made of: levels, anchors, the box sizes that "
         "Eq. (1) sends to each level, parameters and FLOPs by part. No weights are needed.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")
     parser.add_argument(
         "--size", nargs=2, type=at_least(1, _LARGEST_SIDE), metavar=("HEIGHT", "WIDTH"),
         help="of the image after resizing; by default of a 3:4 one by INPUT.MIN_SIZE_TEST, "
@@ -45,18 +45,19 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rois", type=at_least(1), help="that the box head sees; all proposals by default"
     )
-    parser.add_argument(
+    add_shared(
+        parser,
         "--output",
         type=output_file(".png", ".pdf", ".svg", ".jpg"),
         default="output/model.png",
-        help="the picture to write",
+        help="the picture to write (default: %(default)s)",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config options: KEY VALUE ...")
+    add_shared(parser, "--config-file", "opts")
     return parser
 
 
 def inspect_main(argv: Sequence[str] | None = None) -> None:
-    """Prints an anatomy and draws it.
+    """Prints a model's anatomy and draws it.
 
     Args:
         argv: arguments; those of the command line by default.

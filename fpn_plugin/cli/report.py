@@ -1,64 +1,44 @@
-"""What tools/report.py does: a run's curves, results, levels and errors in one file of HTML."""
+"""``fpn-plugin report``: a run's curves, results, levels and errors in one file of HTML."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-
-from fpn_plugin.data import check_datasets, read_image_or_say, register_datasets
-from fpn_plugin.engine.results import task_metrics
-from fpn_plugin.engine.settings import load_config
+from fpn_plugin.data import register_datasets
+from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
-from fpn_plugin.inspection.box_levels import BoxLevels
-from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, find_errors
-from fpn_plugin.mini import ensure_mini_datasets
-from fpn_plugin.utils.metrics import level_rows, loss_rows
-from fpn_plugin.visualization import plot_losses
-from fpn_plugin.visualization.errors import draw_mistakes, plot_errors
-from fpn_plugin.visualization.level_curves import FIGURES, plot_level_curves
-from fpn_plugin.visualization.page import Page
-from fpn_plugin.visualization.palette import level_title
+from fpn_plugin.visualization.run_page import run_page
 
-from .common import ToolParser, between, output_file
+from .common import ToolParser, add_shared, output_file
 
-__all__ = ["argument_parser", "report_main", "run_page"]
+__all__ = ["argument_parser", "report_main"]
 
-_WORST = 12
 _EXAMPLES = """
 Examples:
-  report.py output/demo
-  report.py output/cells --dataset cells_val=cells/val.json:cells/images --output cells.html
+  fpn-plugin report output/demo
+  fpn-plugin report output/cells --dataset cells_val=cells/val.json:cells/images \\
+      --output cells.html
 """
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of tools/report.py."""
+    """The command's arguments."""
     parser = ToolParser(
+        "fpn-plugin report",
         description="Put a run's curves, AP table, level statistics and worst errors into one file "
         "of HTML that needs no other.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("run", help="the folder of a training: config.yaml, metrics.json, ...")
-    parser.add_argument(
+    add_shared(
+        parser,
         "--output",
         type=output_file(),
         help="the file to write; report.html in that folder by default",
     )
-    parser.add_argument(
-        "--threshold",
-        type=between(0, 1),
-        default=0.5,
-        help="least score of a detection that counts",
-    )
-    parser.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES")
+    add_shared(parser, "--threshold", "--dataset")
     return parser
 
 
@@ -78,149 +58,9 @@ def report_main(argv: Sequence[str] | None = None) -> None:
             f"{str(run)!r} has no config.yaml: give the OUTPUT_DIR of a training or evaluation"
         )
     register_datasets(args.dataset)
-    page = run_page(run, args.threshold)
+    cfg = load_config(str(run / "config.yaml"))
+    html = run_page(run, cfg, args.threshold).html()
     path = Path(args.output) if args.output else run / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    html = page.html()
     path.write_text(html, encoding="utf-8")
     print(f"{path} ({len(html) / 1e6:.1f} MB)")
-
-
-def run_page(run: Path, threshold: float = 0.5) -> Page:
-    """The report on a run as a page; what the run does not have is said in its place.
-
-    Args:
-        run: its OUTPUT_DIR.
-        threshold: least score of a detection that counts.
-    """
-    cfg = load_config(str(run / "config.yaml"))
-    page = Page(f"Run {run.resolve().name}", _told(cfg))
-    with tempfile.TemporaryDirectory() as folder:
-        _add_results(page, run)
-        _add_losses(page, run, Path(folder))
-        _add_levels(page, run, Path(folder))
-        _add_errors(page, run, cfg, threshold, Path(folder))
-    return page
-
-
-def _told(cfg: CfgNode) -> str:
-    fpn = cfg.MODEL.FPN
-    network = fpn.BOTTOM_UP.removeprefix("build_").removesuffix("_backbone")
-    if "resnet" in network:
-        network = f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
-    return (
-        f"{cfg.MODEL.META_ARCHITECTURE} on {network}; k0 = {fpn.CANONICAL_LEVEL} at "
-        f"{fpn.CANONICAL_BOX_SIZE} px; input {cfg.INPUT.MIN_SIZE_TEST} px; trained on "
-        f"{', '.join(cfg.DATASETS.TRAIN)}: {cfg.SOLVER.MAX_ITER} iterations of "
-        f"{cfg.SOLVER.IMS_PER_BATCH} images, learning rate {cfg.SOLVER.BASE_LR:g}, seed {cfg.SEED}"
-    )
-
-
-def _add_results(page: Page, run: Path) -> None:
-    page.section("Results")
-    path = run / "results.json"
-    if not path.is_file():
-        page.text("Not evaluated: the run has no results.json.")
-        return
-    for task, metrics in task_metrics(json.loads(path.read_text())):
-        overall = {key: value for key, value in metrics.items() if "-" not in key}
-        page.text(f"{task}, in percent")
-        page.table(list(overall), [[_number(value) for value in overall.values()]])
-        by_class = {key[3:]: value for key, value in metrics.items() if key.startswith("AP-")}
-        if by_class:
-            page.text("AP by category")
-            names = list(by_class)
-            for start in range(0, len(names), 10):
-                some = names[start : start + 10]
-                page.table(some, [[_number(by_class[name]) for name in some]])
-
-
-def _number(value: float) -> float | str:
-    return "-" if value is None or math.isnan(value) else float(value)
-
-
-def _add_losses(page: Page, run: Path, folder: Path) -> None:
-    page.section("Losses")
-    if not loss_rows(run / "metrics.json"):
-        page.text("No training is logged here: metrics.json has no losses.")
-        return
-    picture = plot_losses(run / "metrics.json", folder / "losses.png")
-    page.picture(picture, "Losses and learning rate over the training.")
-
-
-def _add_levels(page: Page, run: Path, folder: Path) -> None:
-    page.section("Levels in training")
-    statistics = level_rows(run / "metrics.json")
-    if not any(name in statistics for name in FIGURES):
-        page.text("Not logged: train with MODEL.FPN.LEVEL_STATS_PERIOD 20 to see them here.")
-        return
-    picture = plot_level_curves(statistics, folder / "levels.png")
-    page.picture(picture, "What each level did: single iterations faint, running means drawn.")
-    levels = sorted({level for by_level in statistics.values() for level in by_level})
-    rows = []
-    for name, title in FIGURES.items():
-        if name in statistics:
-            means = [_late_mean(statistics[name].get(level, [])) for level in levels]
-            rows.append([title, *means])
-    page.text("Means over the last quarter of the training")
-    page.table(["", *map(level_title, levels)], rows)
-
-
-def _late_mean(points: Sequence[tuple[int, float]]) -> str:
-    late = [value for _, value in points[-max(len(points) // 4, 1) :]]
-    return f"{np.mean(late):.3g}" if late else "-"
-
-
-def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: Path) -> None:
-    page.section("Errors")
-    results = run / "inference" / "coco_instances_results.json"
-    if not results.is_file() or not cfg.DATASETS.TEST:
-        page.text(f"No detections: {results.name} is not in the run's folder inference.")
-        return
-    name = cfg.DATASETS.TEST[-1]  # the evaluation of each replaces the file of the one before
-    ensure_mini_datasets([name])
-    check_datasets([name], "DATASETS.TEST")
-    metadata = MetadataCatalog.get(name)
-    dataset = json.loads(Path(metadata.json_file).read_text())
-    levels = BoxLevels(cfg, dataset)
-    errors = find_errors(dataset, json.loads(results.read_text()), levels, threshold)
-    page.text(
-        f"On {name}: {len(errors.misses)} of {sum(errors.objects.values())} objects missed, "
-        f"{len(errors.false_alarms)} of {sum(errors.detections.values())} detections false, at "
-        f"scores of {threshold:g} and an IoU of 0.5. Sizes are COCO's, in pixels of the image. A "
-        "box's level is that of Eq. (1) for the box itself at the network's input size; a "
-        "detection was pooled for its proposal, whose level may be the next."
-    )
-    page.picture(
-        plot_errors(errors, levels.names, folder / "errors.png"),
-        "Objects missed and detections that are false, as shares of all of that size or level.",
-    )
-    _error_tables(page, errors, levels.names)
-    files = {image["id"]: image["file_name"] for image in dataset["images"]}
-
-    def image_of(image_id: int) -> np.ndarray:
-        return read_image_or_say(Path(metadata.image_root) / files[image_id])[:, :, ::-1]
-
-    for mistakes, told in (
-        (errors.misses, "The largest objects that were missed."),
-        (errors.false_alarms, "The false alarms with the highest scores."),
-    ):
-        if mistakes:
-            worst = mistakes[:_WORST]
-            page.picture(draw_mistakes(worst, image_of, folder / "worst.png"), told)
-
-
-def _error_tables(page: Page, errors: Errors, levels: Sequence[str]) -> None:
-    for mistakes, wholes, kinds, told in (
-        (errors.misses, errors.objects, MISS_KINDS, "missed"),
-        (errors.false_alarms, errors.detections, FALSE_ALARM_KINDS, "false"),
-    ):
-        rows = []
-        for place, groups in ((0, SIZES), (1, levels)):
-            for group in groups:
-                of_group = [m for m in mistakes if (m.size, m.level)[place] == group]
-                whole = sum(count for key, count in wholes.items() if key[place] == group)
-                by_kind = [sum(m.kind == kind for m in of_group) for kind in kinds]
-                rows.append([level_title(group), whole, len(of_group), *by_kind])
-        headers = ["", "objects" if told == "missed" else "detections", told, *kinds]
-        page.table(headers, rows)

@@ -15,7 +15,7 @@ from fpn_plugin.utils.atomic import written_whole
 from .expectations import verify_expected
 from .run_config import RunConfig
 
-__all__ = ["finish", "results_table", "save_results", "task_metrics"]
+__all__ = ["finish", "results_table", "save_results"]
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -39,22 +39,6 @@ def results_table(results: dict[str, Any]) -> str:
             "model may give for an image.\n"
         )
     return "\n".join(tables)
-
-
-def task_metrics(
-    results: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each task's name and its metrics; the name begins with the dataset's if there are several.
-
-    Args:
-        results: see :func:`results_table`.
-        prefix: what each name begins with.
-    """
-    for name, content in results.items():
-        if content and all(isinstance(value, dict) for value in content.values()):
-            yield from task_metrics(content, f"{prefix}{name} ")
-        elif content:
-            yield prefix + name, content
 
 
 def save_results(results: dict[str, Any], output_dir: str) -> None:

@@ -23,9 +23,6 @@ from .runs import RunFolder
 __all__ = ["Task", "gpus_of", "run_tasks", "tasks_for", "visible_gpus"]
 
 _POLL_SECONDS = 1.0
-_TRAIN = "from fpn_plugin.cli.train import train_main as main"
-_DUMP = "from fpn_plugin.cli.dump_proposals import dump_main as main"
-_CALL = "{}; from fpn_plugin.engine import run_tool; run_tool(main)"
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,13 @@ class Task:
         gpus = ["--num-gpus", str(max(1, num_gpus)), "--dist-url", "auto"]
         path = self.folder.path
         if self.dump:
-            code, args = _DUMP, ["--config-file", str(path / "config.yaml"), *gpus]
+            args = ["dump-proposals", "--config-file", str(path / "config.yaml"), *gpus]
             args += ["--splits", *self._datasets(), "--output", str(path / "proposals")]
             args += ["MODEL.WEIGHTS", str(path / "model_final.pth")]
         else:
-            code, args = _TRAIN, ["--config-file", self.folder.config_name, "--resume", *gpus]
+            args = ["train", "--config-file", self.folder.config_name, "--resume", *gpus]
             args += self.folder.all_opts()
-        return [sys.executable, "-c", _CALL.format(code), *args]
+        return [sys.executable, "-m", "fpn_plugin", *args]
 
 
 def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:

@@ -1,12 +1,13 @@
-"""Reading what Detectron2 logs of a training."""
+"""Metrics of trainings and evaluations, as Detectron2 logs and returns them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["level_rows", "loss_rows"]
+__all__ = ["level_rows", "loss_rows", "task_metrics"]
 
 
 def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
@@ -47,3 +48,19 @@ def _rows(metrics_file: Path, wanted: Callable[[dict[str, float]], bool]) -> lis
                 rows.pop()
             rows.append(row)
     return rows
+
+
+def task_metrics(
+    results: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each task's name and its metrics; the name begins with the dataset's if there are several.
+
+    Args:
+        results: of an evaluation, by task, or by dataset and task.
+        prefix: what each name begins with.
+    """
+    for name, content in results.items():
+        if content and all(isinstance(value, dict) for value in content.values()):
+            yield from task_metrics(content, f"{prefix}{name} ")
+        elif content:
+            yield prefix + name, content

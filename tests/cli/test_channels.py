@@ -16,15 +16,15 @@ from PIL import Image
 from evidence.tiny import make_squares, tiny_options
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
 from fpn_plugin.cli.check import check_main
-from fpn_plugin.cli.detect import demo_main
-from fpn_plugin.cli.dump_proposals import dump_main
+from fpn_plugin.cli.convert import convert_main
+from fpn_plugin.cli.detect import detect_main
+from fpn_plugin.cli.dump_proposals import dump_proposals_main
 from fpn_plugin.cli.export import export_main
 from fpn_plugin.cli.inspect import inspect_main
 from fpn_plugin.cli.optimize import optimize_main
 from fpn_plugin.cli.report import report_main
 from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.cli.visualize import visualize_main
-from fpn_plugin.conversion import convert_main
 from fpn_plugin.data import channels_first, read_picture, resized_picture, rgb_of
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector
@@ -94,7 +94,7 @@ def test_the_demo_finds_what_the_evaluation_found(run, tmp_path):
     assert evaluated(tmp_path / "again") == expected
     for name, opts in (("plain", []), ("fast", ["--optimize", "float32"])):
         output = ["--output", str(tmp_path / name)]
-        demo_main([*given, "--input", str(run.images), *output, *opts, *run.weights])
+        detect_main([*given, "--input", str(run.images), *output, *opts, *run.weights])
         records = json.loads((tmp_path / name / "detections.json").read_text())
         assert len(records) == len(expected) == 6
         for number, record in enumerate(records):
@@ -179,7 +179,7 @@ def test_dump_proposals(run, tmp_path):
     opts = ["MODEL.META_ARCHITECTURE", "ProposalNetwork", *run.weights]
     name = f"squares_{run.format}"
     given = [*run.config, *run.registered, "--splits", name, "--output", str(tmp_path)]
-    dump_main([*given, *opts])
+    dump_proposals_main([*given, *opts])
     dumped = pickle.loads((tmp_path / f"{name}.pkl").read_bytes())
     cfg = run.cfg.clone()
     cfg.merge_from_list(opts)
@@ -290,9 +290,9 @@ def test_check_dataset_says_what_a_format_loses(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_channels_that_do_not_fit_are_named(opts, told):
-    for tool in (inspect_main, demo_main):
-        given = ["--input", __file__] if tool is demo_main else []
-        output = "nowhere" if tool is demo_main else "nowhere.png"
+    for tool in (inspect_main, detect_main):
+        given = ["--input", __file__] if tool is detect_main else []
+        output = "nowhere" if tool is detect_main else "nowhere.png"
         with pytest.raises(UserError, match=told) as raised:
             tool(["--config-file", FASTER, *given, "--output", output, *NARROW, *opts])
         assert "\n" not in str(raised.value)

@@ -12,7 +12,7 @@ from PIL import Image
 from evidence.benchmark.report import write_report
 from evidence.benchmark.timing import Comparison, compare
 from fpn_plugin import UserError
-from fpn_plugin.cli.detect import demo_main
+from fpn_plugin.cli.detect import detect_main
 from fpn_plugin.cli.optimize import optimize_main
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.deploy import optimize
@@ -35,7 +35,7 @@ def run(trained, config_of, images, tmp_path) -> list[str]:
 def test_the_demo_gives_the_same_detections_optimised(run, tmp_path, capsys):
     found = {}
     for name, opts in (("plain", []), ("fast", ["--optimize", "float32"])):
-        demo_main(
+        detect_main(
             [*run, "--input", str(tmp_path / "0.png"), "--output", str(tmp_path / name), *opts]
         )
         (only,) = json.loads((tmp_path / name / "detections.json").read_text())
@@ -73,7 +73,7 @@ def test_optimize_names_a_row_by_what_ran(run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "neither a file nor a folder"), ("empty", "no images")]
+    ("path", "message"), [("nowhere", "neither a file nor a folder"), ("empty", "without images")]
 )
 def test_optimize_names_images_that_are_not_there(run, tmp_path, path, message):
     (tmp_path / "empty").mkdir()

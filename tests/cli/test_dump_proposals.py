@@ -11,13 +11,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from PIL import Image
 
 from fpn_plugin import UserError
-from fpn_plugin.cli import dump_proposals as proposals
-from fpn_plugin.cli.dump_proposals import dump_main
+from fpn_plugin.cli.dump_proposals import dump_proposals_main
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import read_image_or_say
 from fpn_plugin.data.dataset_records import dataset_records
 from fpn_plugin.data.proposal_files import with_proposals
-from fpn_plugin.engine import FPNTrainer, load_config
+from fpn_plugin.engine import FPNTrainer, load_config, proposal_dump
 
 TINY = [
     "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)",
@@ -65,7 +64,7 @@ def args(own: str, weights: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights, tmp_path):
-    dump_main(args(own, weights, tmp_path / "p"))
+    dump_proposals_main(args(own, weights, tmp_path / "p"))
     saved = pickle.loads((tmp_path / "p" / "proposed.pkl").read_bytes())
     assert saved["ids"] == [10, 11, 12, 13, 14]
     model = FPNTrainer.build_model(load_config(RPN, TINY)).eval()
@@ -85,7 +84,7 @@ def test_the_file_holds_the_models_proposals_in_pixels_of_the_image(own, weights
 
 
 def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_path):
-    dump_main(args(own, weights, tmp_path / "p"))
+    dump_proposals_main(args(own, weights, tmp_path / "p"))
     file = str(tmp_path / "p" / "proposed.pkl")
     stock, ours = (
         read(["proposed"], filter_empty=False, proposal_files=[file])
@@ -107,8 +106,8 @@ def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_
 
 
 def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(proposals, "_IMAGES_PER_PART", 2)
-    whole, made = proposals._write_part, []
+    monkeypatch.setattr(proposal_dump, "_IMAGES_PER_PART", 2)
+    whole, made = proposal_dump._write_part, []
 
     def cut_off(cfg, model, records, part):
         if len(made) == 2:
@@ -116,15 +115,15 @@ def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
         made.append([record["image_id"] for record in records])
         whole(cfg, model, records, part)
 
-    monkeypatch.setattr(proposals, "_write_part", cut_off)
+    monkeypatch.setattr(proposal_dump, "_write_part", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        dump_main(args(own, weights, tmp_path / "p"))
+        dump_proposals_main(args(own, weights, tmp_path / "p"))
     assert not (tmp_path / "p" / "proposed.pkl").exists()
     made.clear()
-    dump_main(args(own, weights, tmp_path / "p"))
+    dump_proposals_main(args(own, weights, tmp_path / "p"))
     assert made == [[14]]  # the two parts before were there
     monkeypatch.undo()
-    dump_main(args(own, weights, tmp_path / "at_once"))
+    dump_proposals_main(args(own, weights, tmp_path / "at_once"))
     cut, at_once = ((tmp_path / name / "proposed.pkl").read_bytes() for name in ("p", "at_once"))
     assert cut == at_once
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
@@ -138,24 +137,26 @@ def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
     parts.mkdir(parents=True)
     (parts / "made_by").write_text("something else")
     with pytest.raises(SystemExit):
-        dump_main(args(own, weights, tmp_path / "p"))
+        dump_proposals_main(args(own, weights, tmp_path / "p"))
     assert "proposed.parts holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_proposals_of_other_weights_are_not_taken_for_these(own, weights, tmp_path, capfd):
-    dump_main(args(own, weights, tmp_path / "p"))
-    dump_main(args(own, weights, tmp_path / "p"))
-    assert "proposed.pkl is there already" in capfd.readouterr().out
+    dump_proposals_main(args(own, weights, tmp_path / "p"))
+    dump_proposals_main(args(own, weights, tmp_path / "p"))
+    assert "proposed.pkl exists already" in capfd.readouterr().out
     state = torch.load(weights)
     torch.save(state, weights)  # trained again
     with pytest.raises(SystemExit):
-        dump_main(args(own, weights, tmp_path / "p"))
+        dump_proposals_main(args(own, weights, tmp_path / "p"))
     assert "proposed.pkl holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
     with pytest.raises(UserError, match="MODEL.META_ARCHITECTURE ProposalNetwork"):
-        dump_main(args(own, weights, tmp_path / "p", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"))
+        dump_proposals_main(
+            args(own, weights, tmp_path / "p", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+        )
 
 
 @pytest.mark.parametrize(

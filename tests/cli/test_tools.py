@@ -15,7 +15,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from fpn_plugin.cli.detect import demo_main
+from fpn_plugin.cli.detect import detect_main
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.engine import run_tool
 from fpn_plugin.mini import ensure_mini
@@ -229,7 +229,7 @@ def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_pa
 
 def test_the_demo_draws_ground_truth_beside(own_data, trained, tmp_path, call):
     more = ["--ground-truth", "own", "--max-images", "1", "--output", tmp_path]
-    status, _, err = call(demo_main, *demo_args(own_data, trained, *more))
+    status, _, err = call(detect_main, *demo_args(own_data, trained, *more))
     assert status == 0, err[-2000:]
     (picture,) = tmp_path.glob("*.png")
     assert json.loads((tmp_path / "detections.json").read_text())[0]["picture"] == picture.name
@@ -243,7 +243,7 @@ def test_an_unreadable_image_among_others_is_named_at_the_end(own_data, trained,
     (folder / "a.png").write_bytes((own_data / "images" / "0.png").read_bytes())
     (folder / "b.png").write_text("no image")
     args = demo_args(own_data, trained, "--input", folder, "--output", tmp_path / "out")
-    status, _, err = call(demo_main, *args)
+    status, _, err = call(detect_main, *args)
     assert status == 2
     assert "1 of 2 images left out: cannot read image" in one_line(err)
     assert (tmp_path / "out" / "a.png").is_file()
@@ -254,7 +254,7 @@ def test_the_demo_does_not_write_over_its_input(own_data, trained, tmp_path, cal
     image.write_bytes((own_data / "images" / "0.png").read_bytes())
     before = image.read_bytes()
     args = demo_args(own_data, trained, "--input", tmp_path, "--output", tmp_path)
-    status, _, err = call(demo_main, *args)
+    status, _, err = call(detect_main, *args)
     assert status == 2
     assert "would write over the image" in one_line(err)
     assert image.read_bytes() == before
@@ -270,7 +270,7 @@ def test_the_demo_does_not_write_over_its_input(own_data, trained, tmp_path, cal
 )
 def test_a_demo_of_another_model_is_one_line(own_data, trained, tmp_path, opts, message, call):
     args = demo_args(own_data, trained, "--input", own_data / "images", "--output", tmp_path)
-    status, _, err = call(demo_main, *args, *opts)
+    status, _, err = call(detect_main, *args, *opts)
     assert status == 2
     assert message in one_line(err)
 

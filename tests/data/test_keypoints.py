@@ -20,7 +20,7 @@ from PIL import Image
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.check import check_main
-from fpn_plugin.cli.detect import demo_main
+from fpn_plugin.cli.detect import detect_main
 from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import (
     ReadableImageMapper,
@@ -264,7 +264,7 @@ def test_keypoint_rcnn_trains_evaluates_and_draws(spec, tmp_path, monkeypatch):
     evaluation = ["--eval-only", *args, "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     train_main([*evaluation, "DATASETS.TRAIN", "('not there',)"])
     weights = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
-    demo_main([
+    detect_main([
         "--config-file", str(tmp_path / "run" / "config.yaml"), "--ground-truth", "beetles",
         "--dataset", spec, "--output", str(tmp_path / "seen"), "--threshold", "0",
         "--max-images", "1", *weights, "TEST.DETECTIONS_PER_IMAGE", "2",

@@ -9,8 +9,9 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
-from fpn_plugin.cli.export import differences, export_main
+from fpn_plugin.cli.export import export_main
 from fpn_plugin.deploy.export import batched, export_graph, exportable, load_exported
+from fpn_plugin.deploy.export_check import detection_differences
 
 KINDS = ("faster", "mask", "retinanet")
 
@@ -52,7 +53,7 @@ def threshold_owner(model) -> torch.nn.Module:
 
 
 def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
-    found = differences(model, exported, cases)
+    found = detection_differences(model, exported, cases)
     assert found["other"] == 0
     assert found["box (px)"] <= box_px
     assert found["score"] <= score
@@ -182,7 +183,7 @@ def test_a_difference_is_counted(trained, cases):
         boxes, scores, classes, index, masks = graph(images, sizes)
         return boxes[1:] + 0.25, scores[1:], classes[1:], index[1:], masks[1:] * 0.75
 
-    found = differences(model, changed, cases[:1])
+    found = detection_differences(model, changed, cases[:1])
     assert found["other"] == 1
     assert found["box (px)"] >= 0.25
     assert 0.1 < found["mask"] <= 0.25
@@ -191,7 +192,7 @@ def test_a_difference_is_counted(trained, cases):
         box = torch.tensor([[0.0, 0, 5, 5]])
         return box, torch.ones(1), *torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, 28, 28)
 
-    assert differences(model, of_no_image, [[]])["other"] == 1
+    assert detection_differences(model, of_no_image, [[]])["other"] == 1
 
 
 AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
-from fpn_plugin.conversion import convert_main
+from fpn_plugin.cli.convert import convert_main
 from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
 

@@ -13,7 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from fpn_plugin import UserError
-from fpn_plugin.cli.images import given_images
+from fpn_plugin.cli.common import given_images
 from fpn_plugin.cli.train import train_main
 from fpn_plugin.data import check_coco, check_dataset
 from fpn_plugin.engine import load_config

@@ -1,0 +1,191 @@
+"""An RPN's proposals of datasets, in files that Detectron2 reads.
+
+Fast R-CNN on fixed proposals (paper, section 5.2) is trained on such files, through
+MODEL.LOAD_PROPOSALS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.utils.data import SequentialSampler
+from tqdm import tqdm
+
+from fpn_plugin.data import (
+    Needs,
+    ReadableImageMapper,
+    check_datasets,
+    check_records,
+    register_datasets,
+    registered_specs,
+)
+from fpn_plugin.errors import UserError
+
+from .checkpoint import StrictCheckpointer
+from .launch import launch
+from .trainer import FPNTrainer
+
+__all__ = ["dump_proposals"]
+
+_IMAGES_PER_PART = 100  # what an interrupted run loses at most
+
+
+def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Writes ``<output>/<dataset>.pkl`` for each dataset.
+
+    A file holds, for every image, at most MODEL.RPN.POST_NMS_TOPK_TEST boxes: XYXY in pixels of
+    the original image, float32, and their objectness logits.
+
+    Args:
+        cfg: of a ProposalNetwork; its MODEL.DEVICE is settled. It is frozen.
+        args: ``dataset``, ``splits``, ``output``, and those that :func:`launch` reads.
+
+    Raises:
+        UserError: a dataset cannot be used, the model gives no proposals, or the output holds
+            proposals of other weights or another config.
+    """
+    register_datasets(args.dataset, checked=True)  # below
+    check_datasets(args.splits, "--splits")
+    check_records(args.splits, Needs.of(cfg, training=False))
+    args.dataset = registered_specs(args.dataset)
+    if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, whose output is not only "
+            "proposals: give the config of an RPN, or MODEL.META_ARCHITECTURE ProposalNetwork to "
+            "take the RPN of a detector"
+        )
+    cfg.freeze()
+    launch(_worker, args, cfg.MODEL.DEVICE, (cfg, args))
+
+
+def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
+    register_datasets(args.dataset, checked=True)
+    setup_logger(name="fvcore")
+    model = FPNTrainer.build_model(cfg).eval()
+    StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    for split in args.splits:
+        target = Path(args.output) / f"{split}.pkl"
+        if target.is_file() and _stamp_of(target).is_file():
+            _check_stamp(cfg, _stamp_of(target), target)
+            print(f"{target} exists already")
+            continue
+        _dump(cfg, model, split, target)
+
+
+def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path) -> None:
+    """One dataset's file, merged from parts; parts that exist are not made again."""
+    records = DatasetCatalog.get(split)
+    parts_folder = target.with_suffix(".parts")
+    work = {
+        parts_folder / f"{start:07d}.npz": records[start : start + _IMAGES_PER_PART]
+        for start in range(0, len(records), _IMAGES_PER_PART)
+    }
+    if comm.is_main_process():
+        _check_stamp(cfg, parts_folder / "made_by", parts_folder)
+        parts_folder.mkdir(parents=True, exist_ok=True)
+        (parts_folder / "made_by").write_text(_stamp(cfg))
+    comm.synchronize()
+    mine = list(work.items())[comm.get_rank() :: comm.get_world_size()]
+    with tqdm(
+        total=sum(len(of_part) for _, of_part in mine),
+        desc=f"proposals of {split}",
+        unit="image",
+        disable=not comm.is_main_process(),
+    ) as bar:
+        for part, of_part in mine:
+            if not part.is_file():
+                _write_part(cfg, model, of_part, part)
+            bar.update(len(of_part))
+    comm.synchronize()
+    if comm.is_main_process():
+        _merge(list(work), target)
+        _stamp_of(target).write_text(_stamp(cfg))
+        shutil.rmtree(parts_folder)
+
+
+def _stamp(cfg: CfgNode) -> str:
+    """Digits that change with the config and with the weights file."""
+    weights = Path(cfg.MODEL.WEIGHTS)
+    written = weights.stat().st_mtime_ns if weights.is_file() else ""
+    return hashlib.sha256(f"{cfg.dump()}{written}".encode()).hexdigest()
+
+
+def _stamp_of(target: Path) -> Path:
+    return target.with_suffix(".made_by")
+
+
+def _check_stamp(cfg: CfgNode, stamp: Path, what: Path) -> None:
+    """Refuses proposals that other weights or settings made or began."""
+    if stamp.is_file() and stamp.read_text() != _stamp(cfg):
+        raise UserError(
+            f"{what} holds proposals of other weights or another config: remove it, or give "
+            "another --output"
+        )
+
+
+def _write_part(cfg: CfgNode, model: nn.Module, records: list[dict[str, Any]], part: Path) -> None:
+    loader = build_detection_test_loader(
+        records,
+        mapper=ReadableImageMapper(cfg, is_train=False),
+        sampler=SequentialSampler(records),  # processes have divided the parts among them already
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    boxes, logits = [], []
+    with torch.inference_mode():
+        for inputs in loader:
+            for output in model(inputs):
+                proposals = output["proposals"].to("cpu")
+                boxes.append(proposals.proposal_boxes.tensor.numpy())
+                logits.append(proposals.objectness_logits.numpy())
+    partial = part.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            ids=[record["image_id"] for record in records],
+            boxes=np.concatenate(boxes),
+            logits=np.concatenate(logits),
+            counts=[len(of_image) for of_image in boxes],
+        )
+    os.replace(partial, part)  # a part that has its name is whole
+
+
+def _merge(parts: Sequence[Path], target: Path) -> None:
+    """Writes what Detectron2's load_proposals_into_dataset reads: a pickle of lists, one entry an
+    image.
+    """
+    ids: list[int | str] = []
+    boxes: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
+    for part in parts:
+        with np.load(part) as content:
+            ids += content["ids"].tolist()
+            borders = np.cumsum(content["counts"])[:-1]
+            boxes += np.split(content["boxes"], borders)
+            logits += np.split(content["logits"], borders)
+    partial = target.with_suffix(".partial")
+    with partial.open("wb") as file:
+        pickle.dump(
+            {
+                "ids": ids,
+                "boxes": boxes,
+                "objectness_logits": logits,
+                "bbox_mode": BoxMode.XYXY_ABS.value,
+            },
+            file,
+        )
+    os.replace(partial, target)

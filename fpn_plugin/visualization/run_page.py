@@ -1,0 +1,170 @@
+"""A run's results, curves, levels and errors as one page of HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from fpn_plugin.data import check_datasets, read_image_or_say
+from fpn_plugin.inspection.box_levels import BoxLevels
+from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, find_errors
+from fpn_plugin.mini import ensure_mini_datasets
+from fpn_plugin.utils.metrics import level_rows, loss_rows, task_metrics
+
+from .errors import draw_mistakes, plot_errors
+from .level_curves import FIGURES, plot_level_curves
+from .losses import plot_losses
+from .page import Page
+from .palette import level_title
+
+__all__ = ["run_page"]
+
+_WORST = 12
+
+
+def run_page(run: Path, cfg: CfgNode, threshold: float = 0.5) -> Page:
+    """The report on a run as a page; it names what the run does not have.
+
+    Args:
+        run: its OUTPUT_DIR.
+        cfg: its config.
+        threshold: least score of a detection that counts.
+    """
+    page = Page(f"Run {run.resolve().name}", _summary(cfg))
+    with tempfile.TemporaryDirectory() as folder:
+        _add_results(page, run)
+        _add_losses(page, run, Path(folder))
+        _add_levels(page, run, Path(folder))
+        _add_errors(page, run, cfg, threshold, Path(folder))
+    return page
+
+
+def _summary(cfg: CfgNode) -> str:
+    fpn = cfg.MODEL.FPN
+    network = fpn.BOTTOM_UP.removeprefix("build_").removesuffix("_backbone")
+    if "resnet" in network:
+        network = f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
+    return (
+        f"{cfg.MODEL.META_ARCHITECTURE} on {network}; k0 = {fpn.CANONICAL_LEVEL} at "
+        f"{fpn.CANONICAL_BOX_SIZE} px; input {cfg.INPUT.MIN_SIZE_TEST} px; trained on "
+        f"{', '.join(cfg.DATASETS.TRAIN)}: {cfg.SOLVER.MAX_ITER} iterations of "
+        f"{cfg.SOLVER.IMS_PER_BATCH} images, learning rate {cfg.SOLVER.BASE_LR:g}, seed {cfg.SEED}"
+    )
+
+
+def _add_results(page: Page, run: Path) -> None:
+    page.section("Results")
+    path = run / "results.json"
+    if not path.is_file():
+        page.text("Not evaluated: the run has no results.json.")
+        return
+    for task, metrics in task_metrics(json.loads(path.read_text())):
+        overall = {key: value for key, value in metrics.items() if "-" not in key}
+        page.text(f"{task}, in percent")
+        page.table(list(overall), [[_number(value) for value in overall.values()]])
+        by_class = {key[3:]: value for key, value in metrics.items() if key.startswith("AP-")}
+        if by_class:
+            page.text("AP by category")
+            names = list(by_class)
+            for start in range(0, len(names), 10):
+                some = names[start : start + 10]
+                page.table(some, [[_number(by_class[name]) for name in some]])
+
+
+def _number(value: float) -> float | str:
+    return "-" if value is None or math.isnan(value) else float(value)
+
+
+def _add_losses(page: Page, run: Path, folder: Path) -> None:
+    page.section("Losses")
+    if not loss_rows(run / "metrics.json"):
+        page.text("No training is logged: metrics.json has no losses.")
+        return
+    picture = plot_losses(run / "metrics.json", folder / "losses.png")
+    page.picture(picture, "Losses and learning rate over the training.")
+
+
+def _add_levels(page: Page, run: Path, folder: Path) -> None:
+    page.section("Levels in training")
+    statistics = level_rows(run / "metrics.json")
+    if not any(name in statistics for name in FIGURES):
+        page.text("Not logged: train with MODEL.FPN.LEVEL_STATS_PERIOD 20 to see them here.")
+        return
+    picture = plot_level_curves(statistics, folder / "levels.png")
+    page.picture(picture, "What each level did: single iterations faint, running means drawn.")
+    levels = sorted({level for by_level in statistics.values() for level in by_level})
+    rows = []
+    for name, title in FIGURES.items():
+        if name in statistics:
+            means = [_late_mean(statistics[name].get(level, [])) for level in levels]
+            rows.append([title, *means])
+    page.text("Means over the last quarter of the training")
+    page.table(["", *map(level_title, levels)], rows)
+
+
+def _late_mean(points: Sequence[tuple[int, float]]) -> str:
+    late = [value for _, value in points[-max(len(points) // 4, 1) :]]
+    return f"{np.mean(late):.3g}" if late else "-"
+
+
+def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: Path) -> None:
+    page.section("Errors")
+    results = run / "inference" / "coco_instances_results.json"
+    if not results.is_file() or not cfg.DATASETS.TEST:
+        page.text(f"No detections: {results.name} is not in the run's folder inference.")
+        return
+    name = cfg.DATASETS.TEST[-1]  # the evaluation of each replaces the file of the one before
+    ensure_mini_datasets([name])
+    check_datasets([name], "DATASETS.TEST")
+    metadata = MetadataCatalog.get(name)
+    dataset = json.loads(Path(metadata.json_file).read_text())
+    levels = BoxLevels(cfg, dataset)
+    errors = find_errors(dataset, json.loads(results.read_text()), levels, threshold)
+    page.text(
+        f"On {name}: {len(errors.misses)} of {sum(errors.objects.values())} objects missed, "
+        f"{len(errors.false_alarms)} of {sum(errors.detections.values())} detections false, at "
+        f"scores of {threshold:g} and an IoU of 0.5. Sizes are COCO's, in pixels of the image. A "
+        "box's level is that of Eq. (1) for the box itself at the network's input size; a "
+        "detection was pooled for its proposal, whose level may be the next."
+    )
+    page.picture(
+        plot_errors(errors, levels.names, folder / "errors.png"),
+        "Objects missed and detections that are false, as shares of all of that size or level.",
+    )
+    _error_tables(page, errors, levels.names)
+    files = {image["id"]: image["file_name"] for image in dataset["images"]}
+
+    def image_of(image_id: int) -> np.ndarray:
+        return read_image_or_say(Path(metadata.image_root) / files[image_id])[:, :, ::-1]
+
+    for mistakes, caption in (
+        (errors.misses, "The largest objects that were missed."),
+        (errors.false_alarms, "The false alarms with the highest scores."),
+    ):
+        if mistakes:
+            worst = mistakes[:_WORST]
+            page.picture(draw_mistakes(worst, image_of, folder / "worst.png"), caption)
+
+
+def _error_tables(page: Page, errors: Errors, levels: Sequence[str]) -> None:
+    for mistakes, wholes, kinds, found in (
+        (errors.misses, errors.objects, MISS_KINDS, "missed"),
+        (errors.false_alarms, errors.detections, FALSE_ALARM_KINDS, "false"),
+    ):
+        rows = []
+        for place, groups in ((0, SIZES), (1, levels)):
+            for group in groups:
+                of_group = [m for m in mistakes if (m.size, m.level)[place] == group]
+                whole = sum(count for key, count in wholes.items() if key[place] == group)
+                by_kind = [sum(m.kind == kind for m in of_group) for kind in kinds]
+                rows.append([level_title(group), whole, len(of_group), *by_kind])
+        headers = ["", "objects" if found == "missed" else "detections", found, *kinds]
+        page.table(headers, rows)
