@@ -123,15 +123,6 @@ def test_a_lazy_name_is_the_yamls(before):
     assert list(get_config(before + FCOS)) == list(expected)
 
 
-def test_a_config_that_ends_in_py_is_lazy_without_being_said(monkeypatch, squares, tmp_path):
-    started = []
-    monkeypatch.setattr("fpn_plugin.engine.run.launch", lambda *args: started.append(args[-1][0]))
-    for name in ("lazy/mini/faster_rcnn_R_18_FPN.py", "mini/faster_rcnn_R_18_FPN.py"):
-        args = ["--config-file", name, f"train.output_dir={tmp_path}", "train.seed=3"]
-        train_main([*args, "train.device=cpu"])
-    assert [(type(run), run.config["seed"]) for run in started] == [(LazyRun, 3)] * 2
-
-
 def test_a_settings_difference_would_be_seen():
     cfg = yacs_of(FASTER)
     theirs = settings(build_model(cfg))
@@ -268,6 +259,15 @@ def lazy_args(name, dataset, tmp_path):
         "--config-file", f"lazy/mini/{name}.py", "--dataset", dataset, *names, *output,
         "model.roi_heads.num_classes=1",
     ]  # fmt: skip
+
+
+def test_a_config_that_ends_in_py_is_lazy_without_being_said(monkeypatch, squares, tmp_path):
+    started = []
+    monkeypatch.setattr(run, "launch", lambda *args: started.append(args[-1][0]))
+    train_main([*lazy_args("faster_rcnn_R_18_FPN", squares, tmp_path), "train.seed=3"])
+    assert [(type(each), each.config["seed"]) for each in started] == [(LazyRun, 3)]
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop("squares", None)
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,8 @@ def test_every_key_is_carried_over_or_refused():
     bottom_up = ("MODEL.FPN.BOTTOM_UP",)
     bases = [
         yacs_of("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"),
-        yacs_of("mini/table2_c_FPN.yaml", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "INPUT.CROP.ENABLED", True),
+        yacs_of("mini/table2_c_FPN.yaml", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1,
+                "INPUT.CROP.ENABLED", True),
         yacs_of("COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
         yacs_of("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
                 "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", False),
