@@ -48,7 +48,8 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # ... and k0, the level that a box of that size is pooled from.
         "CANONICAL_LEVEL": 4,
         # Every so many iterations of a training, log what each level does; 0: never. 20 is the
-        # period in which Detectron2 writes.
+        # period in which Detectron2 writes. FPNTrainer reads it; Detectron2's DefaultTrainer does
+        # not: there, register fpn_plugin.engine.level_statistics.LevelStatistics as a hook.
         "LEVEL_STATS_PERIOD": 0,
         # True: train with the bottom-up pathway compiled by torch.compile, on any device.
         "COMPILE": False,

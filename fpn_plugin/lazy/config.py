@@ -1,4 +1,4 @@
-"""Lazy configs: of a packaged model, by the name of its YAML, and of a user's own Python file."""
+"""Lazy configs: made from a YAML, or a user's own Python file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
 from fpn_plugin import model_zoo
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.engine.settings import load_config
+from fpn_plugin.errors import UserError
 
 from .checking import check_arguments, check_override_keys, check_override_types
 from .model import model_node
@@ -20,46 +21,42 @@ __all__ = ["get_config", "load_lazy_config"]
 
 
 def get_config(name: str) -> DictConfig:
-    """The lazy config of a packaged model, made from its YAML.
+    """The lazy config of a model, made from its YAML.
 
     Args:
-        name: of the YAML, as ``"COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``. ``configs/`` and
-            ``lazy/`` before it are left out, and ``.py`` is taken for ``.yaml``. FCOS, which has
-            no YAML, is ``"COCO-Detection/fcos_R_50_FPN_1x.py"``.
+        name: path of a YAML, or name of a packaged one, as
+            ``"COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``. In a packaged one's name, ``.py`` is
+            taken for ``.yaml``, and ``lazy/`` or ``configs/`` before it is left out. FCOS, which
+            has no YAML, is ``"COCO-Detection/fcos_R_50_FPN_1x.py"``.
 
     Returns:
         Nodes ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and ``train``, in this
         order.
 
     Raises:
-        UserError: there is none of that name, or it has a part that has no lazy form here.
+        UserError: there is no such YAML, or it has a part that has no lazy form here.
     """
-    stem = name.removeprefix("./").removeprefix("configs/").removeprefix("lazy/")
-    stem = stem.removesuffix(".py").removesuffix(".yaml")
-    known = model_zoo.names()
-    if f"{stem}.yaml" in known:
-        cfg = model_zoo.get_config(f"{stem}.yaml")
-        nodes = {
-            "model": model_node(cfg),
-            "optimizer": optimizer_node(cfg),
-            "lr_multiplier": schedule_node(cfg),
-            "dataloader": dataloader_node(cfg),
-            "train": train_node(cfg),
-        }
-        return OmegaConf.create(nodes, flags={"allow_objects": True})
-    if f"lazy/{stem}.py" in model_zoo.lazy_names():
-        return LazyConfig.load(model_zoo.get_config_file(f"lazy/{stem}.py"))
-    known += [each.removeprefix("lazy/") for each in model_zoo.lazy_names()]
-    raise UserError(
-        f"no lazy config {name!r}, neither as a path nor in the package: {near_names(stem, known)}"
-    )
+    if name.endswith(".py") or not Path(name).is_file():
+        name = name.removeprefix("./").removeprefix("configs/").removeprefix("lazy/")
+        stem = name.removesuffix(".py").removesuffix(".yaml")
+        if f"{stem}.yaml" not in model_zoo.names() and f"lazy/{stem}.py" in model_zoo.lazy_names():
+            return LazyConfig.load(model_zoo.get_config_file(f"lazy/{stem}.py"))
+        name = f"{stem}.yaml"
+    cfg = load_config(name)
+    nodes = {
+        "model": model_node(cfg),
+        "optimizer": optimizer_node(cfg),
+        "lr_multiplier": schedule_node(cfg),
+        "dataloader": dataloader_node(cfg),
+        "train": train_node(cfg),
+    }
+    return OmegaConf.create(nodes, flags={"allow_objects": True})
 
 
 def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A lazy config from a path or, failing that, the packaged one of that name.
+    """A lazy config, from a .py file or by :func:`get_config`, with overrides.
 
-    A lazy config is Python and is run, as are those that it imports: load only those whose author
-    you trust.
+    A .py file is run, as are those that it imports: load only those whose author you trust.
 
     Args:
         name: path of a .py file, or see :func:`get_config`.
@@ -76,14 +73,8 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(
                 f"option {override!r}: lazy configs take key=value, as train.max_iter=9"
             )
-    is_file = Path(name).is_file()
-    if is_file and not name.endswith(".py") and name not in model_zoo.names():
-        # Detectron2 reads others with tags that run code, and calls what they name as _target_.
-        raise UserError(
-            f"{name} is not a .py file: a lazy config is Python or the name of a packaged model; "
-            "a YAML of your own is for fpn-plugin train"
-        )
-    cfg = LazyConfig.load(name) if is_file and name.endswith(".py") else get_config(name)
+    is_own = name.endswith(".py") and Path(name).is_file()
+    cfg = LazyConfig.load(name) if is_own else get_config(name)
     missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
     if missing:
         raise UserError(f"{name} is no config of a training: it has no {', '.join(missing)}")

@@ -84,9 +84,9 @@ SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: [], WARMUP_ITERS: 0}
 TEST: {DETECTIONS_PER_IMAGE: 5}
 """
 LAZY = """
-from fpn_plugin.lazy import twin
+from fpn_plugin.lazy import get_config
 
-model, optimizer, lr_multiplier, dataloader, train = twin({!r})
+model, optimizer, lr_multiplier, dataloader, train = get_config({!r}).values()
 """
 
 
