@@ -23,7 +23,7 @@ from fpn_plugin.data import (
 from fpn_plugin.engine.inference import Detector, class_names, keypoint_layout
 from fpn_plugin.engine.settings import load_config, settle_device
 from fpn_plugin.errors import UserError
-from fpn_plugin.inspection.forward_trace import Glimpse, glimpse
+from fpn_plugin.inspection.forward_trace import ForwardTrace, forward_trace
 from fpn_plugin.mini import ensure_mini_datasets
 from fpn_plugin.visualization.contributions import contributions, draw_contributions
 from fpn_plugin.visualization.features import draw_features
@@ -107,7 +107,7 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
     images = images or given_images(args)
     labels = [model.label for model in models]
     output = Path(args.output)
-    seen_by: list[list[Glimpse]] = [[] for _ in models]
+    seen_by: list[list[ForwardTrace]] = [[] for _ in models]
     taken: set[str] = set()
     for given in tqdm(images, desc="looking", unit="image"):
         name = _free_name(given.path.stem, taken)
@@ -156,13 +156,13 @@ def _models(args: argparse.Namespace) -> list[_Model]:
     return models
 
 
-def _look(model: _Model, given: GivenImage) -> Glimpse:
+def _look(model: _Model, given: GivenImage) -> ForwardTrace:
     image = read_picture(model.cfg, given.path)
-    return glimpse(model.detector.model, model.cfg, image, given.annotations)
+    return forward_trace(model.detector.model, model.cfg, image, given.annotations)
 
 
 def _draw(
-    seen: Sequence[Glimpse], models: Sequence[_Model], folder: Path, args: argparse.Namespace
+    seen: Sequence[ForwardTrace], models: Sequence[_Model], folder: Path, args: argparse.Namespace
 ) -> None:
     labels = [model.label for model in models]
     if len(models) == 1:

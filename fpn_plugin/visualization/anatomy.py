@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from fpn_plugin.inspection.anatomy import Anatomy
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.anatomy import Anatomy
+from .palette import CATEGORY_COLORS, INK, level_color, level_title
 
 __all__ = ["draw_anatomy"]
 

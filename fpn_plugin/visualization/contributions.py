@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .palette import INK, level_color, level_title
+from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
+from .palette import INK, level_color, level_title
 
 __all__ = ["contributions", "draw_contributions"]
 
 _BEST = 100  # proposals, as in AR@100
 
 
-def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[str, dict[str, int]]:
+def contributions(
+    traces: Sequence[ForwardTrace], threshold: float = 0.5
+) -> dict[str, dict[str, int]]:
     """How many anchors, proposals and detections came from each level, over images.
 
     Args:
-        glimpses: of images by one model.
+        traces: of images by one model.
         threshold: least score of a detection to count.
 
     Returns:
@@ -31,7 +31,7 @@ def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[s
         out.
     """
     counted: dict[str, dict[str, int]] = {}
-    for seen in glimpses:
+    for seen in traces:
         sure = correct = None
         if seen.detections is not None and seen.pooled is not None:
             sure = seen.detections.chosen(seen.detections.scores >= threshold)

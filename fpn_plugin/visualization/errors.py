@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, Mistake
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.errors import Errors, Mistake
+from .palette import CATEGORY_COLORS, INK, level_color, level_title
 
 __all__ = ["draw_mistakes", "plot_errors"]
 
@@ -30,8 +28,6 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
     Returns:
         ``path``.
     """
-    from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES
-
     places = [(SIZES, 0, "size")]
     if levels:
         places.append((levels, 1, "level"))

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .palette import INK, level_title
+from fpn_plugin.inspection.forward_trace import ForwardTrace
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse
+from .palette import INK, level_title
 
 __all__ = ["FeatureColors", "draw_features", "feature_colors", "feature_norms"]
 
@@ -88,7 +86,7 @@ def feature_norms(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def draw_features(
-    glimpses: Sequence[Glimpse],
+    traces: Sequence[ForwardTrace],
     labels: Sequence[str],
     path: Path,
     kinds: Sequence[str] = ("colour", "norm"),
@@ -96,7 +94,7 @@ def draw_features(
     """Draws every level's features, a row for each model and kind.
 
     Args:
-        glimpses: of one image by several models, or by one.
+        traces: of one image by several models, or by one.
         labels: the models' names.
         path: the file to write; its suffix says the format.
         kinds: "colour" (see :func:`feature_colors`), "norm".
@@ -104,10 +102,10 @@ def draw_features(
     Returns:
         ``path``.
     """
-    rows = [(seen, label, kind) for seen, label in zip(glimpses, labels, strict=True)
+    rows = [(seen, label, kind) for seen, label in zip(traces, labels, strict=True)
             for kind in kinds]  # fmt: skip
-    columns = 1 + max(len(seen.features) for seen in glimpses)
-    height = _PANEL_INCHES * glimpses[0].image.shape[0] / glimpses[0].image.shape[1]
+    columns = 1 + max(len(seen.features) for seen in traces)
+    height = _PANEL_INCHES * traces[0].image.shape[0] / traces[0].image.shape[1]
     figure = Figure(
         figsize=(_PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35), dpi=130,
         layout="constrained",
@@ -127,7 +125,7 @@ def draw_features(
     return path
 
 
-def _draw_row(row: Sequence[Axes], seen: Glimpse, label: str, kind: str) -> None:
+def _draw_row(row: Sequence[Axes], seen: ForwardTrace, label: str, kind: str) -> None:
     features = {name: values.numpy() for name, values in seen.features.items()}
     height, width = seen.image.shape[:2]
     row[0].imshow(seen.image)

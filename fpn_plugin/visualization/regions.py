@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
+
 from .keypoints import KeypointLayout, draw_keypoints
 from .palette import INK, level_color, level_title
-
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
 
 __all__ = ["draw_anchors", "draw_pooling"]
 
@@ -24,7 +22,7 @@ _PANEL_INCHES = 4.2
 
 
 def draw_pooling(
-    glimpses: Sequence[Glimpse],
+    traces: Sequence[ForwardTrace],
     labels: Sequence[str],
     path: Path,
     proposals: int = 100,
@@ -38,7 +36,7 @@ def draw_pooling(
     anchors gave them.
 
     Args:
-        glimpses: of one image by several models, or by one: a column for each of several, a row of
+        traces: of one image by several models, or by one: a column for each of several, a row of
             panels for one.
         labels: the models' names.
         path: the file to write; its suffix says the format.
@@ -50,14 +48,14 @@ def draw_pooling(
     Returns:
         ``path``.
     """
-    columns = [_panels(seen, proposals, threshold, class_names) for seen in glimpses]
+    columns = [_panels(seen, proposals, threshold, class_names) for seen in traces]
     deep = max(map(len, columns))
     shape = (1, deep) if len(columns) == 1 else (deep, len(columns))
-    figure, grid = _figure(glimpses[0], shape)
+    figure, grid = _figure(traces[0], shape)
     for number, (label, panels) in enumerate(zip(labels, columns, strict=True)):
         for place, (title, regions, texts) in enumerate(panels):
             axes = grid[0, place] if len(columns) == 1 else grid[place, number]
-            axes.imshow(glimpses[number].image)
+            axes.imshow(traces[number].image)
             axes.set_title(f"{label}: {title}" if len(columns) > 1 else title, fontsize=14)
             _draw_regions(axes, regions, texts)
             _draw_keypoints(axes, regions, layout or KeypointLayout())
@@ -67,7 +65,7 @@ def draw_pooling(
 
 
 def _panels(
-    seen: Glimpse, proposals: int, threshold: float, class_names: Sequence[str]
+    seen: ForwardTrace, proposals: int, threshold: float, class_names: Sequence[str]
 ) -> list[tuple[str, Regions, list[str]]]:
     """Title, boxes and their texts of each panel."""
     panels = []
@@ -88,7 +86,7 @@ def _panels(
     return panels
 
 
-def draw_anchors(seen: Glimpse, path: Path) -> Path:
+def draw_anchors(seen: ForwardTrace, path: Path) -> Path:
     """Draws, level by level, anchors that match ground truth, which is drawn dashed in white.
 
     Args:
@@ -114,7 +112,7 @@ def draw_anchors(seen: Glimpse, path: Path) -> Path:
     return _saved(figure, path)
 
 
-def _anchor_levels(seen: Glimpse) -> set[str]:
+def _anchor_levels(seen: ForwardTrace) -> set[str]:
     # Every level that has matched anchors; where none has, all of them.
     return set(seen.matched.levels) or set(seen.features)
 
@@ -128,7 +126,7 @@ def _faded(image: np.ndarray) -> np.ndarray:
 
 
 def _figure(
-    seen: Glimpse, shape: tuple[int, int], inches: float = _PANEL_INCHES
+    seen: ForwardTrace, shape: tuple[int, int], inches: float = _PANEL_INCHES
 ) -> tuple[Figure, np.ndarray]:
     height = inches * seen.image.shape[0] / seen.image.shape[1]
     size = (inches * shape[1] + 0.2, (height + 0.45) * shape[0] + 0.6)
