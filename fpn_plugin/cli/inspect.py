@@ -33,7 +33,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """The arguments of tools/inspect_model.py."""
     parser = ToolParser(
         description="Say what a config's model is made of: levels, anchors, the box sizes that "
-        "Eq. (1) sends to each level, parameters and FLOPs by part. No weights are needed.",
+        "Eq. (1) sends to each level, parameters and multiply-adds by part. No weights are needed.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--config-file", required=True, help="path of a config, or packaged name")

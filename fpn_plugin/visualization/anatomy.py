@@ -103,10 +103,10 @@ def _range_text(low: float, high: float) -> str:
 
 def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
     parts = anatomy.parts
-    counts = [part.parameters for part in parts], [part.flops for part in parts]
+    counts = [part.parameters for part in parts], [part.multiply_adds for part in parts]
     for offset, values, color, unit, prefix, divisor in (
         (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", " M", 1e6),
-        (0.2, counts[1], CATEGORY_COLORS[1], "FLOPs", " G", 1e9),
+        (0.2, counts[1], CATEGORY_COLORS[1], "multiply-adds", " G", 1e9),
     ):
         whole = max(sum(values), 1)
         rows = [row + offset for row in range(len(parts))]
