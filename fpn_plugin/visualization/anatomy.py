@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from fpn_plugin.inspection.anatomy import Anatomy
 
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from .palette import CATEGORY_COLORS, GRAY, INK, level_color, level_title
 
 __all__ = ["draw_anatomy"]
 
@@ -77,7 +77,7 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
     axes.set_axisbelow(True)
     shown = []
     if anatomy.sizes:
-        shown.append(Patch(color="#999999", alpha=0.75, label="boxes pooled from the level"))
+        shown.append(Patch(color=GRAY, alpha=0.75, label="boxes pooled from the level"))
     if any(level.anchor_sizes for level in anatomy.levels):
         shown.append(
             Line2D([], [], ls="", marker="D", ms=8, mfc="white", mec=INK, mew=1.6,

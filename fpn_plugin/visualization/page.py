@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from .palette import BLUE, INK
+
 __all__ = ["Page"]
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1160px;
-       margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.7em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
-nav a { margin-right: 1.2em; } a { color: #0072B2; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: 0.25em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; } th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } figure { margin: 1em 0; } figcaption, .note { color: #555; }
+_STYLE = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; background: #fff; max-width: 1160px;
+       margin: 2em auto; padding: 0 1em; }}
+h1 {{ font-size: 1.7em; margin-bottom: 0; }}
+h2 {{ margin-top: 2em; border-bottom: 1px solid #ccc; }}
+nav a {{ margin-right: 1.2em; }} a {{ color: {BLUE}; }}
+table {{ border-collapse: collapse; margin: 1em 0; }}
+th, td {{ padding: 0.25em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }}
+th {{ border-bottom: 2px solid #888; }} th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }} figure {{ margin: 1em 0; }} figcaption, .note {{ color: #555; }}
 """
 
 
