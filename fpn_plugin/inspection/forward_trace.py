@@ -148,7 +148,7 @@ def forward_trace(
     if getattr(model, "proposal_generator", 0) is None:
         raise UserError(
             "the model reads its proposals from a file (MODEL.PROPOSAL_GENERATOR.NAME "
-            "PrecomputedProposals); it cannot run on an image alone"
+            "PrecomputedProposals); it cannot run on an image only"
         )
     resized, transform = resized_picture(cfg, image)
     height, width = resized.shape[:2]

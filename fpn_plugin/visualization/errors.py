@@ -22,8 +22,8 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
 
     Args:
         errors: of a detector on a dataset.
-        levels: names, finest first; where there are none, errors are drawn by size alone.
-        path: the file to write; its suffix says the format.
+        levels: names, finest first; without any, errors are drawn by size only.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.
@@ -56,7 +56,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
             _stack(axes, groups, counts, totals, kinds)
             axes.set_title(f"{title}, by {name}", fontsize=13)
         grid[row, 0].set_ylabel("share (%)", fontsize=12)
-        # Column 0 has bars always.
+        # Column 0 always has bars.
         handles, names = grid[row, 0].get_legend_handles_labels()
         grid[row, -1].legend(
             handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11,
@@ -103,7 +103,7 @@ def draw_mistakes(
     Args:
         mistakes: what to draw, six a row.
         image_of: uint8 RGB ``(H, W, 3)`` of an image id.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.

@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing but itself: text, tables, and pictures as data URIs."""
+"""An HTML page that needs no other file: text, tables, and pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ img {{ max-width: 100%; }} figure {{ margin: 1em 0; }} figcaption, .note {{ colo
 
 
 class Page:
-    """Sections in order, then :meth:`html`.
+    """A page, built section by section; :meth:`html` returns it.
 
     Args:
         title: of the page.
@@ -43,11 +43,11 @@ class Page:
         self._body.append(f'<h2 id="s{len(self._sections)}">{escape(title)}</h2>')
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Adds a paragraph."""
         self._body.append(f'<p class="note">{escape(text)}</p>')
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers with a point are written with one digit after it."""
+        """Adds a table; floats are written with one digit after the point."""
         head = "".join(f"<th>{escape(header)}</th>" for header in headers)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>\n"
@@ -56,7 +56,7 @@ class Page:
         self._body.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
 
     def picture(self, path: Path, caption: str) -> None:
-        """A PNG file, copied into the page."""
+        """Copies a PNG file into the page."""
         data = base64.b64encode(path.read_bytes()).decode()
         self._body.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'

@@ -38,7 +38,7 @@ def level_color(level: int | str | None) -> str:
 
 
 def level_title(name: str) -> str:
-    """How a level is written: P4 for "p4", C4 for "res4", other names as they are."""
+    """The title of a level: P4 for "p4", C4 for "res4", other names as they are."""
     number = re.fullmatch(r"(p|res)(\d+)", name)
     if number is None:
         return name
