@@ -2,12 +2,10 @@
 main has got since is added.
 """
 
-import runpy
 import sys
 from functools import partial
 
 import pytest
-import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg, instantiate
 from detectron2.data import build
@@ -16,7 +14,6 @@ from detectron2.engine import DefaultTrainer
 from detectron2.layers import get_norm
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.env import seed_all_rng
 
 from fpn_plugin import UserError, add_fpn_config, model_zoo
@@ -24,7 +21,6 @@ from fpn_plugin.data import train_stream
 from fpn_plugin.engine import launch
 from fpn_plugin.engine.build_errors import explained_build_errors
 from fpn_plugin.engine.trainer import FPNTrainer
-from fpn_plugin.inspection import flops
 from fpn_plugin.lazy import keys, model_node
 from fpn_plugin.lazy import model as lazy_model
 from fpn_plugin.lazy.training import dataloader_node, train_node
@@ -55,24 +51,6 @@ def test_no_config_needs_a_key_that_came_later():
             node.pop(last, None)
         add_fpn_config(cfg)
         cfg.merge_from_file(model_zoo.get_config_file(name))
-
-
-def test_flops_are_counted_where_detectron2s_analysis_does_not_import(monkeypatch):
-    model = build_model(narrow("mini/faster_rcnn_R_18_FPN.yaml")).eval()
-    maps = {f"p{k}": torch.zeros(1, 8, 64 // 2**k, 64 // 2**k) for k in range(2, 7)}
-    monkeypatch.setitem(sys.modules, "detectron2.utils.analysis", None)
-    older = runpy.run_path(flops.__file__)["FlopCountAnalysis"]
-    assert older is not FlopCountAnalysis
-    for part, given in (
-        (model.backbone, torch.zeros(1, 3, 64, 64)),  # gives a dict
-        (model.proposal_generator.rpn_head, list(maps.values())),
-        (torch.nn.ModuleDict({"p2": torch.nn.Conv2d(8, 4, 3)})["p2"], maps["p2"]),
-    ):
-        expected = FlopCountAnalysis(part, (given,)).unsupported_ops_warnings(False)
-        counted = older(part, (given,)).unsupported_ops_warnings(False)
-        assert counted.total() == expected.total() > 0
-        theirs, ours = expected.by_module(), counted.by_module()
-        assert {k: v for k, v in ours.items() if v} == {k: v for k, v in theirs.items() if v}
 
 
 def narrow(name: str):

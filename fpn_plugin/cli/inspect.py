@@ -34,7 +34,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = ToolParser(
         "fpn-plugin inspect",
         description="Show what a config's model is made of: levels, anchors, the box sizes that "
-        "Eq. (1) sends to each level, parameters and FLOPs by part. No weights are needed.",
+        "Eq. (1) sends to each level, parameters and multiply-adds by part. No weights are needed.",
         epilog=_EXAMPLES,
     )
     parser.add_argument(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +15,13 @@ from torch import nn
 from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.errors import UserError
-from fpn_plugin.modeling import PyramidROIPooler, assign_levels
+from fpn_plugin.inspection.forward_trace import recorded_levels
 from fpn_plugin.visualization import KeypointLayout
 
 from .build_errors import explained_build_errors
 from .checkpoint import StrictCheckpointer, classes_in
 
-__all__ = ["Detector", "class_names", "keypoint_layout", "recorded_levels"]
+__all__ = ["Detector", "class_names", "keypoint_layout"]
 
 
 class Detector:
@@ -71,51 +68,6 @@ class Detector:
                 "tools/train_net.py --eval-only"
             )
         return output["instances"].to("cpu")
-
-
-@contextmanager
-def recorded_levels(model: nn.Module) -> Iterator[None]:
-    """Within it, detections of an R-CNN model carry ``pyramid_level``; other models are untouched.
-
-    A detection's final box is not the box it was pooled for; its proposal is. Which proposal that
-    was, only the box predictor knows, so its ``inference`` is wrapped for the time being.
-
-    Args:
-        model: in evaluation mode.
-    """
-    heads = getattr(model, "roi_heads", None)
-    pooler = getattr(heads, "box_pooler", None)
-    predictor = getattr(heads, "box_predictor", None)
-    # A cascade pools three times, for boxes that its predictors do not pass on.
-    if not isinstance(pooler, PyramidROIPooler) or not hasattr(predictor, "inference"):
-        yield
-        return
-    inference = predictor.inference
-    graphs = getattr(model, "graphs", None)  # do not call it; they know levels themselves
-    if graphs is not None:
-        graphs.record_levels = True
-
-    def inference_with_levels(
-        predictions: Any, proposals: list[Instances]
-    ) -> tuple[list[Instances], list[torch.Tensor]]:
-        instances, kept = inference(predictions, proposals)
-        for found, proposed, indices in zip(instances, proposals, kept, strict=True):
-            found.pyramid_level = assign_levels(
-                proposed.proposal_boxes.tensor[indices],
-                pooler.min_level,
-                pooler.max_level,
-                pooler.canonical_box_size,
-                pooler.canonical_level,
-            )
-        return instances, kept
-
-    predictor.inference = inference_with_levels
-    try:
-        yield
-    finally:
-        del predictor.inference
-        if graphs is not None:
-            graphs.record_levels = False
 
 
 def class_names(cfg: CfgNode) -> list[str]:

@@ -1,4 +1,4 @@
-"""LevelStatistics: a training hook that logs what each pyramid level does."""
+"""A training hook that logs what each pyramid level does."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["LevelStatistics"]
 
 
 class LevelStatistics(HookBase):
-    """Logs the figures of :func:`.level_scalars` to Detectron2's event storage, whence they go to
-    TensorBoard and metrics.json, of every so many iterations.
+    """Logs the figures of :func:`.level_scalars` once a period to Detectron2's event storage, which
+    writes them to TensorBoard and metrics.json.
 
-    The last iteration of each period is observed; others run as if the hook was not there. Figures
-    are those of that iteration's batch, of all processes together, and are not smoothed. Every
-    process needs the hook, before any that writes.
+    The last iteration of each period is observed; others run as without the hook. Figures are of
+    that iteration's batch in all processes, and are not smoothed. Every process needs the hook,
+    before hooks that write.
 
     Args:
         model: the one that is trained.
-        period: iterations; MODEL.FPN.LEVEL_STATS_PERIOD.
+        period: number of iterations, MODEL.FPN.LEVEL_STATS_PERIOD.
 
     Raises:
         UserError: the period is below 1.
@@ -34,8 +34,8 @@ class LevelStatistics(HookBase):
     def __init__(self, model: nn.Module, period: int) -> None:
         if period < 1:
             raise UserError(
-                f"MODEL.FPN.LEVEL_STATS_PERIOD is {period}; it must be a number of iterations, or "
-                "0 for no statistics"
+                f"MODEL.FPN.LEVEL_STATS_PERIOD is {period}; expected a number of "
+                "iterations, or 0 for no statistics"
             )
         self._model = model
         self._period = period
@@ -43,12 +43,12 @@ class LevelStatistics(HookBase):
         self._tally: LevelTally | None = None
 
     def before_step(self) -> None:
-        """Begins to observe where this iteration is one to log."""
+        """Begins to observe if this iteration is the last of its period."""
         if (self.trainer.iter + 1) % self._period == 0:
             self._tally = self._observing.enter_context(observed_levels(self._model))
 
     def after_step(self) -> None:
-        """Logs what was observed."""
+        """Logs the figures of an observed iteration."""
         if self._tally is None:
             return
         self._observing.close()
@@ -58,6 +58,6 @@ class LevelStatistics(HookBase):
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
 
     def after_train(self) -> None:
-        """Leaves the model as it was, also where a step failed."""
+        """Removes the hooks, also after a step that failed."""
         self._observing.close()
         self._tally = None

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from fpn_plugin.visualization import level_color
+from fpn_plugin.visualization.palette import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION
 
 from .fit import Fit
 from .measures import Measures
@@ -18,8 +19,8 @@ from .pyramid import Pyramid
 
 __all__ = ["draw"]
 
-# Okabe and Ito's palette; before and after are told apart by marker and line as well.
-_BEFORE, _AFTER, _PLAIN = "#D55E00", "#0072B2", "#999999"
+# Before and after also differ in marker and line.
+_BEFORE, _AFTER = VERMILION, BLUE
 _FONT = {"font.size": 13}
 _MOST_TICKS = 8
 _POINTS = 4_000  # boxes in the scatter plot
@@ -125,7 +126,7 @@ def _shapes(fit: Fit) -> Figure:
     figure = Figure(figsize=(7.5, 7), dpi=120, layout="constrained")
     axes = figure.subplots()
     sides = fit.inputs.sample(_POINTS).sides
-    axes.scatter(*sides.T, s=12, color=_PLAIN, alpha=0.5, lw=0, label="objects", rasterized=True)
+    axes.scatter(*sides.T, s=12, color=GRAY, alpha=0.5, lw=0, label="objects", rasterized=True)
     pairs = [("anchors as they are", fit.cfg, _BEFORE, "D")]
     if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
         pairs.append(("anchors fitted", fit.fitted, _AFTER, "o"))
@@ -179,11 +180,11 @@ def _input_sizes(fit: Fit) -> Figure:
     rows = [row for row in fit.input_sizes if row["factor"] == row["max_factor"]]
     factors = [row["factor"] for row in rows]
     series: Sequence[tuple[str, str, str, str]] = (
-        ("recall_50", "anchor recall at IoU 0.5", "#009E73", "o"),
-        ("recall_70", "anchor recall at IoU 0.7", "#0072B2", "s"),
-        ("below_2_cells", "objects under 2 cells of their level", "#D55E00", "D"),
-        ("clamped_fine", "below the finest level by Eq. (1)", "#CC79A7", "^"),
-        ("clamped_coarse", "above the coarsest", "#E69F00", "v"),
+        ("recall_50", "anchor recall at IoU 0.5", GREEN, "o"),
+        ("recall_70", "anchor recall at IoU 0.7", BLUE, "s"),
+        ("below_2_cells", "objects under 2 cells of their level", VERMILION, "D"),
+        ("clamped_fine", "below the finest level by Eq. (1)", PURPLE, "^"),
+        ("clamped_coarse", "above the coarsest", ORANGE, "v"),
     )
     for key, label, color, marker in series:
         values = [row[key] for row in rows]

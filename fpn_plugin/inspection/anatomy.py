@@ -1,4 +1,6 @@
-"""What a model is made of: levels, anchors, Eq. (1)'s box sizes, parameters and FLOPs by part."""
+"""What a model is made of: levels, anchors, Eq. (1)'s box sizes, and each part's parameters and
+multiply-adds.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fpn_plugin.modeling import image_channels
 
-from .flops import FlopCountAnalysis
 from .level_observer import box_pooling
 
 __all__ = ["Anatomy", "Level", "Part", "SizeRange", "anatomy"]
 
-# Of a box head where nothing says how many proposals it is given.
+# Of a box head without an RPN, which would limit them.
 _DEFAULT_ROIS = 1000
 
 
 @dataclass(frozen=True)
 class Level:
-    """A map that the backbone gives, at a given input size.
+    """A map of the backbone at a given input size.
 
     Attributes:
         name: "p2", or "res4".
         stride: in pixels of the network's input.
         channels: of its features.
         height, width: in cells.
-        anchors_per_cell: 0 where nothing has anchors there.
+        anchors_per_cell: 0 on a level without anchors.
         anchor_sizes: square roots of the anchors' areas, in pixels of the network's input.
         anchor_ratios: height / width of the anchors.
         pooled: whether the box head pools regions from it.
@@ -58,16 +60,16 @@ class Part:
 
     Attributes:
         name: for example "bottom-up".
-        parameters: how many numbers, frozen ones too; buffers are not counted.
-        trained: those of them that have a gradient.
-        flops: multiply-adds for one image, as fvcore counts them: convolutions, matrix products and
-            interpolation; pooling, activations and NMS are not counted.
+        parameters: numbers, frozen ones too, without buffers.
+        trained: parameters that have a gradient.
+        multiply_adds: of convolutions and matrix products, for one image. An FLOP is an addition or
+            a multiplication: a multiply-add is two.
     """
 
     name: str
     parameters: int
     trained: int
-    flops: int
+    multiply_adds: int
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ class Anatomy:
     Attributes:
         input_size: height and width, in pixels, as given.
         padded_size: what the network sees, padded to the coarsest stride.
-        rois: how many regions the box head's FLOPs are for.
-        detections: how many the mask and keypoint heads' are for.
+        rois: how many regions the box head's multiply-adds are for.
+        detections: how many those of the mask and keypoint heads are for.
         levels: finest first.
         parts: in the order of the forward pass; together the whole model.
         sizes: by level, finest first; empty for models that pool no regions.
-        canonical: k0 and s0 of Eq. (1); None where it is not used.
+        canonical: k0 and s0 of Eq. (1); None for models that do not use it.
     """
 
     input_size: tuple[int, int]
@@ -111,13 +113,14 @@ def anatomy(
     rois: int | None = None,
     detections: int | None = None,
 ) -> Anatomy:
-    """Takes a model apart. It is put into evaluation mode.
+    """Lists the parts of a model, which is put into evaluation mode.
 
     Args:
         model: any of Detectron2's architectures; weights do not matter.
         input_size: height and width of an image as the network gets it, after resizing.
-        rois: regions that the box head sees; as many as the RPN may propose by default.
-        detections: what mask and keypoint heads see; as many as may be found by default.
+        rois: regions that the box head takes; by default, as many as the RPN may propose.
+        detections: regions that mask and keypoint heads take; by default, the largest number of
+            detections.
     """
     model.eval()
     heads = getattr(model, "roi_heads", None)
@@ -195,39 +198,39 @@ def _parts(
     model: nn.Module, image: Tensor, maps: dict[str, Tensor], rois: int, detections: int
 ) -> Iterable[Part]:
     backbone = model.backbone
-    by_module = FlopCountAnalysis(backbone, (image,)).unsupported_ops_warnings(False).by_module()
-    whole = int(by_module[""])
+    whole = _multiply_adds(backbone, image)
     bottom_up = getattr(backbone, "bottom_up", None)
     if bottom_up is None:
         named = [("backbone", [backbone], whole)]
     else:
-        below = int(by_module["model.bottom_up"])
+        below = _multiply_adds(bottom_up, image)
         neck = [child for child in backbone.children() if child is not bottom_up]
         named = [("bottom-up", [bottom_up], below), ("neck", neck, whole - below)]
     rpn = getattr(model, "proposal_generator", None)
     if rpn is not None:
-        named.append(("RPN", [rpn], _flops(rpn.rpn_head, [maps[name] for name in rpn.in_features])))
+        inputs = [maps[name] for name in rpn.in_features]
+        named.append(("RPN", [rpn], _multiply_adds(rpn.rpn_head, inputs)))
     if hasattr(model, "head_in_features"):  # RetinaNet and its like
         inputs = [maps[name] for name in model.head_in_features]
-        named.append(("dense head", [model.head], _flops(model.head, inputs)))
+        named.append(("dense head", [model.head], _multiply_adds(model.head, inputs)))
     if hasattr(model, "sem_seg_head"):
         head = model.sem_seg_head
-        named.append(("semantic head", [head], _flops(_Call(head.layers, head), maps)))
+        named.append(("semantic head", [head], _multiply_adds(head.layers, maps)))
     if getattr(model, "roi_heads", None) is not None:
         named += _head_parts(model.roi_heads, maps, rois, detections)
     seen: set[int] = set()
-    for name, modules, flops in named:
+    for name, modules, work in named:
         parameters = [p for module in modules for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, parameters))
-        yield _part(name, parameters, flops)
+        yield _part(name, parameters, work)
     rest = [p for p in model.parameters() if id(p) not in seen]
     if rest:
         yield _part("rest", rest, 0)
 
 
-def _part(name: str, parameters: Sequence[nn.Parameter], flops: int) -> Part:
+def _part(name: str, parameters: Sequence[nn.Parameter], multiply_adds: int) -> Part:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Part(name, sum(p.numel() for p in parameters), trained, flops)
+    return Part(name, sum(p.numel() for p in parameters), trained, multiply_adds)
 
 
 def _head_parts(
@@ -235,52 +238,36 @@ def _head_parts(
 ) -> list[tuple[str, list[nn.Module], int]]:
     names, pooler = box_pooling(heads)
     features = maps[names[0]]
-    parts: list[tuple[str, list[nn.Module], int]] = []
 
     def regions(count: int, pooler: nn.Module) -> Tensor:
         return features.new_zeros(count, features.shape[1], *pooler.output_size)
 
     if hasattr(heads, "res5"):  # Res5ROIHeads: conv5 for boxes, and again for masks
-        box = _Call(lambda x: heads.box_predictor(heads.res5(x).mean(dim=[2, 3])), heads)
         modules = [heads.res5, heads.box_predictor]
-        parts.append(("box head", modules, _flops(box, regions(rois, pooler))))
+        work = _multiply_adds(
+            lambda x: heads.box_predictor(heads.res5(x).mean(dim=[2, 3])), regions(rois, pooler)
+        )
     else:
         stages = list(zip(_as_list(heads.box_head), _as_list(heads.box_predictor), strict=True))
-        flops = sum(_flops(nn.Sequential(*stage), regions(rois, pooler)) for stage in stages)
-        parts.append(("box head", [module for stage in stages for module in stage], flops))
+        modules = [module for stage in stages for module in stage]
+        work = sum(_multiply_adds(nn.Sequential(*each), regions(rois, pooler)) for each in stages)
+    parts = [("box head", modules, work)]
     for kind in ("mask", "keypoint"):
         head = getattr(heads, f"{kind}_head", None)
         if not getattr(heads, f"{kind}_on", False) or head is None:
             continue
-        of_kind = getattr(heads, f"{kind}_pooler", None) or pooler
-        layers = head.layers
-        if hasattr(heads, "res5"):
-            layers = _after(heads.res5, head.layers)
-        call = _Call(layers, nn.ModuleList([head, getattr(heads, "res5", nn.Identity())]))
-        parts.append((f"{kind} head", [head], _flops(call, regions(detections, of_kind))))
+        given = regions(detections, getattr(heads, f"{kind}_pooler", None) or pooler)
+        shared = getattr(heads, "res5", nn.Identity())
+        work = _multiply_adds(lambda x, h=head, shared=shared: h.layers(shared(x)), given)
+        parts.append((f"{kind} head", [head], work))
     return parts
-
-
-def _after(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], Tensor]) -> Callable:
-    return lambda x: then(first(x))
 
 
 def _as_list(module: nn.Module) -> list[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-class _Call(nn.Module):
-    """A module whose forward pass is another method than its owner's."""
-
-    def __init__(self, function: Callable[..., Any], owner: nn.Module) -> None:
-        super().__init__()
-        self.owner = owner
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
-
-
-def _flops(module: nn.Module, inputs: Any) -> int:
-    analysis = FlopCountAnalysis(module, (inputs,))
-    return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+def _multiply_adds(function: Callable[[Any], Any], inputs: Any) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(inputs)
+    return counter.get_total_flops() // 2  # torch counts each as two FLOPs

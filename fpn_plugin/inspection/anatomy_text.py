@@ -1,4 +1,4 @@
-"""An anatomy in words: the tables that tools/inspect_model.py prints."""
+"""An anatomy as tables of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["anatomy_text"]
 
 
 def anatomy_text(anatomy: Anatomy) -> str:
-    """Levels, Eq. (1)'s box sizes, and parameters and FLOPs by part, as tables in Markdown."""
+    """Levels, Eq. (1)'s box sizes, and parameters and multiply-adds by part, as Markdown tables."""
     (height, width), (padded_height, padded_width) = anatomy.input_size, anatomy.padded_size
     sections = [
         f"Input {width} x {height} px, padded to {padded_width} x {padded_height} px.",
@@ -24,7 +24,7 @@ def anatomy_text(anatomy: Anatomy) -> str:
             f"Boxes by Eq. (1), k0 = {k0}, canonical size {size:g} px: "
             "sqrt(w h) in pixels of the network's input\n\n" + _sizes(anatomy)
         )
-    sections.append(_told_counts(anatomy) + "\n\n" + _parts(anatomy))
+    sections.append(_counts_title(anatomy) + "\n\n" + _parts(anatomy))
     return "\n\n".join(sections)
 
 
@@ -64,33 +64,33 @@ def _sizes(anatomy: Anatomy) -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _told_counts(anatomy: Anatomy) -> str:
-    told = "Parameters, and FLOPs of an image (multiply-adds of convolutions and matrix products)"
+def _counts_title(anatomy: Anatomy) -> str:
+    title = "Parameters, and multiply-adds of convolutions and matrix products for an image"
     if anatomy.rois:
-        told += f"; box head for {anatomy.rois} RoIs"
+        title += f"; box head for {anatomy.rois} RoIs"
     if any(part.name in ("mask head", "keypoint head") for part in anatomy.parts):
-        told += f", masks and keypoints for {anatomy.detections} detections"
-    return told
+        title += f", masks and keypoints for {anatomy.detections} detections"
+    return title
 
 
 def _parts(anatomy: Anatomy) -> str:
     whole = sum(part.parameters for part in anatomy.parts)
-    work = sum(part.flops for part in anatomy.parts)
+    work = sum(part.multiply_adds for part in anatomy.parts)
     rows = [
         [
             part.name,
             f"{part.parameters:,}",
             f"{100 * part.parameters / max(whole, 1):.1f}%",
             f"{part.trained:,}",
-            f"{part.flops / 1e9:.3f}",
-            f"{100 * part.flops / max(work, 1):.1f}%",
+            f"{part.multiply_adds / 1e9:.3f}",
+            f"{100 * part.multiply_adds / max(work, 1):.1f}%",
         ]
         for part in anatomy.parts
     ]
     trained = sum(part.trained for part in anatomy.parts)
     rows.append(["all", f"{whole:,}", "", f"{trained:,}", f"{work / 1e9:.3f}", ""])
     return tabulate(
-        rows, headers=["part", "parameters", "share", "trained", "GFLOPs", "share"],
+        rows, headers=["part", "parameters", "share", "trained", "multiply-adds (G)", "share"],
         tablefmt="github", disable_numparse=True, colalign=["left", *["right"] * 5],
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The level of a box in an image's own pixels, by a config's resizing and Eq. (1)."""
+"""The level of a box in pixels of the image, by a config's resizing and Eq. (1)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class BoxLevels:
 
     Args:
         cfg: its test-time resizing, MODEL.ROI_HEADS.IN_FEATURES and Eq. (1).
-        dataset: a COCO JSON as read; of its images, id, height and width.
+        dataset: the content of a COCO JSON; id, height and width of its images are read.
     """
 
     def __init__(self, cfg: CfgNode, dataset: Mapping[str, Any]) -> None:
         self.names: list[str] = []
-        """Levels, finest first; empty where the config pools from no pyramid."""
+        """Levels, finest first; empty if the config pools from no pyramid."""
         numbered = [re.fullmatch(r"p(\d+)", name) for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
         if cfg.MODEL.META_ARCHITECTURE != "RetinaNet" and all(numbered):
             self.names = sorted(cfg.MODEL.ROI_HEADS.IN_FEATURES, key=lambda name: int(name[1:]))

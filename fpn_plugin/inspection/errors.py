@@ -1,4 +1,4 @@
-"""What a detector missed and what it made up, by size and pyramid level."""
+"""Objects that a detector misses and false detections, by size and pyramid level."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mistake:
         box: XYWH in pixels of the image.
         category: its name.
         size: "small" below 32^2 px of area, "medium" below 96^2, "large".
-        level: as the given function says.
+        level: of the pyramid; "" without one.
         kind: one of :data:`MISS_KINDS` or :data:`FALSE_ALARM_KINDS`.
         score: of a false alarm; 0 for a missed object.
     """
@@ -61,9 +61,9 @@ class Errors:
     Attributes:
         misses: largest first.
         false_alarms: most confident first.
-        objects: ``{(size, level): count}`` of all objects, found ones too.
+        objects: ``{(size, level): count}`` of all objects, detected ones too.
         detections: likewise, of all detections that count.
-        threshold: least score of a detection that counts.
+        threshold: lowest score of a detection that counts.
     """
 
     misses: tuple[Mistake, ...]
@@ -79,19 +79,19 @@ def find_errors(
     level_of: LevelOf,
     threshold: float = 0.5,
 ) -> Errors:
-    """Matches detections to objects as COCO does at an IoU of 0.5, and names what is left over.
+    """Matches detections to objects as COCO does at an IoU of 0.5, and gives a reason for the rest.
 
-    An object is missed where no detection of its class with the score of the threshold or more is
-    matched to it: there is one with a lower score ("score too low"), one of another class with an
-    IoU of 0.5 ("wrong class"), one of its class with 0.1 ("poorly placed"), or none ("not seen"). A
-    false alarm is a second detection of an object ("duplicate"), or likewise; detections on crowds
-    are none.
+    An object is missed if no detection of its class with at least the threshold's score matches it.
+    The reason is a match with a lower score ("score too low"), a detection of another class at an
+    IoU of 0.5 ("wrong class"), one of its class at 0.1 ("poorly placed"), or none ("not seen"). A
+    false alarm is a second detection of an object ("duplicate"), or has the same reasons, with
+    "background" for none. Detections on crowds are not false alarms.
 
     Args:
-        dataset: a COCO JSON as read: images, annotations, categories.
+        dataset: the content of a COCO JSON: images, annotations, categories.
         results: COCO results: image_id, category_id, bbox (XYWH), score.
-        level_of: the level of a box XYWH of the image with that id.
-        threshold: least score of a detection that counts.
+        level_of: gives the level of a box XYWH in the image of an id.
+        threshold: lowest score of a detection that counts.
     """
     names = {category["id"]: category["name"] for category in dataset["categories"]}
     truth = _numbered(dataset)
@@ -134,7 +134,7 @@ def find_errors(
 
 
 def _numbered(dataset: Mapping[str, Any]) -> COCO:
-    """The dataset with annotations numbered from 1: COCOeval takes number 0 for none."""
+    """The dataset with annotations numbered from 1: for COCOeval, 0 means no annotation."""
     truth = COCO()
     annotations = [
         {**copy.copy(annotation), "id": number, "iscrowd": annotation.get("iscrowd", 0)}
@@ -151,16 +151,16 @@ def _numbered(dataset: Mapping[str, Any]) -> COCO:
 def _matched(
     truth: COCO, results: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-    """Objects, and detections by number, each with its "partner", 0 for none."""
+    """Objects, and detections by number; "partner" is the number of the match, or 0."""
     if not results:
-        alone = [{**a, "partner": 0} for a in truth.dataset["annotations"] if not a["iscrowd"]]
-        return alone, {}
+        missed = [{**a, "partner": 0} for a in truth.dataset["annotations"] if not a["iscrowd"]]
+        return missed, {}
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes([dict(result) for result in results])
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.iouThrs = np.array([_FOUND_IOU])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [len(results)]  # all: what COCO leaves out is no miss
+        evaluation.params.maxDets = [len(results)]  # all: those that COCO leaves out are no misses
         evaluation.evaluate()
     objects: list[dict[str, Any]] = []
     detections: dict[int, dict[str, Any]] = {}
@@ -184,7 +184,7 @@ def _matched(
 def _kind(
     record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], kinds: Sequence[str]
 ) -> str:
-    """The second, third or fourth of the kinds, or the first where one of its class is on it."""
+    """The kind of a mistake, by the boxes that overlap it."""
     if not others:
         return kinds[3]
     boxes = [list(other["bbox"]) for other in others]

@@ -1,12 +1,11 @@
-"""What a trained model did with one image, level by level."""
+"""What a trained model does with one image, level by level."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -19,13 +18,19 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from fpn_plugin.data import channels_first, resized_picture, rgb_of
-from fpn_plugin.engine.inference import recorded_levels
 from fpn_plugin.errors import UserError
-from fpn_plugin.modeling import assign_levels
+from fpn_plugin.modeling import PyramidROIPooler
 
-from .level_observer import box_pooling
+from .level_observer import (
+    argument,
+    box_pooling,
+    keep_outputs,
+    matched_anchors,
+    pooling_levels,
+    rpn_predictions,
+)
 
-__all__ = ["Glimpse", "Regions", "glimpse"]
+__all__ = ["ForwardTrace", "Regions", "forward_trace", "recorded_levels"]
 
 _FOUND_IOU = 0.5
 
@@ -36,10 +41,10 @@ class Regions:
 
     Attributes:
         boxes: float32 ``(N, 4)`` XYXY in pixels of the network's input.
-        levels: N names, "p2" for example; "" where a box has none.
+        levels: N names, "p2" for example; "" for a box without one.
         scores: float32 ``(N,)``: of detections; objectness logits of proposals; 1 otherwise.
-        classes: int64 ``(N,)``; -1 where there are none.
-        keypoints: float32 ``(N, K, 2)``, x and y in the same pixels; None where there are none.
+        classes: int64 ``(N,)``; -1 without classes.
+        keypoints: float32 ``(N, K, 2)``, x and y in the same pixels; None without keypoints.
     """
 
     boxes: Tensor
@@ -52,29 +57,29 @@ class Regions:
         return len(self.levels)
 
     def first(self, count: int) -> Regions:
-        """The first so many."""
+        """The first ``count``."""
         return self.chosen(torch.arange(len(self)) < count)
 
     def chosen(self, keep: Tensor) -> Regions:
-        """Those that a boolean ``(N,)`` says."""
+        """Those for which the boolean ``(N,)`` is true."""
         levels = tuple(v for v, kept in zip(self.levels, keep.tolist(), strict=True) if kept)
         points = None if self.keypoints is None else self.keypoints[keep]
         return Regions(self.boxes[keep], levels, self.scores[keep], self.classes[keep], points)
 
 
 @dataclass(frozen=True)
-class Glimpse:
-    """One image, and what was seen of a model that looked at it. None: the model has no such part.
+class ForwardTrace:
+    """What a model did with one image; None stands for parts that it lacks.
 
     Attributes:
         image: uint8 RGB ``(H, W, 3)``, resized as the network sees it, without padding.
         features: ``{level: (C, h, w)}``, float32, finest first, cells that begin on the image.
         strides: of each level.
-        proposed: the RPN's proposals, best first, by the level whose anchors gave them.
-        pooled: what the box head pooled, by Eq. (1)'s level.
-        detections: best first, by the level each was pooled from.
-        truths: ground truth, crowds left out; None without labels.
-        matched: anchors that match ground truth, by their level; None without labels.
+        proposed: the RPN's proposals, best first, with the level of their anchors.
+        pooled: what the box head pooled, with Eq. (1)'s level.
+        detections: best first, with the level each was pooled from.
+        truths: ground truth without crowds; None without labels.
+        matched: anchors that match ground truth, with their level; None without labels.
     """
 
     image: np.ndarray
@@ -87,8 +92,8 @@ class Glimpse:
     matched: Regions | None
 
     def correct(self, threshold: float = 0.0) -> Regions | None:
-        """Detections of that score or more that have an object of their class with an IoU of 0.5 or
-        more to themselves; None without labels.
+        """Detections of at least that score with an object of their class at an IoU of 0.5 or more,
+        one for each object; None without labels.
         """
         if self.detections is None or self.truths is None:
             return None
@@ -98,8 +103,8 @@ class Glimpse:
         return sure.chosen(_first_hits(overlaps))
 
     def covering(self, count: int) -> Regions | None:
-        """Of the so many best proposals those that have an object, of any class, with an IoU of 0.5
-        or more to themselves; None without labels or RPN.
+        """Of the ``count`` best proposals those with an object of any class at an IoU of 0.5 or
+        more, one for each object; None without labels or RPN.
         """
         if self.proposed is None or self.truths is None:
             return None
@@ -112,7 +117,7 @@ def _overlaps(regions: Regions, truths: Regions) -> Tensor:
 
 
 def _first_hits(overlaps: Tensor) -> Tensor:
-    """Which boxes, in order, have a column of 0.5 or more that none before took."""
+    """Which boxes, in order, have a column of 0.5 or more that no earlier box took."""
     hits = torch.zeros(len(overlaps), dtype=torch.bool)
     for index in range(len(overlaps) if overlaps.shape[1] else 0):
         best, truth = overlaps[index].max(dim=0)
@@ -123,12 +128,12 @@ def _first_hits(overlaps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def glimpse(
+def forward_trace(
     model: nn.Module,
     cfg: CfgNode,
     image: np.ndarray,
     annotations: Sequence[dict[str, Any]] | None = None,
-) -> Glimpse:
+) -> ForwardTrace:
     """Runs a model on an image and keeps what it did.
 
     Args:
@@ -143,31 +148,35 @@ def glimpse(
     if getattr(model, "proposal_generator", 0) is None:
         raise UserError(
             "the model reads its proposals from a file (MODEL.PROPOSAL_GENERATOR.NAME "
-            "PrecomputedProposals); an image alone is not enough for it"
+            "PrecomputedProposals); it cannot run on an image only"
         )
     resized, transform = resized_picture(cfg, image)
     height, width = resized.shape[:2]
-    seen: dict[str, Any] = {}
-    with _watched(model, seen), recorded_levels(model):
+    rpn = getattr(model, "proposal_generator", None)
+    parts = {"maps": model.backbone}
+    if isinstance(rpn, RPN):
+        parts |= {"rpn": rpn, "anchors": rpn.anchor_generator, "predictions": rpn.rpn_head}
+    with ExitStack() as hooks, recorded_levels(model):
+        kept = keep_outputs(hooks, **parts)
         given = {"image": channels_first(cfg, resized), "height": height, "width": width}
         [output] = model([given])
     strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
     names = sorted(strides, key=lambda name: strides[name])
     truths = matched = None
     if annotations is not None:
-        wanted = _labels(annotations, transform, (height, width))
-        truths = _regions(wanted.gt_boxes.tensor, [""] * len(wanted), None, wanted.gt_classes)
-        matched = _matched(model, seen, wanted)
-    return Glimpse(
+        labels = _labels(annotations, transform, (height, width))
+        truths = _regions(labels.gt_boxes.tensor, [""] * len(labels), None, labels.gt_classes)
+        matched = _matched(model, kept, labels)
+    return ForwardTrace(
         image=rgb_of(cfg, resized),
         features={
-            name: seen["maps"][name][0, :, : -(-height // s), : -(-width // s)].float().cpu()
+            name: kept["maps"][name][0, :, : -(-height // s), : -(-width // s)].float().cpu()
             for name in names
             for s in [strides[name]]
         },
         strides={name: strides[name] for name in names},
-        proposed=_proposed(model, seen, (height, width)),
-        pooled=_pooled(model, seen),
+        proposed=_proposed(model, kept, (height, width)),
+        pooled=_pooled(model, kept),
         detections=_detections(model, output),
         truths=truths,
         matched=matched,
@@ -175,28 +184,37 @@ def glimpse(
 
 
 @contextmanager
-def _watched(model: nn.Module, seen: dict[str, Any]) -> Iterator[None]:
-    """Keeps the backbone's maps, and anchors, predictions and proposals of the RPN."""
-    hook = model.backbone.register_forward_hook(lambda _, __, maps: seen.update(maps=maps))
-    rpn = getattr(model, "proposal_generator", None)
-    if not isinstance(rpn, RPN):
-        try:
-            yield
-        finally:
-            hook.remove()
+def recorded_levels(model: nn.Module) -> Iterator[None]:
+    """Gives detections of an R-CNN model ``pyramid_level``; other models are untouched.
+
+    A detection's box is not the box it was pooled for; its proposal is. Only the box predictor's
+    ``inference`` knows which proposal that was: it is called once more on the same predictions.
+
+    Args:
+        model: in evaluation mode.
+    """
+    heads = getattr(model, "roi_heads", None)
+    pooler = getattr(heads, "box_pooler", None)
+    predictor = getattr(heads, "box_predictor", None)
+    # A cascade pools three times, for boxes that its predictors do not return.
+    if not isinstance(pooler, PyramidROIPooler) or not hasattr(predictor, "inference"):
+        yield
         return
-    predict = rpn.predict_proposals
 
-    def keeping(anchors: Any, logits: Any, deltas: Any, sizes: Any) -> list[Instances]:
-        proposals = predict(anchors, logits, deltas, sizes)
-        seen.update(anchors=anchors, logits=logits, deltas=deltas, proposals=proposals[0])
-        return proposals
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        proposals = argument(args, kwargs, 2, "proposals")
+        _, indices = predictor.inference(kept["predictions"], proposals)
+        for found, proposed, of_image in zip(output[0], proposals, indices, strict=True):
+            found.pyramid_level = pooling_levels(pooler, proposed.proposal_boxes.tensor[of_image])
 
-    try:
-        with mock.patch.object(rpn, "predict_proposals", keeping):
-            yield
-    finally:
-        hook.remove()
+    graphs = getattr(model, "graphs", None)  # they call no heads, and know levels themselves
+    with ExitStack() as hooks:
+        kept = keep_outputs(hooks, predictions=predictor)
+        hooks.callback(heads.register_forward_hook(record, with_kwargs=True).remove)
+        if graphs is not None:
+            graphs.record_levels = True
+            hooks.callback(setattr, graphs, "record_levels", False)
+        yield
 
 
 def _regions(
@@ -210,17 +228,18 @@ def _regions(
     )
 
 
-def _proposed(model: nn.Module, seen: dict[str, Any], size: tuple[int, int]) -> Regions | None:
-    """Finds each proposal among what the RPN decoded: its box and logit are copies, bit for bit."""
-    if "proposals" not in seen:
+def _proposed(model: nn.Module, kept: dict[str, Any], size: tuple[int, int]) -> Regions | None:
+    """Finds each proposal among the RPN's decoded boxes: box and logit are copies, bit for bit."""
+    if "rpn" not in kept:
         return None
-    rpn, found = model.proposal_generator, seen["proposals"]
+    rpn, [found] = model.proposal_generator, kept["rpn"][0]
     level_of: dict[bytes, str] = {}
-    decoded = rpn._decode_proposals(seen["anchors"], seen["deltas"])
-    for name, boxes, logits in zip(rpn.in_features, decoded, seen["logits"], strict=True):
+    logits, deltas = rpn_predictions(rpn, *kept["predictions"])
+    decoded = rpn._decode_proposals(kept["anchors"], deltas)
+    for name, boxes, of_level in zip(rpn.in_features, decoded, logits, strict=True):
         clipped = Boxes(boxes[0].clone())
         clipped.clip(size)
-        for row in _rows(clipped.tensor, logits[0]):
+        for row in _rows(clipped.tensor, of_level[0]):
             level_of.setdefault(row, name)
     boxes, logits = found.proposal_boxes.tensor, found.objectness_logits
     return _regions(boxes, [level_of.get(row, "") for row in _rows(boxes, logits)], logits, None)
@@ -231,31 +250,15 @@ def _rows(boxes: Tensor, logits: Tensor) -> list[bytes]:
     return [row.tobytes() for row in table.cpu().numpy()]
 
 
-def _pooled(model: nn.Module, seen: dict[str, Any]) -> Regions | None:
+def _pooled(model: nn.Module, kept: dict[str, Any]) -> Regions | None:
     heads = getattr(model, "roi_heads", None)
-    if heads is None or "proposals" not in seen:
+    if heads is None or "rpn" not in kept:
         return None
-    found = seen["proposals"]
-    boxes = found.proposal_boxes.tensor
-    return _regions(boxes, _pooling_levels(heads)(boxes), found.objectness_logits, None)
-
-
-def _pooling_levels(heads: nn.Module) -> Callable[[Tensor], list[str]]:
+    [found] = kept["rpn"][0]
     names, pooler = box_pooling(heads)
-    if len(names) == 1:
-        return lambda boxes: names * len(boxes)
-
-    def levels(boxes: Tensor) -> list[str]:
-        numbers = assign_levels(
-            boxes,
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-        return [names[number - pooler.min_level] for number in numbers.tolist()]
-
-    return levels
+    numbers = pooling_levels(pooler, found.proposal_boxes.tensor) - pooler.min_level
+    levels = [names[number] for number in numbers.tolist()]
+    return _regions(found.proposal_boxes.tensor, levels, found.objectness_logits, None)
 
 
 def _detections(model: nn.Module, output: dict[str, Any]) -> Regions | None:
@@ -290,22 +293,18 @@ def _labels(
     )
 
 
-def _matched(model: nn.Module, seen: dict[str, Any], wanted: Instances) -> Regions | None:
-    device = seen["maps"][next(iter(seen["maps"]))].device
-    wanted = wanted.to(device)
+def _matched(model: nn.Module, kept: dict[str, Any], labels: Instances) -> Regions | None:
+    labels = labels.to(next(iter(kept["maps"].values())).device)
     if isinstance(model, RetinaNet):
         names = model.head_in_features
-        anchors = model.anchor_generator([seen["maps"][name] for name in names])
-        [labels], _ = model.label_anchors(anchors, [wanted])
-        positive = (labels >= 0) & (labels != model.num_classes)
-    elif "anchors" in seen:
-        rpn, anchors = model.proposal_generator, seen["anchors"]
-        names = rpn.in_features
-        with mock.patch.object(rpn, "_subsample_labels", lambda labels: labels):
-            [labels], _ = rpn.label_and_sample_anchors(anchors, [wanted])
-        positive = labels == 1
+        anchors = model.anchor_generator([kept["maps"][name] for name in names])
+        [classes], _ = model.label_anchors(anchors, [labels])
+        matched = (classes >= 0) & (classes != model.num_classes)
+    elif "anchors" in kept:
+        names, anchors = model.proposal_generator.in_features, kept["anchors"]
+        [matched] = matched_anchors(model.proposal_generator, anchors, [labels])
     else:
         return None
     levels = [n for n, of_level in zip(names, anchors, strict=True) for _ in range(len(of_level))]
     boxes = torch.cat([of_level.tensor for of_level in anchors])
-    return _regions(boxes, levels, None, None).chosen(positive.cpu())
+    return _regions(boxes, levels, None, None).chosen(matched.cpu())

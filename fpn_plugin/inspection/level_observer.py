@@ -1,28 +1,46 @@
-"""What each level of a pyramid does in a training step, seen from outside the model.
+"""What each level of a pyramid does in a training step, seen by hooks.
 
-Detectron2's methods are called as ever. For the time being they are wrapped, and what goes in and
-comes out is counted by level; losses are split by giving Detectron2's own one level at a time.
+Hooks keep what modules take and return. After a module has run, its own methods are called again on
+that: they sample labels with the same random numbers, and compute losses of one level at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from detectron2.modeling import RetinaNet
+from detectron2.modeling import RetinaNet, ROIHeads
+from detectron2.modeling.meta_arch.retinanet import permute_to_N_HWA_K
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import (
+    Boxes,
+    Instances,
+    RotatedBoxes,
+    pairwise_iou,
+    pairwise_iou_rotated,
+)
 from detectron2.utils.events import EventStorage
+from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor, nn
 
+from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import assign_levels
+from fpn_plugin.utils.seeding import rng_replayed, rng_state
 
 from .level_tally import LevelTally
 
-__all__ = ["anchor_levels", "box_pooling", "observed_levels"]
+__all__ = [
+    "anchor_levels",
+    "argument",
+    "box_pooling",
+    "keep_outputs",
+    "matched_anchors",
+    "observed_levels",
+    "pooling_levels",
+    "rpn_predictions",
+]
 
 _RECALL_IOU = 0.5
 Losses = Callable[..., dict[str, Tensor]]
@@ -30,38 +48,54 @@ Losses = Callable[..., dict[str, Tensor]]
 
 @contextmanager
 def observed_levels(model: nn.Module) -> Iterator[LevelTally]:
-    """Within it, what a training step does on each level is counted.
+    """Counts what a training step does on each level.
 
-    Losses, gradients, random numbers and what Detectron2 logs stay as they are. Seen are the
-    backbone's features, Detectron2's RPN, the box heads of its R-CNNs, cascades too, and
-    RetinaNet; what a model lacks is left out. Losses of masks and keypoints are not split.
+    Losses, gradients, random numbers and what Detectron2 logs stay as they are. Observed are the
+    backbone's features, Detectron2's RPN, the box heads of its R-CNNs and RetinaNet, and their
+    subclasses; parts that a model lacks are left out. Losses of masks and keypoints are not split.
 
     Args:
         model: in training mode; may be wrapped for distributed training.
 
     Returns:
-        The tally, complete when the step is done.
+        The tally, complete after the step.
     """
     model = getattr(model, "module", model)
     tally = LevelTally()
-    with ExitStack() as stack:
-        hook = model.register_forward_pre_hook(lambda _, batch: _add_images(tally, *batch))
-        stack.callback(hook.remove)
+    with ExitStack() as hooks:
+        hook = model.register_forward_pre_hook(
+            lambda _, args: tally.add("images", [""], torch.tensor(len(args[0])))
+        )
+        hooks.callback(hook.remove)
         backbone = getattr(model, "backbone", None)
         if isinstance(backbone, nn.Module):
             hook = backbone.register_forward_hook(lambda _, __, maps: _add_norms(tally, maps))
-            stack.callback(hook.remove)
+            hooks.callback(hook.remove)
         if isinstance(model, RetinaNet):
-            _observe_retinanet(stack, tally, model)
+            _observe_retinanet(hooks, tally, model)
         if isinstance(getattr(model, "proposal_generator", None), RPN):
-            _observe_rpn(stack, tally, model.proposal_generator)
-        if hasattr(getattr(model, "roi_heads", None), "box_predictor"):
-            _observe_box_heads(stack, tally, model.roi_heads)
+            _observe_rpn(hooks, tally, model.proposal_generator)
+        heads = getattr(model, "roi_heads", None)
+        if isinstance(heads, ROIHeads) and hasattr(heads, "box_predictor"):
+            _observe_box_heads(hooks, tally, heads)
         yield tally
 
 
-def _add_images(tally: LevelTally, batch: Sequence[Any]) -> None:
-    tally.add("images", [""], torch.tensor(len(batch)))
+def keep_outputs(hooks: ExitStack, **modules: nn.Module) -> dict[str, Any]:
+    """Keeps the last output of each module, by the given name, as long as ``hooks`` is open."""
+    kept: dict[str, Any] = {}
+    for name, module in modules.items():
+
+        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            kept[name] = output
+
+        hooks.callback(module.register_forward_hook(keep).remove)
+    return kept
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a call that a hook sees, given by position or by name."""
+    return kwargs[name] if name in kwargs else args[position]
 
 
 @torch.no_grad()
@@ -71,32 +105,58 @@ def _add_norms(tally: LevelTally, maps: dict[str, Tensor]) -> None:
     tally.add("cells", list(maps), torch.tensor([norm.numel() for norm in norms]))
 
 
-def _observe_rpn(stack: ExitStack, tally: LevelTally, rpn: RPN) -> None:
-    matched: list[Tensor] = []
-    sample, losses = rpn._subsample_labels, rpn.losses
+def _observe_rpn(hooks: ExitStack, tally: LevelTally, rpn: RPN) -> None:
+    kept = keep_outputs(hooks, anchors=rpn.anchor_generator, predictions=rpn.rpn_head)
+    states = []  # right before labels are sampled
+    hooks.callback(rpn.rpn_head.register_forward_hook(lambda *_: states.append(rng_state())).remove)
 
-    def sample_and_keep(labels: Tensor) -> Tensor:
-        matched.append(labels == 1)  # sampling overwrites the labels
-        return sample(labels)
-
-    def split_losses(anchors: list[Boxes], *predictions_and_labels: Any) -> dict[str, Tensor]:
-        sizes = [len(level) for level in anchors]
-        tally.add("anchors", rpn.in_features, _sums_by_size(torch.stack(matched), sizes))
-        matched.clear()
-        parts = _dense_losses_by_level(losses, anchors, *predictions_and_labels)
+    @torch.no_grad()
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        anchors, truths = kept["anchors"], argument(args, kwargs, 2, "gt_instances")
+        matched = torch.stack(matched_anchors(rpn, anchors, truths))
+        tally.add("anchors", rpn.in_features, _sums_by_level(matched, anchors))
+        logits, deltas = rpn_predictions(rpn, *kept["predictions"])
+        with EventStorage(), rng_replayed(states.pop()):
+            labels, boxes = rpn.label_and_sample_anchors(anchors, truths)
+            parts = _dense_losses_by_level(rpn.losses, anchors, logits, labels, deltas, boxes)
         tally.add("rpn_loss", rpn.in_features, parts)
-        return losses(anchors, *predictions_and_labels)
-
-    def recall(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        truths = kwargs["gt_instances"] if "gt_instances" in kwargs else args[2]
         _add_recall(tally, rpn, output[0], [of_image.gt_boxes for of_image in truths])
 
-    stack.enter_context(mock.patch.object(rpn, "_subsample_labels", sample_and_keep))
-    stack.enter_context(mock.patch.object(rpn, "losses", split_losses))
-    stack.callback(rpn.register_forward_hook(recall, with_kwargs=True).remove)
+    hooks.callback(rpn.register_forward_hook(count, with_kwargs=True).remove)
 
 
-@torch.no_grad()
+def rpn_predictions(
+    rpn: RPN, logits: Sequence[Tensor], deltas: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """An RPN head's maps as the RPN reads them: of each level, logits ``(N, H W A)`` of ``(N, A, H,
+    W)``, and deltas ``(N, H W A, B)`` of ``(N, A B, H, W)``.
+    """
+    box_dim = rpn.anchor_generator.box_dim
+    return (
+        [permute_to_N_HWA_K(x, 1)[:, :, 0] for x in logits],
+        [permute_to_N_HWA_K(x, box_dim) for x in deltas],
+    )
+
+
+def matched_anchors(
+    rpn: RPN, anchors: Sequence[Boxes], truths: Sequence[Instances]
+) -> list[Tensor]:
+    """Which anchors match an object, by the RPN's matcher, before any are sampled: of each image,
+    bool over the anchors of all levels.
+    """
+    every = type(anchors[0]).cat(list(anchors))
+    iou = pairwise_iou_rotated if isinstance(every, RotatedBoxes) else pairwise_iou
+    matched = []
+    for of_image in truths:
+        # Without memory on the GPU, on the CPU, as in Detectron2.
+        overlaps = retry_if_cuda_oom(iou)(of_image.gt_boxes, every)
+        labels = retry_if_cuda_oom(rpn.anchor_matcher)(overlaps)[1].to(every.device)
+        if rpn.anchor_boundary_thresh >= 0:
+            labels[~every.inside_box(of_image.image_size, rpn.anchor_boundary_thresh)] = -1
+        matched.append(labels == 1)
+    return matched
+
+
 def _add_recall(tally: LevelTally, rpn: RPN, proposals: list[Instances], truths: list[Any]) -> None:
     for proposed, boxes in zip(proposals, truths, strict=True):
         if len(boxes) == 0 or not isinstance(boxes, Boxes):
@@ -133,11 +193,46 @@ def anchor_levels(rpn: RPN, boxes: Tensor) -> Tensor:
     return torch.stack(distances, dim=1).argmin(dim=1)
 
 
-def _observe_box_heads(stack: ExitStack, tally: LevelTally, heads: nn.Module) -> None:
+def _observe_box_heads(hooks: ExitStack, tally: LevelTally, heads: ROIHeads) -> None:
+    names, pooler = box_pooling(heads)
     predictors = heads.box_predictor
-    for predictor in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        wrapper = _observing_losses(tally, heads, predictor)
-        stack.enter_context(mock.patch.object(predictor, "losses", wrapper))
+    predictors = predictors if isinstance(predictors, nn.ModuleList) else [predictors]
+    kept = keep_outputs(hooks, **{str(stage): module for stage, module in enumerate(predictors)})
+    states = []
+    hooks.callback(heads.register_forward_pre_hook(lambda *_: states.append(rng_state())).remove)
+
+    @torch.no_grad()
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        truths = argument(args, kwargs, 3, "targets")
+        with EventStorage(), rng_replayed(states.pop()):
+            proposals = heads.label_and_sample_proposals(
+                argument(args, kwargs, 2, "proposals"), truths
+            )
+            for stage, predictor in enumerate(predictors):
+                predictions = kept[str(stage)]
+                if len(predictions[0]) != sum(map(len, proposals)):
+                    raise UserError(
+                        f"MODEL.FPN.LEVEL_STATS_PERIOD: {type(heads).__name__} predicts for other "
+                        "boxes than its label_and_sample_proposals gives; set it to 0"
+                    )
+                levels = pooling_levels(pooler, [of_image.proposal_boxes for of_image in proposals])
+                levels = levels - pooler.min_level
+                classes = torch.cat([of_image.gt_classes for of_image in proposals])
+                foreground = (classes >= 0) & (classes < heads.num_classes)
+                tally.add("rois", names, _counts(levels, len(names)))
+                tally.add("foreground", names, _counts(levels[foreground], len(names)))
+                parts = [
+                    _loss_of(predictor.losses, predictions, proposals, levels == level)
+                    for level in range(len(names))
+                ]
+                tally.add("box_loss", names, torch.stack(parts))
+                if stage + 1 < len(predictors):  # the boxes of a cascade's next stage
+                    boxes = predictor.predict_boxes(predictions, proposals)
+                    sizes = [of_image.image_size for of_image in proposals]
+                    proposals = heads._create_proposals_from_boxes(boxes, sizes)
+                    proposals = heads._match_and_label_boxes(proposals, stage + 1, truths)
+
+    hooks.callback(heads.register_forward_hook(count, with_kwargs=True).remove)
 
 
 def box_pooling(heads: nn.Module) -> tuple[list[str], nn.Module]:
@@ -147,37 +242,15 @@ def box_pooling(heads: nn.Module) -> tuple[list[str], nn.Module]:
     return list(heads.in_features), heads.pooler  # Res5ROIHeads
 
 
-def _observing_losses(tally: LevelTally, heads: nn.Module, predictor: nn.Module) -> Losses:
-    names, pooler = box_pooling(heads)
-    losses = predictor.losses
-
-    def observing(
-        predictions: tuple[Tensor, Tensor], proposals: list[Instances]
-    ) -> dict[str, Tensor]:
-        levels = assign_levels(
-            [of_image.proposal_boxes for of_image in proposals],
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-        levels = levels - pooler.min_level
-        classes = torch.cat([of_image.gt_classes for of_image in proposals])
-        foreground = (classes >= 0) & (classes < heads.num_classes)
-        tally.add("rois", names, _counts(levels, len(names)))
-        tally.add("foreground", names, _counts(levels[foreground], len(names)))
-        # Federated loss draws random classes; what is drawn here is not to change what is later.
-        devices = [levels.device] if levels.is_cuda else []
-        drawn = torch.random.fork_rng(devices, enabled=getattr(predictor, "use_fed_loss", False))
-        with EventStorage(), drawn, torch.no_grad():
-            parts = [
-                _loss_of(losses, predictions, proposals, levels == level)
-                for level in range(len(names))
-            ]
-        tally.add("box_loss", names, torch.stack(parts))
-        return losses(predictions, proposals)
-
-    return observing
+def pooling_levels(pooler: nn.Module, boxes: Tensor | Boxes | Sequence[Boxes]) -> Tensor:
+    """The level k that a pooler pools each box from, see :func:`fpn_plugin.assign_levels`."""
+    return assign_levels(
+        boxes,
+        pooler.min_level,
+        pooler.max_level,
+        pooler.canonical_box_size,
+        pooler.canonical_level,
+    )
 
 
 def _loss_of(
@@ -186,11 +259,11 @@ def _loss_of(
     proposals: Sequence[Instances],
     chosen: Tensor,
 ) -> Tensor:
-    """What some of the RoIs add to the box head's losses, which are means over all of them."""
+    """The share of some RoIs in the box head's losses, which are means over all RoIs."""
     parts = []
     by_image = chosen.split([len(of_image) for of_image in proposals])
     for of_image, mask in zip(proposals, by_image, strict=True):
-        # Masks and keypoints, which are slow to index, are not read.
+        # Masks and keypoints are slow to index, and not read.
         fields = {"proposal_boxes", "gt_classes", "gt_boxes"} & of_image.get_fields().keys()
         values = {name: of_image.get(name)[mask] for name in fields}
         parts.append(Instances(of_image.image_size, **values))
@@ -198,26 +271,35 @@ def _loss_of(
     return mean * (chosen.sum() / max(len(chosen), 1))
 
 
-def _observe_retinanet(stack: ExitStack, tally: LevelTally, model: RetinaNet) -> None:
-    names, losses = model.head_in_features, model.losses
+def _observe_retinanet(hooks: ExitStack, tally: LevelTally, model: RetinaNet) -> None:
+    kept = keep_outputs(hooks, anchors=model.anchor_generator, predictions=model.head)
 
-    def split_losses(
-        anchors: list[Boxes], logits: Any, labels: list[Tensor], *deltas_and_boxes: Any
-    ) -> dict[str, Tensor]:
-        sizes = [len(level) for level in anchors]
+    def unnormalized(*given: Any) -> dict[str, Tensor]:
+        losses = model.losses(*given)
+        return {name: loss * model.loss_normalizer for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def count(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        anchors, names = kept["anchors"], model.head_in_features
+        truths = [of_image["instances"].to(model.device) for of_image in args[0]]
+        labels, boxes = model.label_anchors(anchors, truths)
         stacked = torch.stack(labels)
         matched = (stacked >= 0) & (stacked != model.num_classes)
-        tally.add("anchors", names, _sums_by_size(matched, sizes))
-        # The normalizer is a running mean, the same for all levels: shares do without it.
-        with mock.patch.object(model, "_ema_update", lambda *_: 1.0):
-            parts = _dense_losses_by_level(losses, anchors, logits, labels, *deltas_and_boxes)
+        tally.add("anchors", names, _sums_by_level(matched, anchors))
+        logits, deltas = (
+            [permute_to_N_HWA_K(x, size) for x in maps]
+            for maps, size in zip(kept["predictions"], (model.num_classes, 4), strict=True)
+        )
+        # Losses are divided by a running mean of matched anchors, which each call moves.
+        normalizer = model.loss_normalizer
+        with EventStorage():
+            parts = _dense_losses_by_level(unnormalized, anchors, logits, labels, deltas, boxes)
+        model.loss_normalizer = normalizer
         tally.add("box_loss", names, parts)
-        return losses(anchors, logits, labels, *deltas_and_boxes)
 
-    stack.enter_context(mock.patch.object(model, "losses", split_losses))
+    hooks.callback(model.register_forward_hook(count).remove)
 
 
-@torch.no_grad()
 def _dense_losses_by_level(
     losses: Losses,
     anchors: Sequence[Boxes],
@@ -226,29 +308,29 @@ def _dense_losses_by_level(
     deltas: Sequence[Tensor],
     boxes: Sequence[Tensor],
 ) -> Tensor:
-    """Losses over anchors, by Detectron2, of each level alone; they are sums over anchors."""
+    """Detectron2's losses over anchors, which are sums, of one level at a time."""
     sizes = [len(level) for level in anchors]
     labels_by_image = [of_image.split(sizes) for of_image in labels]
     boxes_by_image = [of_image.split(sizes) for of_image in boxes]
     parts = []
-    with EventStorage():
-        for level in range(len(anchors)):
-            of_level = losses(
-                [anchors[level]],
-                [predictions[level]],
-                [of_image[level] for of_image in labels_by_image],
-                [deltas[level]],
-                [of_image[level] for of_image in boxes_by_image],
-            )
-            parts.append(sum(of_level.values()))
+    for level in range(len(anchors)):
+        of_level = losses(
+            [anchors[level]],
+            [predictions[level]],
+            [of_image[level] for of_image in labels_by_image],
+            [deltas[level]],
+            [of_image[level] for of_image in boxes_by_image],
+        )
+        parts.append(sum(of_level.values()))
     return torch.stack(parts)
 
 
 def _counts(levels: Tensor, count: int) -> Tensor:
-    """How many of the indices are each of ``0 ... count - 1``, without leaving the device."""
+    """How many indices are 0, 1, ... ``count - 1``; nothing leaves the device."""
     return (levels[:, None] == torch.arange(count, device=levels.device)).sum(dim=0)
 
 
-def _sums_by_size(flags: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Of flags ``(N, sum(sizes))``, how many are set in each of the stretches."""
-    return torch.stack([part.sum() for part in flags.split(list(sizes), dim=1)])
+def _sums_by_level(flags: Tensor, anchors: Sequence[Boxes]) -> Tensor:
+    """How many of the flags ``(N, anchors of all levels)`` are set on each level."""
+    sizes = [len(level) for level in anchors]
+    return torch.stack([part.sum() for part in flags.split(sizes, dim=1)])

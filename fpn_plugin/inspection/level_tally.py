@@ -1,4 +1,4 @@
-"""Counts by pyramid level, and the figures that are logged of them."""
+"""Sums by pyramid level, and the figures that are logged of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sums = dict[str, dict[str, float]]
 
 
 class LevelTally:
-    """Sums over a batch, ``{statistic: {level: sum}}``; those of several processes add up.
+    """Sums over a batch, ``{statistic: {level: sum}}``, which add up over processes.
 
     =================  =============================================================================
     statistic          what is summed
@@ -22,12 +22,12 @@ class LevelTally:
     images             images (under the level "")
     norm, cells        L2 norms of the feature vectors of all cells; number of cells
     anchors            anchors that matched an object, before any are sampled
-    objects            objects whose size is nearer to this level's anchors than to others'
-    recalled           those of them that a proposal of the RPN covers with an IoU of 0.5 or more
+    objects            objects whose size is nearest to this level's anchors
+    recalled           objects that a proposal of the RPN covers at an IoU of 0.5 or more
     rois               RoIs that the box head pools from this level, of all stages of a cascade
-    foreground         those of them that are labelled as objects
+    foreground         RoIs that are labelled as objects
     rpn_loss           the RPN's losses, weighted as in training
-    box_loss           the box head's, likewise, or those of a RetinaNet
+    box_loss           the box head's losses, weighted, or a RetinaNet's without its normalizer
     =================  =============================================================================
     """
 
@@ -35,11 +35,11 @@ class LevelTally:
         self._pending: list[tuple[str, tuple[str, ...], Tensor]] = []
 
     def add(self, statistic: str, levels: Sequence[str], values: Tensor) -> None:
-        """Adds ``values``, one for each level; nothing leaves the device yet."""
+        """Adds ``values``, one for each level, which stay on the device."""
         self._pending.append((statistic, tuple(levels), values.detach().reshape(-1).double()))
 
     def sums(self) -> Sums:
-        """The sums; one transfer from the device."""
+        """The sums, by one transfer from the device."""
         sums: Sums = {}
         if self._pending:
             device = next((v.device for _, _, v in self._pending if v.is_cuda), "cpu")
@@ -53,7 +53,7 @@ class LevelTally:
 
 
 def level_scalars(processes: Iterable[Sums]) -> dict[str, float]:
-    """What is logged of sums: ``{"fpn_<figure>/<level>": value}``.
+    """The logged figures of sums: ``{"fpn_<figure>/<level>": value}``.
 
     ===================  ===========================================================================
     figure               value
@@ -68,7 +68,7 @@ def level_scalars(processes: Iterable[Sums]) -> dict[str, float]:
     share                share of both together
     ===================  ===========================================================================
 
-    A share of nothing, as the recall of a level without objects, is left out.
+    Shares of 0, such as the recall of a level without objects, are left out.
 
     Args:
         processes: the sums of every process.
@@ -83,7 +83,7 @@ def level_scalars(processes: Iterable[Sums]) -> dict[str, float]:
             total["loss"][level] += value
     whole = {name: sum(by_level.values()) for name, by_level in total.items()}
     images = whole.get("images", 0.0)
-    # No name has "loss" in it: Detectron2 prints those that have on its line of losses.
+    # Names without "loss": Detectron2 prints those with it as losses.
     logged: dict[str, float] = {}
     for figure, statistic, divisors in (
         ("feature_norm", "norm", total["cells"]),

@@ -1,1 +1,1 @@
-"""Seeds, safe reading of pickles, files of metrics and whole writes: used by every other room."""
+"""Random seeds, safe pickles, files of metrics and atomic writes, for all other packages."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops."""
+"""Atomic writes: a file is complete or absent, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fpn_plugin.errors import UserError
 __all__ = ["PARTIAL", "AtomicWrites", "explained_full_disk", "make_output_dir", "written_whole"]
 
 PARTIAL = ".partial"
-"""What the name of a file ends with until it is complete."""
+"""The suffix of a file until it is complete."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Gives a file to write that gets its name when it is complete and on the disk.
+    """Opens a file for writing that gets its name when it is complete and on the disk.
 
-    Until then, and for good where writing fails, the name stays with what it had before.
+    Until then, the name keeps its earlier content. It keeps it for good if writing fails.
 
     Args:
-        path: of a folder that is there.
+        path: of the file, in a folder that exists.
         mode: "wb" or "w".
     """
     aside = path + PARTIAL
@@ -39,7 +39,7 @@ def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
         if os.path.exists(aside):
             os.remove(aside)
         raise
-    # The new name is lost with the power unless the folder is written too.
+    # Without this, a loss of power may lose the new name.
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -48,10 +48,10 @@ def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 class AtomicWrites:
-    """A path manager whose local files are written by :func:`written_whole`.
+    """A path manager that writes local files by :func:`written_whole`.
 
     Args:
-        path_manager: does everything else.
+        path_manager: does all else.
     """
 
     def __init__(self, path_manager: Any) -> None:
@@ -61,7 +61,7 @@ class AtomicWrites:
         return getattr(self._path_manager, name)
 
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        """A context manager that gives a file."""
+        """A context manager that opens a file."""
         if mode in ("w", "wb") and "://" not in path:
             return written_whole(path, mode)
         return self._path_manager.open(path, mode, **kwargs)
@@ -69,14 +69,14 @@ class AtomicWrites:
 
 @contextmanager
 def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
-    """Within it, a write for which there is no space is told.
+    """Names what is written, and the remedy, in errors of a full disk.
 
     Args:
-        what: is being written, in words.
-        remedy: what to do.
+        what: is written, in words.
+        remedy: what the user can do.
 
     Raises:
-        UserError: the disk is full, a quota reached or a file too large.
+        UserError: the disk is full, a quota is reached or a file is too large.
     """
     try:
         yield
@@ -91,14 +91,14 @@ def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
 
 
 def make_output_dir(folder: str, key: str) -> None:
-    """Makes a folder that files can be written to, unless it is there.
+    """Makes a folder for output, unless it exists.
 
     Args:
-        folder: its path; "" is the one that the process runs in.
+        folder: its path; "" is the working directory.
         key: the config key that names it, for the message.
 
     Raises:
-        UserError: it cannot be made, or not be written to.
+        UserError: the folder cannot be made, or files cannot be written to it.
     """
     if "://" in folder:  # Detectron2's path manager makes it
         return
@@ -107,7 +107,7 @@ def make_output_dir(folder: str, key: str) -> None:
         if not os.access(folder or ".", os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        told = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{key} is {folder!r}, where no files can be written: {told}; name another folder"
+            f"{key} is {folder!r}, where no files can be written: {reason}; name another folder"
         ) from error

@@ -11,7 +11,7 @@ __all__ = ["level_rows", "loss_rows", "task_metrics"]
 
 
 def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.json that tell losses, in order of their iteration.
+    """The rows of a metrics.json with losses, in order of their iteration.
 
     Args:
         metrics_file: one JSON object a line, as Detectron2 writes it; may be missing.
@@ -20,7 +20,7 @@ def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
 
 
 def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """What MODEL.FPN.LEVEL_STATS_PERIOD logged: ``{figure: {level: [(iteration, value), ...]}}``.
+    """Level statistics of a metrics.json: ``{figure: {level: [(iteration, value), ...]}}``.
 
     Args:
         metrics_file: as for :func:`loss_rows`.
@@ -41,9 +41,9 @@ def _rows(metrics_file: Path, wanted: Callable[[dict[str, float]], bool]) -> lis
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # a run that was killed left half a line
+            continue  # half a line, of a run that was killed
         if wanted(row):
-            # One that went on from a checkpoint, or began anew, replaces what came later before.
+            # A resumed or restarted run replaces the rows from its first iteration on.
             while rows and rows[-1]["iteration"] >= row["iteration"]:
                 rows.pop()
             rows.append(row)

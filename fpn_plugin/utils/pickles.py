@@ -1,7 +1,7 @@
-"""Reading pickles of arrays without running what else may be in them.
+"""Reading pickles of arrays without running code that is in them.
 
-Nor is numpy itself handed to a pickle: what numpy's own ``__setstate__`` takes from one goes
-unchecked, pointers to Python objects among it.
+A pickle gets no function of numpy: numpy's own ``__setstate__`` does not check its input, which may
+hold pointers to Python objects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fpn_plugin.errors import UserError
 
 __all__ = ["NO_PICKLE", "load_arrays"]
 
-# What unpickling something else ends in, with pickle or with torch.
+# What pickle and torch raise if a file is not a pickle.
 NO_PICKLE = (
     pickle.UnpicklingError,
     AttributeError,
@@ -43,7 +43,7 @@ _ORDERS = ("<", ">", "=", "|")
 
 
 class _Dtype:
-    """What a pickle says of a dtype; of its state, the byte order is taken alone."""
+    """A dtype in a pickle; only the byte order of its state is read."""
 
     def __init__(self, code: Any) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
@@ -64,7 +64,7 @@ class _Dtype:
         self.order = order
 
     def real(self) -> np.dtype:
-        """It as numpy's."""
+        """The dtype as numpy's."""
         if self.of_objects:
             return np.dtype(object)
         dtype = np.dtype(self.code).newbyteorder(self.order)
@@ -74,7 +74,7 @@ class _Dtype:
 
 
 class _Array:
-    """What a pickle says of an array or a number."""
+    """An array or a number in a pickle."""
 
     def __init__(self, make: Callable[[Callable[[Any], Any]], Any] | None = None) -> None:
         self._make = make
@@ -85,15 +85,15 @@ class _Array:
         self._make = lambda plain: _array(content, dtype, shape, order, plain)
 
     def real(self, plain: Callable[[Any], Any]) -> Any:
-        """It as numpy's; ``plain`` makes what it holds so."""
-        make, self._make = self._make, None  # with what it holds, which is copied
+        """The array as numpy's; ``plain`` converts its objects."""
+        make, self._make = self._make, None  # releases its bytes, which are copied
         if make is None:
             raise ValueError("it names an array without saying what is in it")
         return make(plain)
 
 
 class _Standin:
-    """What a pickle gets for a name: may be called, and cannot be changed."""
+    """What a pickle gets for a name: it can be called and not changed."""
 
     __slots__ = ("_call",)
 
@@ -110,7 +110,7 @@ class _Standin:
 def _array(
     content: Any, dtype: Any, shape: Any, order: str, plain: Callable[[Any], Any]
 ) -> np.ndarray:
-    """An array of a pickle's raw bytes or, where it is of objects, of a list of them."""
+    """An array of raw bytes, or of a list of objects."""
     if not isinstance(dtype, _Dtype):
         raise ValueError("it holds an array without a dtype")
     if not isinstance(shape, tuple) or any(type(side) is not int or side < 0 for side in shape):
@@ -129,7 +129,7 @@ def _array(
             f"it holds an array of shape {str(shape)[:40]} and dtype {dtype.code} in "
             f"{len(content)} bytes"
         )
-    # In the machine's byte order: torch takes no other.
+    # In the machine's byte order, which torch needs.
     array = np.frombuffer(content, real).reshape(shape, order=order)
     array = array.astype(real.newbyteorder("="), copy=True)
     if real.kind == "U" and (array.reshape(-1).view(np.uint32) > sys.maxunicode).any():
@@ -138,7 +138,7 @@ def _array(
 
 
 def _raw(content: Any) -> bytes | bytearray:
-    """Bytes of an array; those of Python 2 have become text."""
+    """Bytes of an array; pickles of Python 2 have text."""
     if isinstance(content, str):
         return content.encode("latin1")
     if not isinstance(content, bytes | bytearray):
@@ -162,7 +162,7 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any, axis_order: An
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
-    """Bytes, which protocols before 3 have as text; no other codec is run."""
+    """Bytes, which protocols before 3 write as text; other codecs are not run."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise ValueError(f"it holds text in encoding {str(encoding)[:20]!r}; expected latin1")
     return text.encode("latin1")
@@ -187,7 +187,7 @@ _STANDINS: dict[tuple[str, str], Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, numbers, text and what holds them; refuses everything that could run."""
+    """Unpickles arrays, numbers, text and containers; refuses all other names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STANDINS:
@@ -199,7 +199,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 class _Real:
-    """Makes numpy's arrays of what stands for them, at any depth; what was shared stays so."""
+    """Replaces stand-ins by numpy's arrays at any depth; shared values stay shared."""
 
     def __init__(self) -> None:
         self._done: dict[int, Any] = {}
@@ -238,20 +238,20 @@ class _Real:
 
 
 def load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
-    """What a pickle of arrays, numbers and text holds; arrays are in the machine's byte order.
+    """Reads a pickle of arrays, numbers and text; arrays are in the machine's byte order.
 
     Args:
         file: opened for reading bytes.
         encoding: of Python 2's text.
 
     Raises:
-        UserError: it names anything else, which is not called.
-        pickle.UnpicklingError: it is no pickle, or its arrays are not what they say.
+        UserError: the pickle names anything else, which is not called.
+        pickle.UnpicklingError: the file is not a pickle, or its arrays are inconsistent.
     """
     try:
         return _Real()(_ArraysOnly(file, encoding=encoding).load())
     except UserError:
         raise
     except NO_PICKLE as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise pickle.UnpicklingError(told) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise pickle.UnpicklingError(reason) from error

@@ -1,28 +1,29 @@
-"""Random numbers as a function of a seed and a position, so that nothing has to be remembered."""
+"""Random numbers that depend only on a seed and a position."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-__all__ = ["seed_rngs", "seeded"]
+__all__ = ["rng_replayed", "rng_state", "seed_rngs", "seeded"]
 
 
 def seed_rngs(*entropy: int) -> None:
-    """Seeds the generators of Python, numpy and torch, a used GPU's too, from some numbers.
+    """Seeds the generators of Python, numpy and torch, a used GPU's too.
 
-    Unlike sums of seed and position, different tuples give unrelated streams.
+    Different tuples give unrelated streams, which sums of seed and position do not.
 
     Args:
         entropy: not negative; for example seed, rank and iteration.
     """
     _seed_cpu(*entropy)
-    # Not torch.manual_seed: where a GPU is there and not used, that keeps a stack a call.
+    # Not torch.manual_seed: on a machine with an unused GPU, it keeps a stack of each call.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(torch.default_generator.initial_seed())
 
@@ -34,10 +35,40 @@ def _seed_cpu(*entropy: int) -> None:
     torch.default_generator.manual_seed((int(words[2]) << 31) ^ int(words[3]))
 
 
+def rng_state() -> tuple[Any, ...]:
+    """The state of the generators of Python, numpy and torch, a used GPU's too."""
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
+
+
+def _set_rng_state(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
+
+
+@contextmanager
+def rng_replayed(state: tuple[Any, ...] | None = None) -> Iterator[None]:
+    """Random numbers within it are those that followed ``state``; later ones are unaffected.
+
+    Args:
+        state: of :func:`rng_state`; None for the current one.
+    """
+    current = rng_state()
+    if state is not None:
+        _set_rng_state(state)
+    try:
+        yield
+    finally:
+        _set_rng_state(current)
+
+
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`; after it, as before, but
-    for processes that load data, which draw nothing in between.
+    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`; later random numbers are
+    unaffected, except in processes that load data, which draw none in between.
 
     Args:
         entropy: not negative.
@@ -46,11 +77,6 @@ def seeded(*entropy: int) -> Iterator[None]:
         _seed_cpu(*entropy)
         yield
         return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    _seed_cpu(*entropy)
-    try:
+    with rng_replayed():
+        _seed_cpu(*entropy)
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

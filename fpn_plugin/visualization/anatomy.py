@@ -1,30 +1,28 @@
-"""A picture of what a model is made of."""
+"""A picture of a model's levels and parts."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from fpn_plugin.inspection.anatomy import Anatomy
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.anatomy import Anatomy
+from .palette import CATEGORY_COLORS, GRAY, INK, level_color, level_title
 
 __all__ = ["draw_anatomy"]
 
 
 def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
-    """Draws levels with the box sizes and anchors they serve, and where the weight of a model is.
+    """Draws the box sizes and anchors of each level, and parameters and multiply-adds of each part.
 
     Args:
         anatomy: of a model.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
         title: set above.
 
     Returns:
@@ -54,11 +52,11 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
             axes.barh(
                 row, end - start, left=start, height=0.72, color=level_color(level.name), alpha=0.75
             )
-            told = _range_text(bands[level.name].low, bands[level.name].high)
-            # A bar of an octave is narrower than its label; before it there is room.
+            text = _range_text(bands[level.name].low, bands[level.name].high)
+            # A bar of one octave is narrower than its label, which goes before it.
             octave = start == bands[level.name].low and end == bands[level.name].high
             at, align = (start / 1.06, "right") if octave else (math.sqrt(start * end), "center")
-            axes.text(at, row - 0.19, told, ha=align, va="center", fontsize=11, color=INK)
+            axes.text(at, row - 0.19, text, ha=align, va="center", fontsize=11, color=INK)
         if level.anchor_sizes:
             axes.plot(
                 level.anchor_sizes, [row + 0.14] * len(level.anchor_sizes), "D", ms=8,
@@ -69,7 +67,7 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
         for v in anatomy.levels
     ]
     axes.set_yticks(range(len(names)), names, fontsize=11)
-    axes.set_ylim(len(names) - 0.5, -0.5)  # bars alone would not make room for a row without one
+    axes.set_ylim(len(names) - 0.5, -0.5)  # rows without a bar too
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
@@ -79,7 +77,7 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
     axes.set_axisbelow(True)
     shown = []
     if anatomy.sizes:
-        shown.append(Patch(color="#999999", alpha=0.75, label="boxes pooled from the level"))
+        shown.append(Patch(color=GRAY, alpha=0.75, label="boxes pooled from the level"))
     if any(level.anchor_sizes for level in anatomy.levels):
         shown.append(
             Line2D([], [], ls="", marker="D", ms=8, mfc="white", mec=INK, mew=1.6,
@@ -105,10 +103,10 @@ def _range_text(low: float, high: float) -> str:
 
 def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
     parts = anatomy.parts
-    counts = [part.parameters for part in parts], [part.flops for part in parts]
+    counts = [part.parameters for part in parts], [part.multiply_adds for part in parts]
     for offset, values, color, unit, prefix, divisor in (
         (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", " M", 1e6),
-        (0.2, counts[1], CATEGORY_COLORS[1], "FLOPs", " G", 1e9),
+        (0.2, counts[1], CATEGORY_COLORS[1], "multiply-adds", " G", 1e9),
     ):
         whole = max(sum(values), 1)
         rows = [row + offset for row in range(len(parts))]
@@ -117,8 +115,8 @@ def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
             label=f"{_short(whole / divisor)}{prefix}{'' if prefix == ' G' else ' '}{unit}",
         )  # fmt: skip
         for row, value in zip(rows, values, strict=True):
-            told = f" {_short(value / divisor)}{prefix}"
-            axes.text(100 * value / whole, row, told, va="center", fontsize=11, color=INK)
+            text = f" {_short(value / divisor)}{prefix}"
+            axes.text(100 * value / whole, row, text, va="center", fontsize=11, color=INK)
     axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=12)
     axes.invert_yaxis()
     axes.set_xlim(0, 118)

@@ -1,51 +1,51 @@
-"""A picture of what each level of a pyramid contributed."""
+"""A picture of what each level of a pyramid contributes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .palette import INK, level_color, level_title
+from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
+from .palette import INK, level_color, level_title
 
 __all__ = ["contributions", "draw_contributions"]
 
 _BEST = 100  # proposals, as in AR@100
 
 
-def contributions(glimpses: Sequence[Glimpse], threshold: float = 0.5) -> dict[str, dict[str, int]]:
+def contributions(
+    traces: Sequence[ForwardTrace], threshold: float = 0.5
+) -> dict[str, dict[str, int]]:
     """How many anchors, proposals and detections came from each level, over images.
 
     Args:
-        glimpses: of images by one model.
-        threshold: least score of a detection to count.
+        traces: of images by one model.
+        threshold: lowest score of a detection that counts.
 
     Returns:
-        ``{figure: {level: count}}``; figures that the model or missing labels do not allow are left
-        out.
+        ``{figure: {level: count}}``, without figures of parts that the model lacks or of missing
+        labels.
     """
     counted: dict[str, dict[str, int]] = {}
-    for seen in glimpses:
+    for trace in traces:
         sure = correct = None
-        if seen.detections is not None and seen.pooled is not None:
-            sure = seen.detections.chosen(seen.detections.scores >= threshold)
-            correct = seen.correct(threshold)
+        if trace.detections is not None and trace.pooled is not None:
+            sure = trace.detections.chosen(trace.detections.scores >= threshold)
+            correct = trace.correct(threshold)
         for figure, regions in (
-            ("anchors that matched", seen.matched),
-            ("proposals made", seen.proposed),
-            (f"objects in {_BEST} best", seen.covering(_BEST)),
-            ("proposals pooled", seen.pooled),
+            ("anchors that matched", trace.matched),
+            ("proposals made", trace.proposed),
+            (f"objects in {_BEST} best", trace.covering(_BEST)),
+            ("proposals pooled", trace.pooled),
             ("detections", sure),
             ("correct detections", correct),
         ):
             if regions is not None:
-                by_level = counted.setdefault(figure, dict.fromkeys(seen.features, 0))
+                by_level = counted.setdefault(figure, dict.fromkeys(trace.features, 0))
                 for level, count in _counts(regions).items():
                     by_level[level] = by_level.get(level, 0) + count
     return counted
@@ -63,7 +63,7 @@ def draw_contributions(
     Args:
         counted: of each model; at least one has a figure.
         labels: the models' names.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
         images: how many were counted.
 
     Returns:

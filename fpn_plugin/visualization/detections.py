@@ -21,8 +21,13 @@ _PANEL_INCHES = 5.0
 
 @dataclass(frozen=True)
 class DrawnBox:
-    """A box to draw: ``box`` XYXY in pixels of the picture, its text, the level it was pooled from
-    where that is known, and ``(x, y)`` of each of its keypoints, None for those not there.
+    """A box to draw.
+
+    Attributes:
+        box: XYXY in pixels of the picture.
+        text: drawn above it.
+        level: that it was pooled from; None if that is not known.
+        keypoints: ``(x, y)`` of each; None for those that the object lacks.
     """
 
     box: tuple[float, float, float, float]
@@ -38,13 +43,13 @@ def draw_detections(
     ground_truth: Sequence[DrawnBox] | None = None,
     layout: KeypointLayout | None = None,
 ) -> Path:
-    """Writes a picture of detections, beside ground truth where that is given.
+    """Writes a picture of detections, next to ground truth if that is given.
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
         detections: drawn in the colour of their level, which a legend names.
-        path: the file to write; its suffix says the format.
-        ground_truth: boxes as labelled; None for a picture of the detections alone.
+        path: the file to write; its suffix sets the format.
+        ground_truth: boxes as labelled; None for a picture of detections only.
         layout: names and skeleton of keypoints.
 
     Returns:
@@ -80,7 +85,7 @@ def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
     x0, y0, x1, y1 = drawn.box
     color = level_color(drawn.level)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, lw=1.5))
-    # Above the box, or below its upper edge where there is no room above it.
+    # Above the box, or below its upper edge if there is no room above it.
     room = y0 > 0.05 * max(axes.get_ylim())
     axes.text(
         x0,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, Mistake
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.errors import Errors, Mistake
+from .palette import CATEGORY_COLORS, INK, level_color, level_title
 
 __all__ = ["draw_mistakes", "plot_errors"]
 
@@ -24,14 +22,12 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
 
     Args:
         errors: of a detector on a dataset.
-        levels: names, finest first; where there are none, errors are drawn by size alone.
-        path: the file to write; its suffix says the format.
+        levels: names, finest first; without any, errors are drawn by size only.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.
     """
-    from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES
-
     places = [(SIZES, 0, "size")]
     if levels:
         places.append((levels, 1, "level"))
@@ -60,7 +56,7 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
             _stack(axes, groups, counts, totals, kinds)
             axes.set_title(f"{title}, by {name}", fontsize=13)
         grid[row, 0].set_ylabel("share (%)", fontsize=12)
-        # Column 0 has bars always.
+        # Column 0 always has bars.
         handles, names = grid[row, 0].get_legend_handles_labels()
         grid[row, -1].legend(
             handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11,
@@ -107,7 +103,7 @@ def draw_mistakes(
     Args:
         mistakes: what to draw, six a row.
         image_of: uint8 RGB ``(H, W, 3)`` of an image id.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.

@@ -1,25 +1,23 @@
-"""Pictures of a pyramid's features: their main directions as colour, and their norms."""
+"""Pictures of a pyramid's features: principal components as colour, and norms."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .palette import INK, level_title
+from fpn_plugin.inspection.forward_trace import ForwardTrace
 
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse
+from .palette import INK, level_title
 
 __all__ = ["FeatureColors", "draw_features", "feature_colors", "feature_norms"]
 
-# Corners of a square: light is far along the first direction, yellow along the second. Blue,
-# yellow and lightness are what red-green-blind readers see as others do.
+# Corners of a square: lightness is the first direction, blue to yellow the second. Red-green-blind
+# readers see these as others do.
 _DARK_BLUE, _DARK_YELLOW = np.array([16, 32, 96.0]), np.array([92, 70, 0.0])
 _LIGHT_BLUE, _LIGHT_YELLOW = np.array([150, 205, 255.0]), np.array([255, 236, 130.0])
 _PANEL_INCHES = 2.3
@@ -31,7 +29,7 @@ class FeatureColors:
 
     Attributes:
         images: ``{level: uint8 (h, w, 3)}``.
-        variance: share of the features' variance that the two directions hold.
+        variance: share of the features' variance along the two directions.
     """
 
     images: dict[str, np.ndarray]
@@ -41,8 +39,8 @@ class FeatureColors:
 def feature_colors(features: dict[str, np.ndarray]) -> FeatureColors:
     """Two principal directions of all levels' features as lightness and blue to yellow.
 
-    Every level counts the same: its features are centred and scaled to one variance before
-    directions are sought, which are the same for all levels. The first points to larger norms.
+    Every level counts the same: its features are centred and scaled to unit variance first. All
+    levels share the directions. The first points to larger norms.
 
     Args:
         features: ``{level: (C, h, w)}``.
@@ -88,7 +86,7 @@ def feature_norms(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def draw_features(
-    glimpses: Sequence[Glimpse],
+    traces: Sequence[ForwardTrace],
     labels: Sequence[str],
     path: Path,
     kinds: Sequence[str] = ("colour", "norm"),
@@ -96,18 +94,18 @@ def draw_features(
     """Draws every level's features, a row for each model and kind.
 
     Args:
-        glimpses: of one image by several models, or by one.
+        traces: of one image by several models, or by one.
         labels: the models' names.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
         kinds: "colour" (see :func:`feature_colors`), "norm".
 
     Returns:
         ``path``.
     """
-    rows = [(seen, label, kind) for seen, label in zip(glimpses, labels, strict=True)
+    rows = [(trace, label, kind) for trace, label in zip(traces, labels, strict=True)
             for kind in kinds]  # fmt: skip
-    columns = 1 + max(len(seen.features) for seen in glimpses)
-    height = _PANEL_INCHES * glimpses[0].image.shape[0] / glimpses[0].image.shape[1]
+    columns = 1 + max(len(trace.features) for trace in traces)
+    height = _PANEL_INCHES * traces[0].image.shape[0] / traces[0].image.shape[1]
     figure = Figure(
         figsize=(_PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35), dpi=130,
         layout="constrained",
@@ -115,34 +113,34 @@ def draw_features(
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, (seen, label, kind) in enumerate(rows):
-        _draw_row(grid[row], seen, label, kind)
-    told = {
+    for row, (trace, label, kind) in enumerate(rows):
+        _draw_row(grid[row], trace, label, kind)
+    captions = {
         "colour": "colour: 1st principal component of all levels dark to light, 2nd blue to yellow",
         "norm": "norm: length of a cell's vector; blue to yellow, on each level's own scale",
     }
-    figure.supxlabel("\n".join(told[kind] for kind in kinds), fontsize=12)
+    figure.supxlabel("\n".join(captions[kind] for kind in kinds), fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
     return path
 
 
-def _draw_row(row: Sequence[Axes], seen: Glimpse, label: str, kind: str) -> None:
-    features = {name: values.numpy() for name, values in seen.features.items()}
-    height, width = seen.image.shape[:2]
-    row[0].imshow(seen.image)
+def _draw_row(row: Sequence[Axes], trace: ForwardTrace, label: str, kind: str) -> None:
+    features = {name: values.numpy() for name, values in trace.features.items()}
+    height, width = trace.image.shape[:2]
+    row[0].imshow(trace.image)
     row[0].set_title(label, fontsize=14)
     if kind == "colour":
         colors = feature_colors(features)
-        panels, told = colors.images, f"colour: {100 * colors.variance:.0f}% of the variance"
+        panels, text = colors.images, f"colour: {100 * colors.variance:.0f}% of the variance"
     else:
-        panels, told = feature_norms(features), "norm"
+        panels, text = feature_norms(features), "norm"
     row[0].text(
-        0.02, 0.02, told, transform=row[0].transAxes, fontsize=10, color=INK, va="bottom",
+        0.02, 0.02, text, transform=row[0].transAxes, fontsize=10, color=INK, va="bottom",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
     )  # fmt: skip
     for axes, (name, panel) in zip(row[1:], panels.items(), strict=False):
-        stride = seen.strides[name]
+        stride = trace.strides[name]
         extent = (0, panel.shape[1] * stride, panel.shape[0] * stride, 0)
         options = {"extent": extent, "interpolation": "nearest"}
         title = f"{level_title(name)}, stride {stride}"

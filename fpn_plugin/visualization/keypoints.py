@@ -14,13 +14,13 @@ __all__ = ["KeypointLayout", "draw_keypoints"]
 
 @dataclass(frozen=True)
 class KeypointLayout:
-    """What keypoints are called, and pairs of their indices that a line joins."""
+    """Names of keypoints, and pairs of indices of those that a line joins."""
 
     names: tuple[str, ...] = ()
     edges: tuple[tuple[int, int], ...] = ()
 
     def name(self, index: int) -> str:
-        """Of a keypoint; "keypoint 1" where names are not known."""
+        """The name of a keypoint, or "keypoint 1" if names are not known."""
         return self.names[index] if index < len(self.names) else f"keypoint {index + 1}"
 
 
@@ -34,7 +34,7 @@ def draw_keypoints(
 
     Args:
         axes: of the picture.
-        points: x and y in pixels of the picture; None for those that are not there.
+        points: x and y in pixels of the picture; None for those that the object lacks.
         layout: their names and skeleton.
         color: of dots and lines.
     """

@@ -1,4 +1,4 @@
-"""Curves of what each pyramid level did in a training."""
+"""Curves of each pyramid level's statistics in a training."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def plot_level_curves(
 ) -> Path:
     """Draws a panel for each figure of :func:`fpn_plugin.utils.metrics.level_rows`, a line a level.
 
-    Lines are running means of five points, which are drawn faint.
+    Lines are running means of five points; the points are drawn faint.
 
     Args:
         statistics: ``{figure: {level: [(iteration, value), ...]}}``.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.

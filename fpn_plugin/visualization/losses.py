@@ -13,7 +13,7 @@ from .palette import CATEGORY_COLORS, INK
 
 __all__ = ["plot_losses"]
 
-# As many as make a colour and a line meet again only after 21 losses; dots are the rate's.
+# 3 styles of 7 colours distinguish 21 losses; dots are for the learning rate.
 _STYLES = ("-", "--", "-.")
 
 
@@ -22,7 +22,7 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
 
     Args:
         metrics_file: the metrics.json that Detectron2 writes, one JSON object a line.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.

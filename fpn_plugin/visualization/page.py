@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing but itself: text, tables, and pictures as data URIs."""
+"""An HTML page that needs no other file: text, tables, and pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from .palette import BLUE, INK
+
 __all__ = ["Page"]
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1160px;
-       margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.7em; margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
-nav a { margin-right: 1.2em; } a { color: #0072B2; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: 0.25em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; } th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } figure { margin: 1em 0; } figcaption, .note { color: #555; }
+_STYLE = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; background: #fff; max-width: 1160px;
+       margin: 2em auto; padding: 0 1em; }}
+h1 {{ font-size: 1.7em; margin-bottom: 0; }}
+h2 {{ margin-top: 2em; border-bottom: 1px solid #ccc; }}
+nav a {{ margin-right: 1.2em; }} a {{ color: {BLUE}; }}
+table {{ border-collapse: collapse; margin: 1em 0; }}
+th, td {{ padding: 0.25em 0.9em; text-align: right; border-bottom: 1px solid #ddd; }}
+th {{ border-bottom: 2px solid #888; }} th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; }} figure {{ margin: 1em 0; }} figcaption, .note {{ color: #555; }}
 """
 
 
 class Page:
-    """Sections in order, then :meth:`html`.
+    """A page, built section by section; :meth:`html` returns it.
 
     Args:
         title: of the page.
@@ -40,11 +43,11 @@ class Page:
         self._body.append(f'<h2 id="s{len(self._sections)}">{escape(title)}</h2>')
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Adds a paragraph."""
         self._body.append(f'<p class="note">{escape(text)}</p>')
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers with a point are written with one digit after it."""
+        """Adds a table; floats are written with one digit after the point."""
         head = "".join(f"<th>{escape(header)}</th>" for header in headers)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>\n"
@@ -53,7 +56,7 @@ class Page:
         self._body.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
 
     def picture(self, path: Path, caption: str) -> None:
-        """A PNG file, copied into the page."""
+        """Copies a PNG file into the page."""
         data = base64.b64encode(path.read_bytes()).decode()
         self._body.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'

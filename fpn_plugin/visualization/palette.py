@@ -1,23 +1,28 @@
-"""Colours that colour-blind readers tell apart, the same in every picture."""
+"""Colours that colour-blind readers can distinguish, the same in every picture."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["CATEGORY_COLORS", "INK", "level_color", "level_title"]
+__all__ = [
+    "BLUE",
+    "CATEGORY_COLORS",
+    "GRAY",
+    "GREEN",
+    "INK",
+    "ORANGE",
+    "PURPLE",
+    "VERMILION",
+    "level_color",
+    "level_title",
+]
 
 # Okabe and Ito's palette.
-_LEVEL_COLORS = {
-    2: "#E69F00",
-    3: "#56B4E9",
-    4: "#009E73",
-    5: "#CC79A7",
-    6: "#D55E00",
-    7: "#0072B2",
-}
-_PLAIN_COLOR = "#F0E442"
-CATEGORY_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-INK = "#222222"
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, _SKY, _YELLOW = "#E69F00", "#56B4E9", "#F0E442"
+CATEGORY_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, _SKY, _YELLOW)
+_LEVEL_COLORS = {2: ORANGE, 3: _SKY, 4: GREEN, 5: PURPLE, 6: VERMILION, 7: BLUE}
+INK, GRAY = "#222222", "#999999"
 
 
 def level_color(level: int | str | None) -> str:
@@ -29,11 +34,11 @@ def level_color(level: int | str | None) -> str:
     if isinstance(level, str):
         number = re.search(r"\d+$", level)
         level = int(number.group()) if number else None
-    return _PLAIN_COLOR if level is None else _LEVEL_COLORS.get(level, _PLAIN_COLOR)
+    return _LEVEL_COLORS.get(level, _YELLOW)
 
 
 def level_title(name: str) -> str:
-    """How a level is written: P4 for "p4", C4 for "res4", other names as they are."""
+    """The title of a level: P4 for "p4", C4 for "res4", other names as they are."""
     number = re.fullmatch(r"(p|res)(\d+)", name)
     if number is None:
         return name

@@ -1,10 +1,9 @@
-"""Pictures of where boxes were pooled, and of anchors that matched: a colour for each level."""
+"""Pictures of pooled boxes and of matched anchors, in the colours of their levels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
+
 from .keypoints import KeypointLayout, draw_keypoints
 from .palette import INK, level_color, level_title
-
-if TYPE_CHECKING:
-    from fpn_plugin.inspection.forward_trace import Glimpse, Regions
 
 __all__ = ["draw_anchors", "draw_pooling"]
 
@@ -24,7 +22,7 @@ _PANEL_INCHES = 4.2
 
 
 def draw_pooling(
-    glimpses: Sequence[Glimpse],
+    traces: Sequence[ForwardTrace],
     labels: Sequence[str],
     path: Path,
     proposals: int = 100,
@@ -34,30 +32,28 @@ def draw_pooling(
 ) -> Path:
     """Draws proposals and detections in the colour of the level they were pooled from.
 
-    A model without a box head pools nothing: its proposals have the colour of the level whose
-    anchors gave them.
+    Proposals of a model without a box head have the colour of their anchors' level.
 
     Args:
-        glimpses: of one image by several models, or by one: a column for each of several, a row of
-            panels for one.
+        traces: of one image. Several models have a column each, one model a row of panels.
         labels: the models' names.
-        path: the file to write; its suffix says the format.
+        path: the file to write; its suffix sets the format.
         proposals: how many of the best to draw.
-        threshold: least score of a detection to draw.
+        threshold: lowest score of a detection to draw.
         class_names: of the detections.
         layout: names and skeleton of their keypoints.
 
     Returns:
         ``path``.
     """
-    columns = [_panels(seen, proposals, threshold, class_names) for seen in glimpses]
+    columns = [_panels(trace, proposals, threshold, class_names) for trace in traces]
     deep = max(map(len, columns))
     shape = (1, deep) if len(columns) == 1 else (deep, len(columns))
-    figure, grid = _figure(glimpses[0], shape)
+    figure, grid = _figure(traces[0], shape)
     for number, (label, panels) in enumerate(zip(labels, columns, strict=True)):
         for place, (title, regions, texts) in enumerate(panels):
             axes = grid[0, place] if len(columns) == 1 else grid[place, number]
-            axes.imshow(glimpses[number].image)
+            axes.imshow(traces[number].image)
             axes.set_title(f"{label}: {title}" if len(columns) > 1 else title, fontsize=14)
             _draw_regions(axes, regions, texts)
             _draw_keypoints(axes, regions, layout or KeypointLayout())
@@ -67,43 +63,43 @@ def draw_pooling(
 
 
 def _panels(
-    seen: Glimpse, proposals: int, threshold: float, class_names: Sequence[str]
+    trace: ForwardTrace, proposals: int, threshold: float, class_names: Sequence[str]
 ) -> list[tuple[str, Regions, list[str]]]:
     """Title, boxes and their texts of each panel."""
     panels = []
-    if seen.pooled is not None:
-        best = seen.pooled.first(proposals)
+    if trace.pooled is not None:
+        best = trace.pooled.first(proposals)
         panels.append((f"{len(best)} best proposals, where pooled", best, []))
-    elif seen.proposed is not None:
-        best = seen.proposed.first(proposals)
+    elif trace.proposed is not None:
+        best = trace.proposed.first(proposals)
         panels.append((f"{len(best)} best proposals,\nby the level of their anchors", best, []))
-    if seen.detections is not None:
-        sure = seen.detections.chosen(seen.detections.scores >= threshold)
+    if trace.detections is not None:
+        sure = trace.detections.chosen(trace.detections.scores >= threshold)
         texts = [
             f"{class_names[c] if c < len(class_names) else c} {score:.2f}"
             for c, score in zip(sure.classes.tolist(), sure.scores.tolist(), strict=True)
         ]
-        where = ", where pooled" if seen.pooled is not None else ""
+        where = ", where pooled" if trace.pooled is not None else ""
         panels.append((f"{len(sure)} detections{where}", sure, texts))
     return panels
 
 
-def draw_anchors(seen: Glimpse, path: Path) -> Path:
-    """Draws, level by level, anchors that match ground truth, which is drawn dashed in white.
+def draw_anchors(trace: ForwardTrace, path: Path) -> Path:
+    """Draws the anchors of each level that match ground truth, which is dashed and white.
 
     Args:
-        seen: with labels.
-        path: the file to write; its suffix says the format.
+        trace: with labels.
+        path: the file to write; its suffix sets the format.
 
     Returns:
         ``path``.
     """
-    names = [name for name in seen.features if name in _anchor_levels(seen)]
-    figure, grid = _figure(seen, (1, len(names)), inches=3.0)
+    names = [name for name in trace.features if name in _anchor_levels(trace)]
+    figure, grid = _figure(trace, (1, len(names)), inches=3.0)
     for axes, name in zip(grid[0], names, strict=True):
-        of_level = seen.matched.chosen(_is(seen.matched, name))
-        axes.imshow(_faded(seen.image))
-        for x0, y0, x1, y1 in seen.truths.boxes.tolist():
+        of_level = trace.matched.chosen(_is(trace.matched, name))
+        axes.imshow(_faded(trace.image))
+        for x0, y0, x1, y1 in trace.truths.boxes.tolist():
             axes.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="white", lw=1.4, ls="--")
             )
@@ -114,9 +110,9 @@ def draw_anchors(seen: Glimpse, path: Path) -> Path:
     return _saved(figure, path)
 
 
-def _anchor_levels(seen: Glimpse) -> set[str]:
-    # Every level that has matched anchors; where none has, all of them.
-    return set(seen.matched.levels) or set(seen.features)
+def _anchor_levels(trace: ForwardTrace) -> set[str]:
+    # All levels if none has matched anchors.
+    return set(trace.matched.levels) or set(trace.features)
 
 
 def _is(regions: Regions, name: str) -> torch.Tensor:
@@ -128,9 +124,9 @@ def _faded(image: np.ndarray) -> np.ndarray:
 
 
 def _figure(
-    seen: Glimpse, shape: tuple[int, int], inches: float = _PANEL_INCHES
+    trace: ForwardTrace, shape: tuple[int, int], inches: float = _PANEL_INCHES
 ) -> tuple[Figure, np.ndarray]:
-    height = inches * seen.image.shape[0] / seen.image.shape[1]
+    height = inches * trace.image.shape[0] / trace.image.shape[1]
     size = (inches * shape[1] + 0.2, (height + 0.45) * shape[0] + 0.6)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     grid = figure.subplots(*shape, squeeze=False)
@@ -148,7 +144,7 @@ def _draw_regions(axes: Axes, regions: Regions, texts: Sequence[str], width: flo
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=shade, lw=line))
         if texts:
             room = y0 > 14
-            right = x0 > 0.7 * axes.get_xlim()[1]  # text that would leave the picture
+            right = x0 > 0.7 * axes.get_xlim()[1]  # the text would leave the picture
             axes.text(
                 x1 if right else x0, y0 if room else y1, texts[index], fontsize=9, color="black",
                 ha="right" if right else "left", va="bottom" if room else "top", clip_on=True,

@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode

@@ -28,7 +28,7 @@ from fpn_plugin.cli.visualize import visualize_main
 from fpn_plugin.data import channels_first, read_picture, resized_picture, rgb_of
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector
-from fpn_plugin.inspection.forward_trace import glimpse
+from fpn_plugin.inspection.forward_trace import forward_trace
 
 COLOURS = [
     "INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]", "MODEL.PIXEL_STD",
@@ -158,7 +158,7 @@ def test_visualize_and_report(run, tmp_path, undrawn):
     assert (tmp_path / "seen" / "0000" / "features.png").is_file()
     picture = read_picture(run.cfg, min(run.images.iterdir()))
     detector = Detector(run.cfg)
-    seen = glimpse(detector.model, run.cfg, picture)
+    seen = forward_trace(detector.model, run.cfg, picture)
     assert torch.equal(seen.detections.scores, detector(picture).scores)
     assert np.array_equal(seen.image, rgb_of(run.cfg, resized_picture(run.cfg, picture)[0]))
     report_main([str(run.folder), *run.registered, "--output", str(tmp_path / "report.html")])

@@ -21,7 +21,7 @@ from fpn_plugin.deploy import fold_batch_norms, folding, optimize, steps_of
 from fpn_plugin.deploy.convolution import FusedConv2d
 from fpn_plugin.deploy.fused import FusedBlock
 from fpn_plugin.deploy.optimize import dtype_of
-from fpn_plugin.engine.inference import recorded_levels
+from fpn_plugin.inspection.forward_trace import recorded_levels
 
 
 def detect(model, image):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fpn_plugin import UserError, assign_levels, model_zoo
 from fpn_plugin.engine import StrictCheckpointer
-from fpn_plugin.engine.inference import Detector, recorded_levels
+from fpn_plugin.engine.inference import Detector
+from fpn_plugin.inspection.forward_trace import recorded_levels
 from fpn_plugin.visualization import DrawnBox, draw_detections, level_color, plot_losses
 
 

@@ -46,24 +46,23 @@ def test_levels_and_anchors_of_an_input(make_model):
     assert [v.pooled for v in levels] == [True] * 4 + [False]
 
 
-def test_flops_and_parameters_by_hand(make_model):
+def test_multiply_adds_and_parameters_by_hand(make_model):
     model = make_model(FASTER)  # 16 channels, 16 hidden units
     parts = {part.name: part for part in anatomy(model, (256, 320), rois=50).parts}
     cells = [64 * 80, 32 * 40, 16 * 20, 8 * 10]
     channels = [64, 128, 256, 512]
     laterals = sum(n * c * 16 for n, c in zip(cells, channels, strict=True))
     outputs = sum(n * 16 * 16 * 9 for n in cells[:3])  # P5 is the 1x1 itself
-    upsampled = sum(n * 16 for n in cells[:3])  # interpolation: one a value
-    assert parts["neck"].flops == laterals + outputs + upsampled
+    assert parts["neck"].multiply_adds == laterals + outputs
     weights = sum(c * 16 + 16 for c in channels) + 3 * (16 * 16 * 9 + 16)
     assert parts["neck"].parameters == weights
 
     every = sum(cells) + 4 * 5
-    assert parts["RPN"].flops == every * 16 * (16 * 9 + 3 + 12)
+    assert parts["RPN"].multiply_adds == every * 16 * (16 * 9 + 3 + 12)
     assert parts["RPN"].parameters == 16 * 16 * 9 + 16 + 16 * 3 + 3 + 16 * 12 + 12
 
     box = 16 * 49 * 16 + 16 * 16 + 16 * 15 + 16 * 14 * 4
-    assert parts["box head"].flops == 50 * box
+    assert parts["box head"].multiply_adds == 50 * box
     assert parts["box head"].parameters == box + 16 + 16 + 15 + 14 * 4
 
 
@@ -87,7 +86,7 @@ def test_parts_are_the_whole_model(name, opts, make_config):
     assert sum(p.parameters for p in parts.parts) == sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.trained for p in parts.parts) == trained
-    assert all(part.flops > 0 for part in parts.parts), parts.parts
+    assert all(part.multiply_adds > 0 for part in parts.parts), parts.parts
     assert "rest" not in {part.name for part in parts.parts}
     assert anatomy_text(parts)
 

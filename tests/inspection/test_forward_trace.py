@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from fpn_plugin import UserError
 from fpn_plugin.cli.visualize import visualize_main
-from fpn_plugin.inspection.forward_trace import Glimpse, Regions, glimpse
+from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions, forward_trace
 from fpn_plugin.visualization.contributions import contributions
 
 FASTER = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -56,7 +56,7 @@ def test_levels_are_those_that_the_model_used(make_config, image):
     kept = {}
     heads = model.roi_heads
     heads.box_pooler.register_forward_hook(lambda _, args, out: kept.update(boxes=args[1]))
-    seen = glimpse(model, cfg, image, annotations())
+    seen = forward_trace(model, cfg, image, annotations())
     assert seen.image.shape == (240, 320, 3)
     assert list(seen.features) == ["p2", "p3", "p4", "p5", "p6"]
     cells = {"p2": (60, 80), "p3": (30, 40), "p4": (15, 20), "p5": (8, 10), "p6": (4, 5)}
@@ -78,7 +78,7 @@ def test_proposals_are_told_the_level_of_their_anchors(make_config, image):
     # Anchors are proposed as they are: the area of a proposal inside the image says its level.
     torch.nn.init.zeros_(rpn.rpn_head.anchor_deltas.weight)
     torch.nn.init.zeros_(rpn.rpn_head.anchor_deltas.bias)
-    seen = glimpse(model, cfg, image)
+    seen = forward_trace(model, cfg, image)
     boxes = seen.proposed.boxes
     inside = ((boxes > 0.01) & (boxes < torch.tensor([319.9, 239.9, 319.9, 239.9]))).all(dim=1)
     assert inside.sum() > 20
@@ -91,7 +91,7 @@ def test_proposals_are_told_the_level_of_their_anchors(make_config, image):
 
 def test_matched_anchors_and_truths(make_config, image):
     model, cfg = detector(make_config, FASTER)
-    seen = glimpse(model, cfg, image, annotations())
+    seen = forward_trace(model, cfg, image, annotations())
     truths = torch.tensor(BOXES)
     truths[:, 2:] += truths[:, :2]
     truths = (2 * truths).clamp(max=torch.tensor([320.0, 240, 320, 240]))
@@ -120,7 +120,7 @@ def test_matched_anchors_and_truths(make_config, image):
 )
 def test_other_architectures_are_looked_at_too(name, make_config, image):
     cfg = make_config(name, "INPUT.MIN_SIZE_TEST", 128)
-    seen = glimpse(build_model(cfg).eval(), cfg, image, annotations())
+    seen = forward_trace(build_model(cfg).eval(), cfg, image, annotations())
     assert len(seen.matched) > 0
     assert set(seen.matched.levels) <= set(seen.features)
     assert (seen.proposed is None) == ("retinanet" in name)
@@ -129,7 +129,7 @@ def test_other_architectures_are_looked_at_too(name, make_config, image):
 def test_a_model_that_reads_proposals_is_refused(make_config, image):
     cfg = make_config("mini/table2_c_FPN.yaml")
     with pytest.raises(UserError, match="reads its proposals from a file"):
-        glimpse(build_model(cfg).eval(), cfg, image)
+        forward_trace(build_model(cfg).eval(), cfg, image)
 
 
 def regions(*rows):
@@ -154,7 +154,7 @@ def test_contributions_of_a_case_made_by_hand():
         ([0, 0, 10, 10], "p2", 1.0, -1),
     )  # fmt: skip
     maps = {f"p{k}": torch.zeros(1, 1, 1) for k in range(2, 6)}
-    seen = Glimpse(
+    seen = ForwardTrace(
         np.zeros((100, 100, 3), np.uint8), maps, dict.fromkeys(maps, 4), proposed, proposed,
         detections, truths, matched=truths.first(0),
     )  # fmt: skip
