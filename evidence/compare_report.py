@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from fpn_plugin.fitting.recommendation import Recommendation
+from fpn_plugin.fitting import Recommendation
 from fpn_plugin.paper.report import mean_with_spread
 from fpn_plugin.visualization.palette import CATEGORY_COLORS
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from fpn_plugin.data import Needs, register_datasets
 from fpn_plugin.engine import find_config_file, load_config
 from fpn_plugin.errors import UserError
-from fpn_plugin.fitting import Pyramid, ResizeRule, fit_pyramid, read_ground_truth
-from fpn_plugin.fitting.density import check_sampling
+from fpn_plugin.fitting import check_config, fit_pyramid, read_ground_truth
 from fpn_plugin.fitting.report import check_output, write_report
 
 from .common import ToolParser, add_shared
@@ -57,11 +56,7 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    # What is wrong with the config is told before a long reading.
-    Pyramid.from_config(cfg)
-    for training in (True, False):
-        ResizeRule.from_config(cfg, training)
-    check_sampling(cfg)
+    pyramid = check_config(cfg)
     base, folder = Path(find_config_file(args.config_file)), Path(args.output)
     check_output(base, folder)
     register_datasets(args.dataset)
@@ -69,5 +64,6 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
     key = "--data" if args.data else "DATASETS.TRAIN"
-    fit = fit_pyramid(cfg, read_ground_truth(sources, Needs.of(cfg, training=True), key))
+    truth = read_ground_truth(sources, Needs.of(cfg, training=True), key)
+    fit = fit_pyramid(cfg, truth, pyramid)
     print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))

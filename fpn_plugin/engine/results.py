@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from fpn_plugin.utils.atomic import written_whole
+from fpn_plugin.utils.metrics import task_metrics
 
 from .expectations import verify_expected
 from .run_config import RunConfig

@@ -1,11 +1,11 @@
-"""What a dataset asks of a pyramid: levels, canonical size, anchors, room for proposals."""
+"""Pyramids fitted to datasets: levels, canonical size, anchors, room for proposals."""
 
-from .fit import Fit, fit_pyramid
+from .anchors import best_anchors
+from .fit import Fit, check_config, fit_pyramid
 from .ground_truth import GroundTruth, read_ground_truth
-from .matching import best_anchors
 from .measures import Measures, measure
 from .pyramid import Pyramid
-from .recommendation import Recommendation
+from .recommendations import Recommendation
 from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ResizeRule",
     "best_anchors",
     "boxes_at_input",
+    "check_config",
     "fit_pyramid",
     "measure",
     "read_ground_truth",

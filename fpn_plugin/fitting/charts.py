@@ -1,10 +1,11 @@
-"""Pictures of a dataset against a pyramid: sizes by level, anchors among boxes, IoU by size."""
+"""Charts of a dataset and a pyramid: sizes by level, anchors among boxes, IoU by size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +16,6 @@ from fpn_plugin.visualization.palette import BLUE, GRAY, GREEN, ORANGE, PURPLE, 
 
 from .fit import Fit
 from .measures import Measures
-from .pyramid import Pyramid
 
 __all__ = ["draw"]
 
@@ -30,11 +30,9 @@ def draw(fit: Fit, folder: Path) -> list[Path]:
     """Draws every chart.
 
     Args:
-        fit: what was found.
+        fit: the fit.
         folder: gets levels.png, shapes.png, anchors.png and input_sizes.png.
     """
-    import matplotlib
-
     makers = {
         "levels.png": _levels,
         "shapes.png": _shapes,
@@ -49,14 +47,10 @@ def draw(fit: Fit, folder: Path) -> list[Path]:
     return paths
 
 
-def _changed(fit: Fit) -> bool:
-    return any(not each.keep for each in fit.recommendations)
-
-
 def _log_pixels(
     axes: Axes, values: np.ndarray, which: str = "x", all_of: Iterable[float] = ()
 ) -> None:
-    """A logarithmic axis with ticks at powers of two, over most of values and all of others."""
+    """Sets a logarithmic axis, ticks at powers of two, over most of values and all of others."""
     ends = [*np.percentile(values, (0.1, 99.9)), *all_of]
     low, high = min(ends) / 1.3, max(ends) * 1.3
     first, last = np.floor(np.log2(low)), np.ceil(np.log2(high))
@@ -73,19 +67,17 @@ def _log_pixels(
 
 def _levels(fit: Fit) -> Figure:
     """Sizes at the input, each bar divided among the levels that Eq. (1) pools from."""
-    rows = [("as it is", fit.before, fit.cfg)]
-    if _changed(fit):
-        rows.append(("fitted", fit.after, fit.fitted))
+    rows = [("as it is", fit.before)]
+    if fit.changed:
+        rows.append(("fitted", fit.after))
     figure = Figure(figsize=(9, 1.2 + 3.2 * len(rows)), dpi=120, layout="constrained")
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     sizes = fit.before.size
     low, high = np.log2(np.percentile(sizes, (0.1, 99.9)))
-    anchors: list[float] = []
-    for _, _, cfg in rows:
-        anchors += [size for of_level in Pyramid.from_config(cfg).sizes for size in of_level]
+    anchors = [size for _, found in rows for of_level in found.pyramid.sizes for size in of_level]
     bins = np.exp2(np.arange(np.floor(low * 4) / 4, np.ceil(high * 4) / 4 + 0.25, 0.25))
-    for axes, (name, found, cfg) in zip(all_axes, rows, strict=True):
-        pyramid = Pyramid.from_config(cfg)
+    for axes, (name, found) in zip(all_axes, rows, strict=True):
+        pyramid = found.pyramid
         levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
         axes.hist(
             [sizes[found.level == level] for level in levels],
@@ -118,7 +110,7 @@ def _levels(fit: Fit) -> Figure:
 
 
 def _read_from(found: Measures) -> str:
-    return "pooled from" if found.roi_levels else "found at by its best anchor"
+    return "pooled from" if found.pyramid.roi_levels else "found at by its best anchor"
 
 
 def _shapes(fit: Fit) -> Figure:
@@ -127,12 +119,12 @@ def _shapes(fit: Fit) -> Figure:
     axes = figure.subplots()
     sides = fit.inputs.sample(_POINTS).sides
     axes.scatter(*sides.T, s=12, color=GRAY, alpha=0.5, lw=0, label="objects", rasterized=True)
-    pairs = [("anchors as they are", fit.cfg, _BEFORE, "D")]
+    pairs = [("anchors as they are", fit.before, _BEFORE, "D")]
     if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
-        pairs.append(("anchors fitted", fit.fitted, _AFTER, "o"))
+        pairs.append(("anchors fitted", fit.after, _AFTER, "o"))
     all_shapes = []
-    for label, cfg, color, marker in pairs:
-        shapes = np.concatenate(Pyramid.from_config(cfg).anchor_shapes())
+    for label, found, color, marker in pairs:
+        shapes = np.concatenate(found.pyramid.anchor_shapes())
         all_shapes.append(shapes)
         axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=label)
     for axis, which in enumerate("xy"):
@@ -149,7 +141,7 @@ def _anchors(fit: Fit) -> Figure:
     figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     lines = [("as they are", fit.before, _BEFORE, "D")]
-    if _changed(fit):
+    if fit.changed:
         lines.append(("fitted", fit.after, _AFTER, "o"))
     for name, found, color, marker in lines:
         rows = [row for row in found.octaves() if row["share"] >= 0.001]
@@ -174,7 +166,7 @@ def _anchors(fit: Fit) -> Figure:
 
 
 def _input_sizes(fit: Fit) -> Figure:
-    """What the input size does to the config as it is."""
+    """The effect of the input size on the config as it is."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     rows = [row for row in fit.input_sizes if row["factor"] == row["max_factor"]]

@@ -7,25 +7,24 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from .density import Density
+from .density import Density, check_sampling
 from .ground_truth import GroundTruth
 from .measures import Measures, measure
 from .pyramid import Pyramid
-from .recommend import recommend
-from .recommendation import Recommendation
+from .recommendations import Recommendation, recommend
 from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
-__all__ = ["Fit", "fit_pyramid"]
+__all__ = ["Fit", "check_config", "fit_pyramid"]
 
 _FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the config's input size
-_MAX_FACTOR = 2.0  # of MAX_SIZE alone
-# What other input sizes are measured on, at most.
+_MAX_FACTOR = 2.0  # of only MAX_SIZE
+# At most this much is measured at other input sizes.
 _SAMPLE_IMAGES, _SAMPLE = 20_000, 100_000
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A dataset, a config's pyramid against it, and what to change.
+    """A config's pyramid measured against a dataset, and the recommended changes.
 
     Attributes:
         cfg: the config.
@@ -38,7 +37,7 @@ class Fit:
         test: the config's pyramid measured at the input size of testing.
         input_sizes: the config's pyramid at other input sizes, a row each.
         density: objects per image.
-        recommendations: in the order in which they were found.
+        recommendations: for levels, canonical size, anchors and room, in this order.
     """
 
     cfg: CfgNode
@@ -53,23 +52,47 @@ class Fit:
     density: Density
     recommendations: list[Recommendation]
 
+    @property
+    def changed(self) -> bool:
+        """Whether any recommendation changes the config."""
+        return any(each.changes for each in self.recommendations)
 
-def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
+
+def check_config(cfg: CfgNode) -> Pyramid:
+    """Refuses a config that cannot be fitted, before its data are read.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        Its pyramid.
+
+    Raises:
+        UserError: no pyramid with anchors, a size that no image can have, or no sampled objects.
+    """
+    for training in (True, False):
+        ResizeRule.from_config(cfg, training)
+    check_sampling(cfg)
+    return Pyramid.from_config(cfg)
+
+
+def fit_pyramid(cfg: CfgNode, truth: GroundTruth, pyramid: Pyramid | None = None) -> Fit:
     """Fits a config's pyramid to boxes.
 
     Args:
         cfg: the config.
         truth: the boxes of the training data.
+        pyramid: of :func:`check_config`, which is called without it.
 
     Raises:
-        UserError: the config has no pyramid with anchors.
+        UserError: the config cannot be fitted.
     """
-    pyramid = Pyramid.from_config(cfg)
+    pyramid = pyramid or check_config(cfg)
     rule = ResizeRule.from_config(cfg, training=True)
     inputs = boxes_at_input(truth, rule)
-    recommendations, fitted = recommend(cfg, truth, inputs)
+    recommendations, fitted, new = recommend(cfg, pyramid, truth, inputs)
     before = measure(inputs, pyramid)
-    changed = any(not recommendation.keep for recommendation in recommendations)
+    changed = any(each.changes for each in recommendations)
     few = truth.sample(_SAMPLE_IMAGES)
     testing = boxes_at_input(few, ResizeRule.from_config(cfg, training=False))
     return Fit(
@@ -79,7 +102,7 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth) -> Fit:
         rule=rule,
         inputs=inputs,
         before=before,
-        after=measure(inputs, Pyramid.from_config(fitted)) if changed else before,
+        after=measure(inputs, new) if changed else before,
         test=measure(testing.sample(_SAMPLE), pyramid),
         input_sizes=[
             _at_input_size(few, rule, *factors, pyramid) for factors in _input_sizes(rule)
@@ -99,7 +122,7 @@ def _input_sizes(rule: ResizeRule) -> list[tuple[float, float]]:
 def _at_input_size(
     truth: GroundTruth, rule: ResizeRule, factor: float, max_factor: float, pyramid: Pyramid
 ) -> dict[str, Any]:
-    """The same pyramid where images are larger or smaller."""
+    """The same pyramid for larger or smaller images."""
     scaled = replace(rule.scaled(factor), max_size=rule.scaled(max_factor).max_size)
     inputs = boxes_at_input(truth, scaled)
     measured = measure(inputs.sample(_SAMPLE), pyramid)

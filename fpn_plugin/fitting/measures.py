@@ -1,4 +1,4 @@
-"""What a pyramid is to a dataset: sizes, levels, cells and anchors, in figures."""
+"""Measures of boxes against a pyramid: sizes, levels, cells and anchors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 from fpn_plugin.modeling.levels import assign_levels
 
-from .matching import best_anchors
+from .anchors import best_anchors
 from .pyramid import Pyramid
 from .resizing import InputBoxes
 
 __all__ = ["PERCENTILES", "Measures", "measure"]
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-_BEYOND = 64  # levels: no box is so small or large that Eq. (1) puts it further off
+_BEYOND = 64  # levels; Eq. (1) puts no box further away
 
 
 @dataclass(frozen=True)
 class Measures:
-    """A pyramid and the boxes it is to detect.
+    """Boxes measured against a pyramid.
 
     Attributes:
         size: sqrt(w h) of each box in input pixels, ``(N,)``.
@@ -34,7 +34,7 @@ class Measures:
         cells: the shorter side of each box in cells of its level, ``(N,)``.
         best_iou: with the anchor that fits best, over all its places, ``(N,)``.
         anchor_level: that anchor's level, ``(N,)``.
-        roi_levels, anchor_levels: those of the pyramid.
+        pyramid: the pyramid.
     """
 
     size: np.ndarray
@@ -45,11 +45,10 @@ class Measures:
     cells: np.ndarray
     best_iou: np.ndarray
     anchor_level: np.ndarray
-    roi_levels: tuple[int, ...]
-    anchor_levels: tuple[int, ...]
+    pyramid: Pyramid
 
     def recall(self, threshold: float) -> float:
-        """Share of boxes that some anchor overlaps by at least this IoU."""
+        """Share of boxes that an anchor overlaps by at least this IoU."""
         return float((self.best_iou >= threshold).mean())
 
     @property
@@ -64,7 +63,7 @@ class Measures:
     def octaves(self) -> list[dict[str, Any]]:
         """Boxes and anchors by octave of size: from 2^i to less than 2^(i+1) input pixels.
 
-        Octaves without any box are left out.
+        Octaves without boxes are left out.
         """
         octave = np.floor(np.log2(self.size)).astype(int)
         return [
@@ -73,20 +72,20 @@ class Measures:
         ]
 
     def by_level(self) -> list[dict[str, Any]]:
-        """Boxes pooled from each level, and those whose best anchor is there.
+        """Boxes pooled from each level, and boxes with their best anchor there.
 
-        Those below 1 and 2 cells are shares of the boxes of ``level``.
+        Shares below 1 and 2 cells are of the boxes with that ``level``.
         """
-        levels = sorted({*self.roi_levels, *self.anchor_levels})
+        roi_levels, anchor_levels = self.pyramid.roi_levels, self.pyramid.anchor_levels
         return [
             {
                 "level": level,
-                "pooled": float((self.level == level).mean()) if self.roi_levels else None,
+                "pooled": float((self.level == level).mean()) if roi_levels else None,
                 "below_1_cell": self._below_at(level, 1),
                 "below_2_cells": self._below_at(level, 2),
                 **self._group(self.anchor_level == level),
             }
-            for level in levels
+            for level in sorted({*roi_levels, *anchor_levels})
         ]
 
     def _below_at(self, level: int, cells: float) -> float | None:
@@ -103,7 +102,7 @@ class Measures:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything in figures, for JSON."""
+        """All figures, for JSON."""
         total = len(self.size)
         small, large = self.size < 32, self.size >= 96
         return {
@@ -162,6 +161,5 @@ def measure(inputs: InputBoxes, pyramid: Pyramid) -> Measures:
         cells=sides.min(axis=1) / 2.0**level,
         best_iou=best_iou,
         anchor_level=anchor_level,
-        roi_levels=pyramid.roi_levels,
-        anchor_levels=pyramid.anchor_levels,
+        pyramid=pyramid,
     )

@@ -1,4 +1,4 @@
-"""What a config says of its pyramid: levels, Eq. (1), anchors."""
+"""The pyramid of a config: levels, Eq. (1), anchors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Pyramid", "level_names"]
 
 _RPN_FAMILIES = ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork")
 _PLUGIN_HEADS = ("FPNROIHeads", "FPNCascadeROIHeads")
-_DETECTRON2_CANONICAL = (224.0, 4)  # what its poolers have, whatever the config says
+_DETECTRON2_CANONICAL = (224.0, 4)  # fixed in its poolers
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """A config's pyramid, as far as a dataset bears on it.
+    """The parts of a config's pyramid that a dataset decides on.
 
     Attributes:
         node: the config node whose IN_FEATURES names the levels with anchors: "MODEL.RPN" or
@@ -35,7 +35,7 @@ class Pyramid:
         sizes: square root of the anchors' areas at each anchor level, in the same pixels.
         ratios: height over width of the anchors at each anchor level.
         offset: where in its cell an anchor's centre lies, as a share of the stride.
-        divisibility: what sides of the padded input are multiples of, in pixels.
+        divisibility: the padded input's sides are multiples of it, in pixels.
     """
 
     node: str
@@ -69,14 +69,14 @@ class Pyramid:
             node, reader = "MODEL.RETINANET", model.RETINANET
         else:
             raise UserError(
-                f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r} has no anchors that this "
-                f"tool knows; it knows {', '.join((*_RPN_FAMILIES, 'RetinaNet'))}"
+                f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r} has no anchors that can be "
+                f"fitted; expected one of {', '.join((*_RPN_FAMILIES, 'RetinaNet'))}"
             )
         generator = model.ANCHOR_GENERATOR
         if generator.NAME != "DefaultAnchorGenerator":
             raise UserError(
-                f"MODEL.ANCHOR_GENERATOR.NAME is {generator.NAME!r}; DefaultAnchorGenerator's "
-                "anchors alone can be fitted"
+                f"MODEL.ANCHOR_GENERATOR.NAME is {generator.NAME!r}; only the anchors of "
+                "DefaultAnchorGenerator can be fitted"
             )
         levels = _levels(reader.IN_FEATURES, f"{node}.IN_FEATURES", "p")
         stages = _levels(model.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES", "res")
@@ -140,7 +140,7 @@ def _levels(names: Sequence[str], key: str, prefix: str) -> tuple[int, ...]:
 
 
 def _per_level(given: Sequence, levels: int, key: str) -> tuple[tuple[float, ...], ...]:
-    """Detectron2's broadcasting: one list stands for every level."""
+    """Detectron2's broadcasting: one list is for every level."""
     lists = [given] if given and not isinstance(given[0], list | tuple) else list(given)
     if len(lists) == 1:
         lists = lists * levels

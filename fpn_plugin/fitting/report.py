@@ -1,4 +1,4 @@
-"""What was found and what to change: report.md, report.json, fitted.yaml and charts."""
+"""The report of a fit: report.md, report.json, fitted.yaml and charts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .fit import Fit
 from .ground_truth import LEFT_OUT
 from .measures import PERCENTILES, Measures
 
-_SIZES_TOLD = "Sizes are sqrt(w h). In pixels of the input:"
+_SIZES = "Sizes are sqrt(w h), in pixels of the input:"
 _POOR_RECALL = 0.5  # of anchors at IoU 0.5, below which no config fits
 
 __all__ = ["check_output", "write_fitted_config", "write_report"]
@@ -40,18 +40,18 @@ def write_report(
     """Writes everything to a folder.
 
     Args:
-        fit: what was found.
-        sources: the datasets, as they were named.
+        fit: the fit.
+        sources: names of the datasets, as given.
         base: the config file that was fitted.
-        opts: config keys that were set beside it.
-        folder: made where it is not there.
+        opts: config keys that were set in addition.
+        folder: made if it does not exist.
         registered: the --dataset arguments that named datasets.
 
     Returns:
         The text of report.md.
 
     Raises:
-        UserError: the folder's fitted.yaml is what the config stands on.
+        UserError: the folder's fitted.yaml is a base of the config.
     """
     check_output(base, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,35 +83,35 @@ def write_report(
 
 
 def check_output(base: Path, folder: Path) -> None:
-    """Refuses a folder whose fitted.yaml cannot be written over.
+    """Refuses a folder whose fitted.yaml must not be overwritten.
 
     Args:
         base: the config file that is to be fitted.
         folder: of the output.
 
     Raises:
-        UserError: the folder's fitted.yaml is what the config stands on.
+        UserError: the folder's fitted.yaml is a base of the config.
     """
     path = folder / "fitted.yaml"
-    if _stands_on(base, path):
+    if _is_based_on(base, path):
         raise UserError(
-            f"{base} stands on {path}, which would be overwritten by a config that stands on "
+            f"{base} is based on {path}, which would be overwritten by a config based on "
             f"{base.name}: give another --output than {folder}"
         )
 
 
 def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> Path:
-    """Writes the config that tools/train_net.py takes: the user's as _BASE_, and what changes.
+    """Writes a config with the user's as _BASE_, and the changes.
 
     Args:
-        fit: what was found.
+        fit: the fit.
         base: the config that was fitted.
-        opts: keys that were set beside it; they hold in the new config too.
+        opts: keys that were set in addition; the new config sets them too.
         path: of the file.
     """
     here = Path.cwd()
     base, folder = base.resolve(), path.parent.resolve()
-    # Inside one tree the two are moved together; a packaged config is where it is.
+    # A relative path, so that the folder of both can be moved; not to a packaged config.
     if base.is_relative_to(here) and folder.is_relative_to(here):
         up = [".."] * len(folder.relative_to(here).parts)
         named = Path(*up, base.relative_to(here)).as_posix()
@@ -125,19 +125,19 @@ def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = _plain(value_at(fit.fitted, key))
-    told = [f"# {each.subject}: {each.reason} {each.effect}" for each in fit.recommendations]
+    comments = [f"# {each.subject}: {each.reason} {each.effect}" for each in fit.recommendations]
     text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, width=100)
-    path.write_text("# Written by tools/fit_pyramid.py.\n" + "\n".join(told) + "\n" + text)
+    path.write_text("# Written by fpn-plugin fit.\n" + "\n".join(comments) + "\n" + text)
     return path
 
 
-def _stands_on(config: Path, path: Path) -> bool:
-    """Whether a config that loads is a file, or has it among its bases at any depth."""
+def _is_based_on(config: Path, path: Path) -> bool:
+    """Whether a config is a file, or has it among its bases at any depth."""
     if config.resolve() == path.resolve():
         return True
     given = yaml.safe_load(config.read_text(encoding="utf-8")).get(BASE_KEY, [])
     bases = given if isinstance(given, list) else [given]
-    return any(_stands_on(config.parent / Path(base).expanduser(), path) for base in bases)
+    return any(_is_based_on(config.parent / Path(base).expanduser(), path) for base in bases)
 
 
 def _plain(value: Any) -> Any:
@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 def _text(
     fit: Fit, sources: Sequence[str], base: Path, command: str, pictures: Sequence[Path]
 ) -> str:
-    has_regions = bool(fit.before.roi_levels)
+    has_regions = bool(fit.before.pyramid.roi_levels)
     where = "pooled from each level" if has_regions else "whose best anchor each level has"
     its_level = "the level that it is pooled from" if has_regions else "that of its best anchor"
     parts = [
@@ -207,37 +207,37 @@ def _recommended(fit: Fit, command: str) -> str:
 
 
 def _concluded(fit: Fit, command: str) -> str:
-    told = []
-    changed = any(not each.keep for each in fit.recommendations)
+    sentences = []
+    changed = fit.changed
     recall, lost = fit.after.recall(0.5), fit.after.below_cells(2)
     if recall < _POOR_RECALL:
-        told.append(
+        sentences.append(
             f"{'Even so the' if changed else 'The'} config does not fit this data, and no change "
             f"is known to help: an anchor overlaps {recall:.0%} of objects by 0.5, and {lost:.0%} "
             "are narrower than 2 cells of their level. A larger input may (table of input sizes)."
         )
         if np.median(fit.after.size) < 1:
-            told.append(
+            sentences.append(
                 "Objects are smaller than a pixel: are boxes in pixels, not in shares of 1?"
             )
-    elif not changed and fit.recommendations[0].subject == "levels":  # else objects are too few
-        told.append("Nothing is to change: the config fits this data as it is.")
+    elif not changed and fit.recommendations[0].subject == "levels":  # else too few objects
+        sentences.append("Nothing changes: the config fits this data as it is.")
     if changed:
         images = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
-        told.append(f"To train with all of it: `{command}`{images}")
+        sentences.append(f"To train with all of it: `{command}`{images}")
         if command.endswith('DATASETS.TEST "()"'):
-            told.append("It evaluates nothing; name data to evaluate on in DATASETS.TEST.")
-    return " ".join(told)
+            sentences.append("It evaluates nothing; name data to evaluate on in DATASETS.TEST.")
+    return " ".join(sentences)
 
 
 def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config: Path) -> str:
-    """How to train with the fitted config on the data that it was fitted to."""
-    words = ["tools/train_net.py", "--config-file", str(config)]
+    """The command that trains the fitted config on the data that it was fitted to."""
+    words = ["fpn-plugin", "train", "--config-file", str(config)]
     names = []
     for source in sources:
         path = Path(source)
         names.append(path.stem if path.is_file() else source)
-        if path.is_file():  # whose images were not asked for
+        if path.is_file():  # its images are unknown
             words += ["--dataset", f"{path.stem}={source}:IMAGES"]
     for given in registered:
         words += ["--dataset", given]
@@ -246,7 +246,7 @@ def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config
         key, classes = number_of_classes(fit.cfg)
         if key and fit.truth.categories not in (None, classes):
             words += [key, str(fit.truth.categories)]
-        words += ["DATASETS.TEST", "()"]  # the config's is of other data
+        words += ["DATASETS.TEST", "()"]  # the config's is other data
     return " ".join(f'"{word}"' if set(word) & set(" '()") else word for word in words)
 
 
@@ -267,14 +267,14 @@ def _rounded(value: Any) -> Any:
 def _input_text(fit: Fit) -> str:
     edges = fit.rule.short_edges
     if not fit.rule.resizes:
-        return f"Images stay as they are (INPUT.MIN_SIZE_TRAIN 0). {_SIZES_TOLD}"
+        return f"Images stay as they are (INPUT.MIN_SIZE_TRAIN 0). {_SIZES}"
     shown = ", ".join(map(str, edges[:9]))
     how = "each image at one of them, dealt out" if fit.inputs.sampled else "each image at all"
     text = f"Shorter side of images {shown} px" + (f" ({how})" if len(edges) > 1 else "")
     text += f", longer side at most {fit.rule.max_size} px, which decides for "
-    text += f"{fit.inputs.limited:.1%} of them. {_SIZES_TOLD}"
+    text += f"{fit.inputs.limited:.1%} of them. {_SIZES}"
     if fit.cfg.INPUT.CROP.ENABLED:
-        text = "INPUT.CROP is on and is not taken into account. " + text
+        text = "INPUT.CROP is on and is not considered. " + text
     return text
 
 
@@ -308,7 +308,7 @@ def _levels_table(fit: Fit) -> str:
         ("recall_50", "recall 0.5"),
         ("recall_70", "recall 0.7"),
     ]
-    if fit.before.roi_levels:
+    if fit.before.pyramid.roi_levels:
         columns.insert(0, ("pooled", "pooled"))
     rows = []
     for level in sorted({*by_level["before"], *by_level["after"]}):
@@ -327,10 +327,11 @@ def _levels_table(fit: Fit) -> str:
 def _ends(found: Measures) -> str:
     total = len(found.size)
     text = ""
-    if found.roi_levels:
+    roi_levels = found.pyramid.roi_levels
+    if roi_levels:
         text = (
-            f"Eq. (1) puts {found.clamped_fine / total:.1%} below P{found.roi_levels[0]} and "
-            f"{found.clamped_coarse / total:.1%} above P{found.roi_levels[-1]}. "
+            f"Eq. (1) puts {found.clamped_fine / total:.1%} below P{roi_levels[0]} and "
+            f"{found.clamped_coarse / total:.1%} above P{roi_levels[-1]}. "
         )
     return text + (
         f"Shorter side below 1 cell of its level: {found.below_cells(1):.1%}, below 2 cells: "

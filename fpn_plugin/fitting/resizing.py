@@ -1,4 +1,4 @@
-"""What INPUT.MIN_SIZE and MAX_SIZE make of boxes, by Detectron2's ResizeShortestEdge."""
+"""Boxes resized with their images by Detectron2's ResizeShortestEdge."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .ground_truth import GroundTruth
 
 __all__ = ["InputBoxes", "ResizeRule", "boxes_at_input"]
 
-_MOST_SIZES = 9  # that stand for a range
-_MOST_BOXES = 300_000  # up to which each box is taken at every size
+_MOST_SIZES = 9  # in place of a range
+_MOST_BOXES = 300_000  # up to so many, each box is taken at every size
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ResizeRule:
     """How a config resizes images.
 
     Attributes:
-        short_edges: lengths of the shorter side that are as likely as each other, in pixels; a
-            range is stood for by nine lengths spread evenly over it. 0: images stay as they are.
+        short_edges: lengths of the shorter side, each as likely, in pixels; nine evenly spaced
+            lengths replace a range. 0: images stay as they are.
         max_size: most that the longer side may have, in pixels.
     """
 
@@ -88,8 +88,7 @@ class InputBoxes:
     Attributes:
         boxes: float64 ``(N, 4)``, XYXY in pixels of the network's input.
         shapes: int64 ``(N, 2)``, height and width there of the image of each box.
-        sampled: whether images were dealt out among the rule's lengths, each at one of them,
-            instead of taken at all of them.
+        sampled: whether each image is at only one of the rule's lengths, instead of at all.
         limited: share of images whose size MAX_SIZE decides.
         pixels: mean area of an image, in pixels, padding left out.
     """
@@ -124,8 +123,8 @@ class InputBoxes:
 def boxes_at_input(truth: GroundTruth, rule: ResizeRule) -> InputBoxes:
     """Resizes boxes as Detectron2 does with the images they are in.
 
-    Where a rule has several lengths, each box is taken at all of them; above 300,000 boxes in all,
-    images are dealt out among the lengths instead, at random with a fixed seed and in equal parts.
+    If a rule has several lengths, each box is taken at all of them. Above 300,000 boxes in all,
+    each image gets one of the lengths instead, at random with a fixed seed and in equal parts.
 
     Args:
         truth: the boxes.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fpn_plugin.data import read_picture
 from fpn_plugin.data.given_images import GivenImage, free_name
-from fpn_plugin.inspection.forward_trace import Glimpse, glimpse
+from fpn_plugin.inspection.forward_trace import ForwardTrace, forward_trace
 
 from .contributions import contributions, draw_contributions
 from .features import draw_features
@@ -61,7 +61,7 @@ def draw_models(
         UserError: an image cannot be read.
     """
     labels = [model.label for model in models]
-    traces: list[list[Glimpse]] = [[] for _ in models]
+    traces: list[list[ForwardTrace]] = [[] for _ in models]
     taken: set[str] = set()
     for image in tqdm(images, desc="drawing", unit="image"):
         of_image = [_trace(model, image) for model in models]
@@ -78,13 +78,13 @@ def draw_models(
     return any(counted)
 
 
-def _trace(model: LabelledModel, given: GivenImage) -> Glimpse:
+def _trace(model: LabelledModel, given: GivenImage) -> ForwardTrace:
     image = read_picture(model.cfg, given.path)
-    return glimpse(model.model, model.cfg, image, given.annotations)
+    return forward_trace(model.model, model.cfg, image, given.annotations)
 
 
 def _draw(
-    traces: Sequence[Glimpse],
+    traces: Sequence[ForwardTrace],
     labels: Sequence[str],
     folder: Path,
     class_names: Sequence[str],

@@ -34,7 +34,9 @@ def data() -> None:
 
 def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fpn_plugin.fitting.recommend._ENOUGH", 10)  # 12 images have 13 objects
+    monkeypatch.setattr(
+        "fpn_plugin.fitting.recommendations._ENOUGH", 10
+    )  # 12 images have 13 objects
     opts = ["DATASETS.TRAIN", "('mini_large_train',)", "DATASETS.TEST", "('mini_large_val',)"]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "10", *TINY]
     fit_main(["--config-file", CONFIG, "--output", "fit", *opts])
@@ -121,7 +123,7 @@ def test_how_to_train_on_data_that_the_config_does_not_name_is_told(tmp_path, ca
     fit_main([*args, "--dataset", dataset, "--data", "told_of"])
     told = capsys.readouterr().out
     assert f"fitted.yaml --dataset {dataset} DATASETS.TRAIN \"('told_of',)\" {others}` " in told
-    [command] = re.findall(r"`tools/train_net.py (.*)`", told)
+    [command] = re.findall(r"`fpn-plugin train (.*)`", told)
     train_main([*shlex.split(command), *TINY, "OUTPUT_DIR", str(tmp_path / "run")])
     assert (tmp_path / "run" / "model_final.pth").is_file()
     fit_main([*args, "DATASETS.TRAIN", "('mini_small_train',)"])

@@ -1,44 +1,118 @@
-"""Anchor sizes and ratios that overlap a dataset's boxes best, by coordinate ascent on IoU."""
+"""Anchors and boxes: the best IoU over the grid, and sizes and ratios fitted by it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .matching import GridOffsets
 from .pyramid import Pyramid
 from .resizing import InputBoxes
 
-__all__ = ["fit_anchors"]
+__all__ = ["GridOffsets", "best_anchors", "fit_anchors"]
 
-_SAMPLE = 3_000  # boxes that are fitted to
+_CHUNK = 200_000  # boxes that are matched at a time
+_SAMPLE = 3_000  # boxes that anchors are fitted to
 _STEPS = (1.0, 0.5, 0.25, 0.1, 0.04)  # in log2, coarse to fine
-_LEAST_GAIN = 1e-5  # of mean IoU, for a sweep to be followed by another
-# Anchors between one and sixteen strides of their level; the paper's are of eight.
+_LEAST_GAIN = 1e-5  # of mean IoU; after a smaller gain no further sweep follows
+# Sizes of anchors in strides of their level; the paper's are of eight.
 _LEAST_STRIDES, _MOST_STRIDES = 1.0, 16.0
 _MOST_ASPECT = 20.0
-_LEAST_SHARE = 0.005  # of boxes, for a level to count as one that boxes decide on
+_LEAST_SHARE = 0.005  # of boxes; the sizes of a level with fewer follow its neighbour's
+
+
+class GridOffsets:
+    """How far the centre of each box is from the nearest anchor centre of each level.
+
+    Anchors of level k stand at ((i + offset) 2^k, (j + offset) 2^k) for the cells (i, j) of its
+    map. The IoU of an anchor of any shape with a box falls with the distance of their centres
+    along either axis. So its best place is the nearest centre, and the best IoU is exact. The map
+    is that of the box's own image, padded as Detectron2 pads a batch of one.
+
+    Args:
+        inputs: the boxes.
+        levels: of the anchors.
+        offset: MODEL.ANCHOR_GENERATOR.OFFSET.
+        divisibility: the padded input's sides are multiples of it, in pixels.
+    """
+
+    def __init__(
+        self, inputs: InputBoxes, levels: Sequence[int], offset: float, divisibility: int
+    ) -> None:
+        self.sides = inputs.sides
+        self._areas = self.sides.prod(axis=1)
+        centers = inputs.boxes[:, :2] + self.sides / 2
+        padded = -(-inputs.shapes[:, ::-1] // divisibility) * divisibility
+        self._distance = {}
+        for level in levels:
+            stride = 2**level
+            last = -(-padded // stride) - 1
+            cell = np.clip(np.round(centers / stride - offset), 0, last)
+            self._distance[level] = np.abs(centers - (cell + offset) * stride)
+
+    def iou(self, level: int, shapes: np.ndarray) -> np.ndarray:
+        """Best IoU of each box with each anchor shape of a level, over all its places.
+
+        Args:
+            level: one of the constructor's.
+            shapes: float ``(A, 2)``, widths and heights in input pixels.
+
+        Returns:
+            float64 ``(N, A)``.
+        """
+        intersection = 1.0
+        for axis in (0, 1):
+            side, shape = self.sides[:, axis, None], shapes[None, :, axis]
+            overlap = (side + shape) / 2 - self._distance[level][:, axis, None]
+            overlap = np.minimum(np.minimum(overlap, side), shape)
+            intersection = intersection * np.maximum(overlap, 0)
+        return intersection / (self._areas[:, None] + shapes.prod(axis=1) - intersection)
+
+
+def best_anchors(inputs: InputBoxes, pyramid: Pyramid) -> tuple[np.ndarray, np.ndarray]:
+    """The anchor that fits each box best.
+
+    Args:
+        inputs: the boxes.
+        pyramid: of the anchors.
+
+    Returns:
+        float64 ``(N,)``, its IoU, and int64 ``(N,)``, its level.
+    """
+    shapes = pyramid.anchor_shapes()
+    best, level_of = [], []
+    for start in range(0, len(inputs.boxes), _CHUNK):
+        part = inputs.part(slice(start, start + _CHUNK))
+        grid = GridOffsets(part, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
+        by_level = np.stack(
+            [
+                grid.iou(level, of_level).max(axis=1)
+                for level, of_level in zip(pyramid.anchor_levels, shapes, strict=True)
+            ]
+        )
+        best.append(by_level.max(axis=0))
+        level_of.append(np.array(pyramid.anchor_levels)[by_level.argmax(axis=0)])
+    return np.concatenate(best), np.concatenate(level_of)
 
 
 def fit_anchors(
     inputs: InputBoxes, pyramid: Pyramid, num_sizes: int, *, ratios_too: bool = False
 ) -> Pyramid:
-    """Fits anchors to boxes: what is raised is the mean over boxes of the best IoU on the grid.
+    """Fits anchors to boxes: maximizes the mean over boxes of the best IoU on the grid.
 
-    Sizes are free at each level, from 1 to 16 strides or as far as the config's reach; ratios,
-    where they are fitted, are shared by all levels. Sizes and ratios are moved one at a time, by
-    steps that shrink, wherever that raises the mean; the best of several starts is kept: the
-    config's own anchors where their number is the one asked for, and k-means by IoU of the boxes'
-    shapes. Boxes beyond 3,000 are sampled. A level whose anchors fit hardly any box best gets the
-    sizes of its neighbour an octave on.
+    Sizes are free at each level, from 1 to 16 strides, or as far as the config's own. Fitted
+    ratios are shared by all levels. Coordinate ascent moves one size or ratio at a time, by
+    shrinking steps. It starts from the config's own anchors, if their number is the one asked for,
+    and from k-means by IoU of the boxes' shapes; the best result is kept. Of more than 3,000 boxes
+    a sample is used. A level whose anchors are the best of hardly any box gets its neighbour's
+    sizes, an octave apart.
 
     Args:
         inputs: the boxes as the network sees them.
-        pyramid: whose levels, offset, padding and number of ratios hold.
+        pyramid: its levels, offset, padding and number of ratios are kept.
         num_sizes: sizes at each level.
-        ratios_too: fit ratios as well, rather than keep the pyramid's.
+        ratios_too: fit ratios as well.
 
     Returns:
         The pyramid with fitted sizes, ascending at each level, and fitted ratios, ascending.
@@ -60,7 +134,7 @@ class _Anchors:
 
 
 def _rounded(logarithms: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Ascending, to three significant digits: more would only look exact."""
+    """Ascending, to three significant digits."""
     values = 2.0 ** np.sort(logarithms, axis=1)
     return tuple(tuple(float(f"{value:.3g}") for value in each) for each in values)
 
@@ -73,7 +147,7 @@ class _Problem:
         self.levels = pyramid.anchor_levels
         self.given, self.ratios_too = pyramid, ratios_too
         strides = 2.0 ** np.array(self.levels)
-        # As far as the config's own reach: a pyramid of one level has all sizes there.
+        # As far as the config's own: a pyramid of one level has all sizes there.
         own = np.array(pyramid.sizes)
         self.low = np.log2(np.minimum(strides * _LEAST_STRIDES, own.min(axis=1)))
         self.high = np.log2(np.maximum(strides * _MOST_STRIDES, own.max(axis=1)))
@@ -84,14 +158,18 @@ class _Problem:
         shapes = np.column_stack([size / ratio, size * ratio])
         return self.grid.iou(self.levels[level], shapes)
 
-    def climb(self, at: _Anchors) -> tuple[float, _Anchors]:
-        """Moves one value at a time until none is left whose move raises the mean IoU."""
-        table = np.stack(
+    def _table(self, sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """IoU of each box with each anchor, ``(levels, S, N, R)``."""
+        return np.stack(
             [
-                np.stack([self.iou(level, size, at.ratios[level]) for size in of_level])
-                for level, of_level in enumerate(at.sizes)
+                np.stack([self.iou(level, size, ratios[level]) for size in of_level])
+                for level, of_level in enumerate(sizes)
             ]
-        )  # (levels, S, N, R)
+        )
+
+    def climb(self, at: _Anchors) -> tuple[float, _Anchors]:
+        """Moves one value at a time until no move raises the mean IoU."""
+        table = self._table(at.sizes, at.ratios)
         score = table.max(axis=(0, 1, 3)).mean()
         for step in _STEPS:
             while True:
@@ -104,16 +182,8 @@ class _Problem:
         return float(score), at
 
     def settled(self, at: _Anchors) -> _Anchors:
-        """The same anchors, with an octave between levels where boxes did not decide."""
-        best = np.stack(
-            [
-                np.max(
-                    [self.iou(level, size, at.ratios[level]).max(axis=1) for size in of_level],
-                    axis=0,
-                )
-                for level, of_level in enumerate(at.sizes)
-            ]
-        )
+        """The same anchors, with an octave between levels that hardly any box uses."""
+        best = self._table(at.sizes, at.ratios).max(axis=(1, 3))
         share = np.bincount(best.argmax(axis=0), minlength=len(best)) / best.shape[1]
         used = np.flatnonzero(share >= _LEAST_SHARE)
         sizes = at.sizes.copy()
@@ -148,12 +218,8 @@ class _Problem:
                 ratio = at.ratios[0, number] + move
                 if abs(ratio) > np.log2(_MOST_ASPECT):
                     continue
-                trial = np.stack(
-                    [
-                        np.stack([self.iou(level, size, ratio[None])[:, 0] for size in of_level])
-                        for level, of_level in enumerate(at.sizes)
-                    ]
-                )
+                moved = np.full((len(at.sizes), 1), ratio)
+                trial = self._table(at.sizes, moved)[..., 0]
                 reached = np.maximum(others, trial.max(axis=(0, 1))).mean()
                 if reached > score:
                     score, at.ratios[:, number] = reached, ratio
@@ -177,7 +243,7 @@ def _starts(problem: _Problem, num_sizes: int) -> Iterator[_Anchors]:
         centers = _kmeans(np.column_stack([-aspects / 2, aspects / 2]), ratios.shape[1])
         ratios = np.tile(centers[:, 1] - centers[:, 0], (levels, 1))
     log_sizes = np.log2(sides).mean(axis=1)
-    # The finest levels share the boxes, coarser ones go on.
+    # The finest levels share the boxes; coarser ones continue in octaves.
     for fitted in range(min(2, levels), levels + 1):
         centers = _kmeans(np.column_stack([log_sizes, log_sizes]), fitted * num_sizes)[:, 0]
         centers = np.sort(centers).reshape(fitted, num_sizes)

@@ -18,9 +18,9 @@ from fpn_plugin.fitting import (
     fit_pyramid,
     measure,
 )
-from fpn_plugin.fitting.anchor_fit import fit_anchors
-from fpn_plugin.fitting.density import Density, check_sampling, recommend_room
-from fpn_plugin.fitting.recommendation import applied
+from fpn_plugin.fitting.anchors import fit_anchors
+from fpn_plugin.fitting.density import Density, check_sampling
+from fpn_plugin.fitting.recommendations import recommend_room
 
 
 def boxes_of(sides: object, seed: int = 0) -> np.ndarray:
@@ -38,8 +38,15 @@ def by_subject(fit) -> dict[str, object]:
     return {each.subject: each for each in fit.recommendations}
 
 
+def fit_to(cfg, truth_of, sides):
+    """A fit; the pyramid that it measures is that of the config that it recommends."""
+    fit = fit_pyramid(cfg, truth_of(boxes_of(sides)))
+    assert fit.after.pyramid == Pyramid.from_config(fit.fitted)
+    return fit
+
+
 def recommended(cfg, truth_of, sides) -> dict[str, object]:
-    return by_subject(fit_pyramid(cfg, truth_of(boxes_of(sides))))
+    return by_subject(fit_to(cfg, truth_of, sides))
 
 
 @settings(max_examples=8, deadline=None)
@@ -94,7 +101,7 @@ def test_levels_that_no_box_decides_on_go_on_in_octaves(mini_config):
 def test_large_objects_drop_the_finest_level(mini_config, truth_of):
     cfg = mini_config()
     sides = np.random.default_rng(0).uniform(100, 240, (300, 2))
-    fit = fit_pyramid(cfg, truth_of(boxes_of(sides)))
+    fit = fit_to(cfg, truth_of, sides)
     levels = by_subject(fit)["levels"]
     # Narrower than 4 cells of P4, 64 px, is none either; two stages stay.
     assert levels.changes == {
@@ -116,7 +123,7 @@ def test_large_objects_drop_the_finest_level(mini_config, truth_of):
 def test_a_level_is_dropped_with_its_own_list_of_ratios(mini_config, truth_of):
     """Objects of 50 px: those need P3, of which 4 cells are 32 px, and not P2."""
     cfg = mini_config("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", str([[0.5, 1.0, 2.0]] * 5))
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 50.0))))
+    fit = fit_to(cfg, truth_of, np.full((120, 2), 50.0))
     changes = by_subject(fit)["levels"].changes
     assert changes["MODEL.FPN.IN_FEATURES"] == ["res3", "res4", "res5"]
     assert changes["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"] == [[0.5, 1.0, 2.0]] * 4
@@ -125,7 +132,7 @@ def test_a_level_is_dropped_with_its_own_list_of_ratios(mini_config, truth_of):
 def test_anchors_of_one_level_are_fitted(truth_of):
     cfg = load_config("paper/table1_f_P2.yaml", ["INPUT.MIN_SIZE_TRAIN", "(256,)"])
     cfg.INPUT.MIN_SIZE_TEST = 256
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 24.0))))
+    fit = fit_to(cfg, truth_of, np.full((120, 2), 24.0))
     assert Pyramid.from_config(fit.fitted).anchor_levels == (2,)
     found = fit_anchors(fit.inputs, Pyramid.from_config(cfg), 2)
     assert min(abs(size - 24) for size in found.sizes[0]) < 3
@@ -156,7 +163,7 @@ def retinanet(**opts: str):
 
 
 def test_objects_too_small_for_p3_add_p2(truth_of):
-    fit = fit_pyramid(retinanet(), truth_of(boxes_of(np.full((120, 2), 12.0))))
+    fit = fit_to(retinanet(), truth_of, np.full((120, 2), 12.0))
     changes = by_subject(fit)["levels"].changes
     assert changes["MODEL.FPN.IN_FEATURES"] == ["res2", "res3", "res4", "res5"]
     assert changes["MODEL.RETINANET.IN_FEATURES"] == ["p2", "p3", "p4", "p5", "p6", "p7"]
@@ -173,7 +180,7 @@ def test_levels_are_added_until_none_is_asked_for(truth_of):
         "MODEL.RETINANET.IN_FEATURES": "['p4', 'p5', 'p6', 'p7']",
         "MODEL.ANCHOR_GENERATOR.SIZES": "[[64], [128], [256], [512]]",
     })  # fmt: skip
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 12.0))))
+    fit = fit_to(cfg, truth_of, np.full((120, 2), 12.0))
     changes = by_subject(fit)["levels"].changes
     assert changes["MODEL.FPN.IN_FEATURES"] == ["res2", "res3", "res4", "res5"]
     assert changes["MODEL.ANCHOR_GENERATOR.SIZES"][:3] == [[16.0], [32.0], [64.0]]
@@ -213,7 +220,7 @@ def test_ratios_are_told_and_kept(mini_config, truth_of):
     """Thin objects, sizes as the config has them: nothing but ratios could fit better."""
     cfg = mini_config("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64], [128], [256]]")
     lengths = np.random.default_rng(0).choice([16.0, 32.0, 64.0], 120)
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.column_stack([2.8 * lengths, lengths / 2.8]))))
+    fit = fit_to(cfg, truth_of, np.column_stack([2.8 * lengths, lengths / 2.8]))
     anchors = by_subject(fit)["anchors"]
     assert all("ASPECT_RATIOS" not in key for each in fit.recommendations for key in each.changes)
     assert anchors.figures["fitted_ratios"][0] == pytest.approx(1 / 2.8**2, rel=0.2)
@@ -234,9 +241,9 @@ def test_ratios_of_each_level_are_kept_as_they_are(mini_config):
 
 def test_anchors_that_fit_are_kept(mini_config, truth_of):
     cfg = mini_config()
-    first = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 40.0))))
+    first = fit_to(cfg, truth_of, np.full((120, 2), 40.0))
     assert not by_subject(first)["anchors"].keep
-    again = fit_pyramid(first.fitted, truth_of(boxes_of(np.full((120, 2), 40.0))))
+    again = fit_to(first.fitted, truth_of, np.full((120, 2), 40.0))
     assert by_subject(again)["anchors"].keep
     assert again.after is again.before
 
@@ -244,7 +251,7 @@ def test_anchors_that_fit_are_kept(mini_config, truth_of):
 @pytest.mark.parametrize(("side", "kept"), [(18.0, True), (36.0, True), (40.0, False)])
 def test_anchors_stay_where_fitted_ones_gain_little(mini_config, truth_of, side, kept):
     """Less than 0.1 of IoU brought no AP on the default data of docs/fitting.md."""
-    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), side))))
+    fit = fit_to(mini_config(), truth_of, np.full((120, 2), side))
     anchors = by_subject(fit)["anchors"]
     gain = anchors.figures["more"]["mean_iou"] - anchors.figures["before"]["mean_iou"]
     assert gain > 0.05
@@ -255,22 +262,22 @@ def test_anchors_stay_where_fitted_ones_gain_little(mini_config, truth_of, side,
 def test_too_few_objects_change_nothing(mini_config, truth_of):
     cfg = mini_config()
     for count, told in ((1, "1 object is too few"), (99, "99 objects are too few")):
-        fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((count, 2), 150.0))))
+        fit = fit_to(cfg, truth_of, np.full((count, 2), 150.0))
         assert [each.subject for each in fit.recommendations] == ["everything"]
         assert told in fit.recommendations[0].reason
         assert fit.fitted == cfg
         assert fit.after is fit.before
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((100, 2), 150.0))))
+    fit = fit_to(cfg, truth_of, np.full((100, 2), 150.0))
     assert not by_subject(fit)["levels"].keep
 
 
 def test_regions_of_a_dropped_level_are_told_where_they_were(mini_config, truth_of):
     """50 px at s0 112 and k0 4 are read from P2; it is dropped, and P3 has them."""
-    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), 50.0))))
+    fit = fit_to(mini_config(), truth_of, np.full((120, 2), 50.0))
     told = by_subject(fit)["canonical size"].effect
     assert "at P2 100%, P3 0%, P4 0%, P5 0% before, and at P3 100%, P4 0%, P5 0% by" in told
     opts = "MODEL.FPN.CANONICAL_BOX_SIZE", "448"
-    fit = fit_pyramid(mini_config(*opts), truth_of(boxes_of(np.full((120, 2), 50.0))))
+    fit = fit_to(mini_config(*opts), truth_of, np.full((120, 2), 50.0))
     told = by_subject(fit)["canonical size"].effect
     assert "by the change of levels too: P2 100%" in told
     assert "not tried by training" in told
@@ -278,7 +285,7 @@ def test_regions_of_a_dropped_level_are_told_where_they_were(mini_config, truth_
 
 def test_effects_that_no_training_has_shown_are_told_as_such(mini_config, truth_of):
     large = recommended(mini_config(), truth_of, np.full((120, 2), 150.0))["levels"]
-    small = by_subject(fit_pyramid(retinanet(), truth_of(boxes_of(np.full((120, 2), 12.0)))))
+    small = by_subject(fit_to(retinanet(), truth_of, np.full((120, 2), 12.0)))
     dense = list(recommend_room(mini_config(), Density.of(crowds(*[300] * 10))))
     one = recommended(mini_config(), truth_of, np.full((120, 2), 50.0))["levels"]
     assert "P2 is dropped" in one.reason and "together with other anchors" in one.effect
@@ -323,7 +330,10 @@ def test_sparse_data_has_room(mini_config):
 def test_dense_data_gets_room_for_each_object(mini_config):
     cfg = mini_config()
     found = list(recommend_room(cfg, Density.of(crowds(*[300] * 10))))
-    changed = applied(cfg, found)
+    changed = cfg.clone()
+    for each in found:
+        for item in each.changes.items():
+            changed.merge_from_list(list(item))
     assert changed.MODEL.RPN.POST_NMS_TOPK_TEST == 1500
     assert changed.MODEL.RPN.PRE_NMS_TOPK_TRAIN == 3000
     assert changed.MODEL.RPN.BATCH_SIZE_PER_IMAGE == 960  # 450 at a half, in 64s
@@ -353,7 +363,7 @@ def test_only_the_samplers_that_a_model_has_are_looked_at(mini_config):
 def test_a_fit_leaves_the_config_it_was_given_alone(mini_config, truth_of):
     cfg = mini_config()
     before = cfg.dump()
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 150.0))))
+    fit = fit_to(cfg, truth_of, np.full((120, 2), 150.0))
     assert cfg.dump() == before
     assert fit.fitted.dump() != before
 
@@ -370,7 +380,7 @@ def test_a_padded_grid_reaches_beyond_the_image(mini_config):
 
 
 def test_other_input_sizes_are_measured(mini_config, truth_of):
-    fit = fit_pyramid(mini_config(), truth_of(boxes_of(np.full((120, 2), 10.0))))
+    fit = fit_to(mini_config(), truth_of, np.full((120, 2), 10.0))
     rows = {(row["factor"], row["max_factor"]): row for row in fit.input_sizes}
     double, half, same = rows[2, 2], rows[0.5, 0.5], rows[1, 1]
     assert double["short_edges"] == [512]
@@ -396,5 +406,5 @@ def test_max_size_alone_is_measured_too(mini_config, truth_of):
 
 def test_images_that_stay_as_they_are_have_no_other_size(mini_config, truth_of):
     cfg = mini_config("INPUT.MIN_SIZE_TRAIN", "(0,)")
-    fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 30.0))))
+    fit = fit_to(cfg, truth_of, np.full((120, 2), 30.0))
     assert [row["pixels"] for row in fit.input_sizes] == [256 * 256]
