@@ -73,7 +73,7 @@ format: $(BUILT)
 
 # Every link is checked, and a warning is an error.
 docs: $(BUILT)
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(DEMO)
