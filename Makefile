@@ -1,8 +1,8 @@
 # make demo   train, evaluate and draw on the mini dataset      make test   run the tests
-# make env    only build .venv                                 make lint   ruff
+# make env    only build .venv                                 make lint   style, imports
 # make docs   build the documentation into site/               make clean  remove output/demo
 # make test-processes  the tests of 2 and 4 processes     make test-long   those of many minutes
-# make test-oldest   the tests with the oldest torch, in .venv-oldest; wants Python 3.10
+# make test-oldest   the tests with the oldest torch, in .venv-oldest; needs Python 3.10
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -73,7 +73,7 @@ format: $(BUILT)
 
 # Every link is checked, and a warning is an error.
 docs: $(BUILT)
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(DEMO)

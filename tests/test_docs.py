@@ -103,3 +103,11 @@ def test_links_lead_to_files_and_headings(page):
             titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
             anchors = [re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles]
             assert heading in anchors, target
+
+
+def test_the_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = set(re.findall(r"`([\w./]+\.(?:py|md|sh|toml))`", text)) - {"fpn_plugin/cli/NAME.py"}
+    rooms = [ROOT, *(path.parent for path in (ROOT / "fpn_plugin").rglob("__init__.py"))]
+    assert len(names) > 60
+    assert not [name for name in names if not any((room / name).is_file() for room in rooms)]
