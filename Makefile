@@ -66,6 +66,7 @@ $(OLDEST)/.built: requirements-oldest.txt requirements-common.txt requirements-d
 lint: $(BUILT)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(BUILT)
 	$(VENV)/bin/ruff check --fix .
