@@ -20,11 +20,11 @@ from fpn_plugin.deploy.comparison import Agreement
 
 
 @pytest.fixture
-def run(trained, config_of, images, tmp_path) -> list[str]:
+def run(detector, config_of, images, tmp_path) -> list[str]:
     """--config-file of a trained model, with MODEL.WEIGHTS and pictures beside it."""
     cfg: CfgNode = config_of("faster")
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-    torch.save({"model": trained("faster").state_dict()}, cfg.MODEL.WEIGHTS)
+    torch.save({"model": detector("faster").state_dict()}, cfg.MODEL.WEIGHTS)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     for index, each in enumerate(images[:2]):
         pixels = each["image"].permute(1, 2, 0).numpy()[:, :, ::-1]

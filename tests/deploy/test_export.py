@@ -10,7 +10,7 @@ from PIL import Image
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
 from fpn_plugin.cli.export import export_main
-from fpn_plugin.deploy.export import batched, export_graph, exportable, load_exported
+from fpn_plugin.deploy.export import FORMATS, batched, export_graph, exportable, load_exported
 from fpn_plugin.deploy.export_check import detection_differences
 
 KINDS = ("faster", "mask", "retinanet")
@@ -21,8 +21,7 @@ def cases(images) -> list[list[torch.Tensor]]:
     """Single images of several sizes, one without detections, batches of several and of none."""
     pictures = [each["image"] for each in images]
     blank = torch.zeros(3, 140, 200)
-    singles = [[picture] for picture in pictures if min(picture.shape[1:]) > 64]
-    return [*singles, [blank], pictures[:2], [*pictures, blank], []]
+    return [[pictures[0]], [pictures[3]], [blank], [*pictures, blank], []]
 
 
 def with_one_detection(model, cases) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -62,16 +61,17 @@ def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_graph_is_the_model(kind, trained, cases):
-    model = trained(kind)
+def test_the_graph_is_the_model(kind, detector, cases):
+    model = detector(kind)
     graph = exportable(model)
-    assert assert_the_models(model, graph, cases, box_px=1e-3, score=1e-5) > 100
+    # Folding rounds weights, which predictors of spread scores show 60 times as large.
+    assert assert_the_models(model, graph, cases, box_px=1e-3, score=3e-5) > 100
     model, image = with_one_detection(model, cases)
-    assert assert_the_models(model, exportable(model), [[image]], box_px=1e-3, score=1e-5) == 1
+    assert assert_the_models(model, exportable(model), [[image]], box_px=1e-3, score=3e-5) == 1
 
 
-def test_masks_are_the_models(trained, cases):
-    model = trained("mask")
+def test_masks_are_the_models(detector, cases):
+    model = detector("mask")
     with torch.no_grad():
         (expected,) = model.inference([{"image": cases[1][0]}], do_postprocess=False)
         *_, masks = exportable(model)(*batched(cases[1]))
@@ -83,66 +83,60 @@ DYNAMIC = hasattr(torch.export.Dim, "DYNAMIC")
 needs_dynamic = pytest.mark.skipif(not DYNAMIC, reason="this torch.export has no dynamic sizes")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs_dynamic)])
-def test_a_file_gives_the_models_detections(kind, format, trained, cases, tmp_path):
-    model, one = with_one_detection(trained(kind), cases)
-    path = tmp_path / {"torchscript": "model.ts", "onnx": "model.onnx"}[format]
+# Mask R-CNN does all that Faster R-CNN does.
+@pytest.mark.parametrize("kind", ["mask", "retinanet"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "torchscript",
+        pytest.param("onnx", marks=needs_dynamic),
+        pytest.param("torch_export", marks=needs_dynamic),
+    ],
+)
+def test_a_file_gives_the_models_detections(kind, format, detector, cases, tmp_path):
+    model, small = detector(kind), cases
+    if format == "torch_export":
+        cases = larger_than_a_cell(model, cases)
+    model, one = with_one_detection(model, cases)
+    path = tmp_path / FORMATS[format]
     export_graph(exportable(model), format, path)
     exported = load_exported(path)
     counts = [assert_the_models(model, exported, [case]) for case in ([one], *cases)]
-    assert {0, 1} <= set(counts)
-    assert sum(counts) > 10
-    shapes = [tuple(tensor.shape) for tensor in exported(*batched([]))]
-    assert shapes == [(0, 4), (0,), (0,), (0,), (0, 28, 28)][: len(shapes)]
-    assert len(shapes) == 4 + (kind == "mask")
+    assert 1 in counts and sum(counts) > 10
+    assert (0 in counts) == (cases is small)  # of no image
+    empty = exported(torch.zeros(0, 3, 256, 256), torch.zeros(0, 2, dtype=torch.int64))
+    shapes = [tuple(tensor.shape) for tensor in empty]
+    assert shapes == [(0, 4), (0,), (0,), (0,), (0, 28, 28)][: 4 + (kind == "mask")]
 
 
 @pytest.mark.parametrize(
     ("kind", "format"),
     [
         ("faster", "torchscript"),
-        ("retinanet", "torchscript"),
         pytest.param("mask", "onnx", marks=needs_dynamic),
         pytest.param("retinanet", "torch_export", marks=needs_dynamic),
     ],
 )
-def test_a_file_that_detects_nothing(kind, format, trained, cases, tmp_path):
-    model = trained(kind)
+def test_a_file_that_detects_nothing(kind, format, detector, cases, tmp_path):
+    model = detector(kind)
     threshold_owner(model).test_score_thresh = 1.1
     if format == "torch_export":
         cases = larger_than_a_cell(model, cases)
-    suffix = {"torchscript": ".ts", "onnx": ".onnx", "torch_export": ".pt2"}[format]
-    path = (tmp_path / "model").with_suffix(suffix)
+    path = tmp_path / FORMATS[format]
     export_graph(exportable(model), format, path)
-    exported = load_exported(path)
-    assert {assert_the_models(model, exported, [case]) for case in cases} == {0}
+    assert assert_the_models(model, load_exported(path), cases) == 0
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
-def test_a_torch_without_dynamic_sizes_is_told(format, trained, tmp_path, monkeypatch):
+def test_a_torch_without_dynamic_sizes_is_told(format, detector, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "Dim", object())
     with pytest.raises(UserError, match=f"{format} needs a torch whose .* or export torchscript"):
-        export_graph(exportable(trained("faster")), format, tmp_path / "model")
+        export_graph(exportable(detector("faster")), format, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-@needs_dynamic
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_program_gives_the_models_detections(kind, trained, cases, tmp_path):
-    large = larger_than_a_cell(trained(kind), cases)
-    model, one = with_one_detection(trained(kind), large)
-    export_graph(exportable(model), "torch_export", tmp_path / "model.pt2")
-    exported = load_exported(tmp_path / "model.pt2")
-    counts = [assert_the_models(model, exported, [case]) for case in ([one], *large)]
-    assert 1 in counts
-    assert sum(counts) > 10
-    empty = exported(torch.zeros(0, 3, 256, 256), torch.zeros(0, 2, dtype=torch.int64))
-    assert [len(tensor) for tensor in empty] == [0] * len(empty)
-
-
-def test_padding_may_hold_anything(trained, cases):
-    graph = exportable(trained("faster"))
+def test_padding_may_hold_anything(detector, cases):
+    graph = exportable(detector("faster"))
     images, sizes = batched([cases[0][0], cases[1][0]])
     noisy = images.clone()
     noisy[0, :, sizes[0, 0] :] = 200
@@ -152,10 +146,10 @@ def test_padding_may_hold_anything(trained, cases):
             assert torch.equal(ours, theirs)
 
 
-def test_the_tool_compares_and_describes(trained, config_of, images, tmp_path, capsys):
+def test_the_tool_compares_and_describes(detector, config_of, images, tmp_path, capsys):
     cfg: CfgNode = config_of("faster")
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-    torch.save({"model": trained("faster").state_dict()}, cfg.MODEL.WEIGHTS)
+    torch.save({"model": detector("faster").state_dict()}, cfg.MODEL.WEIGHTS)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     picture = images[1]["image"].permute(1, 2, 0).numpy()[:, :, ::-1].copy()
     Image.fromarray(picture).save(tmp_path / "picture.png")
@@ -175,8 +169,8 @@ def test_the_tool_compares_and_describes(trained, config_of, images, tmp_path, c
     assert described["input"]["resizing"]["shorter side"] == 256
 
 
-def test_a_difference_is_counted(trained, cases):
-    model = trained("mask")
+def test_a_difference_is_counted(detector, cases):
+    model = detector("mask")
     graph = exportable(model)
 
     def changed(images, sizes):
@@ -215,24 +209,24 @@ def test_what_has_no_graph_is_named(opts, message, config_of):
         exportable(build_model(cfg))
 
 
-def test_an_optimised_model_is_refused(trained):
+def test_an_optimised_model_is_refused(detector):
     with pytest.raises(UserError, match="export the original"):
-        exportable(optimize_for_inference(trained("faster")))
+        exportable(optimize_for_inference(detector("faster")))
 
 
-def test_what_a_format_cannot_carry_is_said(trained, tmp_path, monkeypatch):
+def test_what_a_format_cannot_carry_is_said(detector, tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise RuntimeError("while tracing\n\nno operator for roi_pool\n")
 
     monkeypatch.setattr(torch.jit, "trace", refuse)
     with pytest.raises(UserError, match="torchscript cannot carry this model: RuntimeError: no op"):
-        export_graph(exportable(trained("faster")), "torchscript", tmp_path / "model.ts")
+        export_graph(exportable(detector("faster")), "torchscript", tmp_path / "model.ts")
 
 
-def test_without_onnx_the_command_is_named(trained, tmp_path, monkeypatch):
+def test_without_onnx_the_command_is_named(detector, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"pip install 'fpn_plugin\[onnx\]'"):
-        export_graph(exportable(trained("faster")), "onnx", tmp_path / "model.onnx")
+        export_graph(exportable(detector("faster")), "onnx", tmp_path / "model.onnx")
 
 
 def test_an_unknown_suffix_names_those_there_are(tmp_path):
