@@ -1,6 +1,6 @@
-"""fpn_plugin: the feature pyramid of Lin et al., CVPR 2017, as a Detectron2 extension.
+"""The feature pyramid of Lin et al., CVPR 2017, as a Detectron2 extension.
 
-Importing it registers its backbone, RoI heads and datasets with Detectron2.
+Importing it registers backbones, RoI and RPN heads, and the mini datasets with Detectron2.
 """
 
 import warnings as _warnings

@@ -1,4 +1,4 @@
-"""Config keys of the plugin: ``add_fpn_config`` puts them beside Detectron2's under MODEL.FPN."""
+"""The plugin's config keys. :func:`add_fpn_config` adds them to Detectron2's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["add_fpn_config", "flat_keys", "value_at"]
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
-    """Adds the plugin's keys, with their defaults, to ``cfg.MODEL``: most to its FPN node, and
-    those of networks from elsewhere as TIMM and TORCHVISION; and SOLVER.AMP.DTYPE.
+    """Adds the plugin's keys with their defaults: MODEL.FPN.*, MODEL.TIMM.*, MODEL.TORCHVISION.*
+    and SOLVER.AMP.DTYPE.
 
-    Detectron2's own keys (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they are. Calling
-    it again changes nothing, so values that were set in between are kept.
+    Detectron2's own keys of MODEL.FPN (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they
+    are. A key that exists already keeps its value, so calling it again is safe.
 
     Args:
         cfg: what :func:`detectron2.config.get_cfg` returns; changed in place.
@@ -47,15 +47,15 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "CANONICAL_BOX_SIZE": 224,
         # ... and k0, the level that a box of that size is pooled from.
         "CANONICAL_LEVEL": 4,
-        # Every so many iterations of a training, log what each level does; 0: never. 20 is the
-        # period in which Detectron2 writes. FPNTrainer reads it; Detectron2's DefaultTrainer does
-        # not: there, register fpn_plugin.engine.level_statistics.LevelStatistics as a hook.
+        # Log statistics of each level every this many iterations of a training; 0: never.
+        # Detectron2 writes its metrics every 20. FPNTrainer reads this key; DefaultTrainer does
+        # not: register fpn_plugin.engine.level_statistics.LevelStatistics as a hook there.
         "LEVEL_STATS_PERIOD": 0,
         # True: train with the bottom-up pathway compiled by torch.compile, on any device.
         "COMPILE": False,
     }
     timm = {
-        # Of build_timm_backbone: any model of timm that offers features_only.
+        # For build_timm_backbone: any timm model that offers features_only.
         "NAME": "resnet50",
         # Whether to fetch timm's weights; MODEL.WEIGHTS, loaded later, has the last word.
         "PRETRAINED": True,
@@ -68,7 +68,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "NORM": "FrozenBN",
     }
     torchvision = {
-        # Of build_torchvision_backbone: any classification network of torchvision.
+        # For build_torchvision_backbone: any classification network of torchvision.
         "NAME": "resnet50",
         # Name of torchvision's weights, "DEFAULT" for the best there are, "" for none.
         "WEIGHTS": "DEFAULT",

@@ -7,16 +7,29 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["NonFiniteError", "UserError", "by_keys", "first_line", "naming_keys", "near_names"]
+__all__ = [
+    "NonFiniteError",
+    "UserError",
+    "by_keys",
+    "first_line",
+    "naming_keys",
+    "near_names",
+    "one_line",
+]
 
 
 class UserError(ValueError):
     """Something the user gave cannot be used: a key, a file, a name, a value.
 
     The message is one line that says what was given, what was expected and which key or command
-    mends it. The tools print it without a traceback and exit with status 2; code that catches
+    mends it. The commands print it without a traceback and exit with status 2. Code that catches
     ``ValueError`` catches it too.
     """
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """An error's message in one line of ``most`` characters; its type's name if it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -27,10 +40,10 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 def by_keys(message: str, keys: Mapping[str, str]) -> str:
-    """A message that names `arguments`, by the config keys that they were read from.
+    """A message that names `arguments`, with the config keys they were read from in their place.
 
     Args:
-        message: with each argument's name between backquotes.
+        message: with each argument's name in backquotes.
         keys: the key of each argument; others stay as they are.
     """
     return re.sub(r"`(\w+)`", lambda name: keys.get(name[1], name[0]), message)
@@ -43,10 +56,10 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def naming_keys(keys: Mapping[str, str]) -> Iterator[None]:
-    """Makes errors of what is called within it speak of config keys, see :func:`by_keys`.
+    """Makes errors raised within it name config keys instead of arguments, see :func:`by_keys`.
 
-    Classes and functions name their arguments; who calls them with values of a config wraps the
-    call in this.
+    Classes and functions name their arguments. Code that calls them with values of a config wraps
+    the call in this.
     """
     try:
         yield
@@ -63,8 +76,8 @@ def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
         most: how many names to suggest at most.
 
     Returns:
-        ``"did you mean A or B?"`` where some name is near, else ``"known: A, B, ..."`` with all
-        of them, or the first twenty and a count where there are more.
+        ``"did you mean A or B?"`` if a name is near, else ``"known: A, B, ..."`` with all names,
+        or the first twenty and a count if there are more.
     """
     name, known = str(name), sorted(set(known))
     lowered = {candidate.lower(): candidate for candidate in known}

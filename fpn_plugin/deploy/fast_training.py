@@ -16,8 +16,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
-from fpn_plugin.modeling.sampling import PatientMatcher
+from fpn_plugin.errors import one_line
+
+from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN, PatientMatcher
 
 __all__ = ["FrozenNormConv2d", "fold_frozen_norms", "optimize_for_training", "use_batched_parts"]
 
@@ -74,10 +75,9 @@ def _compiles(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # without a compiler, Triton or enough memory: many kinds
-        told = " ".join(str(error).split())[:200]
         warnings.warn(
             f"torch.compile does not work on {device}, training goes on uncompiled "
-            f"({type(error).__name__}: {told})",
+            f"({type(error).__name__}: {one_line(error)})",
             stacklevel=3,
         )
         return False

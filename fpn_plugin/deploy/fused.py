@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
-
 import torch
 from detectron2.modeling import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
@@ -18,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.modeling import FeaturePyramidNetwork
-from fpn_plugin.modeling.batched_parts import decoded_best
 
+from .batched_parts import decoded_best
 from .convolution import FusedConv2d
 
 __all__ = [
@@ -117,33 +114,12 @@ def as_plugin_pyramid(fpn: FPN) -> FeaturePyramidNetwork | None:
     return neck.eval()
 
 
-_LARGE = 32 << 20  # bytes; glibc gives larger blocks back to the system, which clears their pages
-_used = threading.local()
-
-
 class FusedNeck(FeaturePyramidNetwork):
-    """The pyramid with the sum of section 3 inside the lateral convolution.
-
-    The sum of the finest level, which only its 3x3 convolution reads, lies in a block of memory
-    that is kept from call to call where it is a large one. Calls in several threads have blocks
-    of their own.
-    """
+    """The pyramid with the sum of section 3 inside the lateral convolution."""
 
     def __init__(self, neck: FeaturePyramidNetwork) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(neck.__dict__)
-        self._kept: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """See :meth:`FeaturePyramidNetwork.forward`."""
-        pyramid = super().forward(x)
-        block = _used.__dict__.pop("block", None)
-        if block is not None and not self._kept:
-            self._kept.append(block)
-        return pyramid
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": []}  # copies have memory of their own
 
     def _merge(self, stage: Tensor, level: int, coarser: Tensor | None) -> Tensor:
         lateral = getattr(self, f"fpn_lateral{level}", None)
@@ -153,27 +129,9 @@ class FusedNeck(FeaturePyramidNetwork):
         if stage.is_cuda:
             merged = _plus_upsampled(lateral(stage), coarser)
         else:
-            upsampled = self._fitting(self._upsampled(coarser, level), stage)
-            merged = lateral.add_to(upsampled, stage)
+            upsampled = F.interpolate(coarser, scale_factor=2.0, mode="nearest")
+            merged = lateral.add_to(self._fitting(upsampled, stage), stage)
         return merged.div_(2) if self._fuse_type == "avg" else merged
-
-    def _upsampled(self, coarser: Tensor, level: int) -> Tensor:
-        size = 4 * coarser.numel()
-        is_read_once = level == self._coarsest_first[-1] and hasattr(self, f"fpn_output{level}")
-        if not is_read_once or size * coarser.element_size() <= _LARGE:
-            return F.interpolate(coarser, scale_factor=2.0, mode="nearest")
-        try:
-            block = self._kept.pop()  # in one step, so that no two threads have the same
-        except IndexError:
-            block = None
-        if block is None or block.numel() < size or block.dtype != coarser.dtype:
-            with torch.inference_mode(False):  # else a call outside of that mode could not use it
-                block = torch.empty(size, dtype=coarser.dtype)
-        _used.block = block
-        batch, channels, height, width = coarser.shape
-        out = block[:size].view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-        sides = [2 * height, 2 * width]
-        return torch.ops.aten.upsample_nearest2d.out(coarser, sides, 2.0, 2.0, out=out)
 
 
 def _plus_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:

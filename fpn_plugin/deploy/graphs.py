@@ -21,6 +21,8 @@ from detectron2.modeling.roi_heads.keypoint_head import heatmaps_to_keypoints
 from detectron2.structures import Boxes, Instances, ROIMasks
 from torch import Tensor, nn
 
+from fpn_plugin.errors import one_line
+
 from .static import FixedDetections, Geometry, StaticDetector, static_detector
 
 __all__ = ["GraphLimits", "Graphs", "tf32_set", "use_graphs"]
@@ -246,9 +248,8 @@ class Graphs:
             with torch.inference_mode(False), torch.no_grad():
                 graph = _Graph(static_detector(model), key, self._pool, device)
         except Exception as error:  # whatever a model of others' or a full GPU makes of it
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             short = f"{key.shape[0]} x {key.shape[3]} x {key.shape[2]} px has no graph"
-            logger.warning("%s, the plain path runs: %s", short, reason)
+            logger.warning("%s, the plain path runs: %s", short, one_line(error))
             self._failed[key] = short
             return short
         self._graphs[key] = graph

@@ -17,7 +17,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from torch import Tensor, nn
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import UserError, one_line
 from fpn_plugin.modeling import FeaturePyramidNetwork, PyramidROIPooler, image_channels
 
 from .convolution import can_fuse, fuse_convolutions, fuse_linears
@@ -192,8 +192,7 @@ class _Work:
             action(self.model, lambda *what, taken=True: said.append((*what, taken)))
         except Exception as error:  # whatever a model of others' makes of a step
             self.model = before
-            reason = (str(error).strip().splitlines() or [""])[0]
-            said = [(name, f"{type(error).__name__}: {reason}".removesuffix(": "), False)]
+            said = [(name, f"{type(error).__name__}: {one_line(error)}", False)]
         for what in said:
             self.say(*what)
         return all(taken for *_, taken in said)

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from fpn_plugin.errors import UserError
 from fpn_plugin.kernels import nms_mask, pyramid_roi_align, select_proposals
 from fpn_plugin.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
-from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
 from fpn_plugin.modeling.levels import levels_of
 
+from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
 from .fused import SelectingRPN
 
 __all__ = ["FixedDetections", "Geometry", "StaticDetector", "static_detector"]

@@ -1,4 +1,4 @@
-"""Running a trained detector on images, and knowing which level each detection was pooled from."""
+"""Inference with a trained detector, and the pyramid level each detection is pooled from."""
 
 from __future__ import annotations
 
@@ -25,15 +25,23 @@ __all__ = ["Detector", "class_names", "keypoint_layout"]
 
 
 class Detector:
-    """A trained detector, called as Detectron2's DefaultPredictor, whose detections say the pyramid
-    level they were pooled from, and whose images may have any number of channels.
+    """A trained detector on one image at a time, in place of Detectron2's DefaultPredictor.
+
+    It takes the same image and resizes it in the same way. It differs in this:
+
+    * It returns the ``Instances`` themselves, on the CPU, not a dict that holds them. A panoptic
+      model's segmentation is left out. A model that gives proposals only is refused.
+    * Detections of R-CNN models carry ``pyramid_level``, see
+      :func:`fpn_plugin.inspection.forward_trace.recorded_levels`.
+    * Weights that lack a parameter of the model are refused.
+    * INPUT.FORMAT may also be L or RGBA.
 
     Args:
         cfg: the config; MODEL.WEIGHTS must give every parameter of its model.
         optimize: run :func:`fpn_plugin.optimize_for_inference`'s copy, of this dtype.
 
     Raises:
-        UserError: the weights are not there or do not fit, or the model detects nothing (RPN).
+        UserError: the weights do not exist or do not fit the model.
     """
 
     def __init__(self, cfg: CfgNode, optimize: torch.dtype | None = None) -> None:
@@ -54,8 +62,12 @@ class Detector:
 
         Returns:
             ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``, and,
-            for R-CNN models that pool from a pyramid, ``pyramid_level``: int64, k of Eq. (1) for
-            the proposal that each detection came from.
+            for R-CNN models other than cascades that pool from a pyramid, ``pyramid_level``:
+            int64, k of Eq. (1) for the proposal that each detection comes from.
+
+        Raises:
+            UserError: the image has other channels than INPUT.FORMAT, or the model gives proposals
+                only (RPN).
         """
         height, width = image.shape[:2]
         resized, _ = resized_picture(self._cfg, image)
@@ -65,20 +77,20 @@ class Detector:
         if "instances" not in output:
             raise UserError(
                 "the config's model gives proposals, not detections: evaluate it with "
-                "tools/train_net.py --eval-only"
+                "fpn-plugin evaluate"
             )
         return output["instances"].to("cpu")
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Names of the model's classes, as far as its weights or else its datasets tell them."""
-    told = classes_in(cfg.MODEL.WEIGHTS)
-    if told is not None:
-        return told
+    """Names of the model's classes, from its weights or else its datasets; empty if unknown."""
+    saved = classes_in(cfg.MODEL.WEIGHTS)
+    if saved is not None:
+        return saved
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = MetadataCatalog.get(name).get("thing_classes")
         if names is None and name in DatasetCatalog.list():
-            # A JSON tells its categories when it is loaded.
+            # A JSON's categories are known once it is loaded.
             if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
                 continue
             DatasetCatalog.get(name)
@@ -89,7 +101,7 @@ def class_names(cfg: CfgNode) -> list[str]:
 
 
 def keypoint_layout(cfg: CfgNode) -> KeypointLayout:
-    """Names and skeleton of the model's keypoints, as far as its datasets tell them."""
+    """Names and skeleton of the model's keypoints, from its datasets; empty if none fits."""
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if cfg.MODEL.KEYPOINT_ON else ():
         describe_keypoints(name)
         metadata = MetadataCatalog.get(name)

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fpn_plugin.errors import one_line
+
 __all__ = ["triton_or_plain", "triton_runs"]
 
 Result = TypeVar("Result")
@@ -48,10 +50,9 @@ def triton_or_plain(
         if torch.cuda.is_current_stream_capturing():
             raise  # what fails may be the capture
         _failed.add(str(tensor.device))
-        told = " ".join(str(error).split())[:200]
         warnings.warn(
             f"Triton kernels do not run on {tensor.device}, plain torch is used, which is slower "
-            f"({type(error).__name__}: {told})",
+            f"({type(error).__name__}: {one_line(error)})",
             stacklevel=2,
         )
         return plain()

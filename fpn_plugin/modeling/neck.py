@@ -1,4 +1,4 @@
-"""FeaturePyramidNetwork: laterals, top-down pathway, output convolutions (paper, section 3)."""
+"""The feature pyramid: lateral connections, top-down pathway, output convolutions (section 3)."""
 
 from __future__ import annotations
 
@@ -34,21 +34,27 @@ class FeaturePyramidNetwork(Backbone):
         Mk = lateral(Ck) + upsample(Mk+1)   nearest neighbour, x2
         Pk = output(Mk)                     3x3; P5 = M5 unless coarsest_output_conv
 
-    There is no non-linearity in it. Convolutions are named ``fpn_lateral{k}`` and
-    ``fpn_output{k}`` and initialised as in :class:`detectron2.modeling.FPN`, so checkpoints pass
-    both ways. A convolution that the forward pass would not use is not built.
+    There is no non-linearity in it. A convolution that the forward pass does not use is not built.
+
+    Convolutions are named ``fpn_lateral{k}`` and ``fpn_output{k}`` and initialised as in
+    :class:`detectron2.modeling.FPN`. With ``coarsest_output_conv=True``, the same norm, stages and
+    top block, and the defaults of all else, the state dict has the same keys and shapes as
+    Detectron2's, and checkpoints load in both directions. A state dict that has the 3x3
+    convolution of the coarsest level where this pyramid has none, or the other way round, is
+    refused by ``load_state_dict`` with a UserError, with ``strict=False`` too: the model would
+    run and detect badly.
 
     Args:
         bottom_up: the network whose stages are C2 ... C5.
-        in_features: names of its stages to build on, finest first, each with twice the stride of
-            the one before; any contiguous run will do, for example ``["res3", "res4", "res5"]``.
+        in_features: names of the stages to build on, finest first, each with twice the stride of
+            the one before. Any contiguous run works, for example ``["res3", "res4", "res5"]``.
         out_channels: d, channels of every level.
         norm: a normalization that Detectron2 knows, after each convolution; "" for none.
         top_block: adds levels after the coarsest, see :func:`build_top_block`. Any module with
             ``num_levels``, ``in_feature`` (a stage or a level) and a list of maps as its output.
         fuse_type: "sum", or "avg" to halve each sum.
         coarsest_output_conv: whether the coarsest level has a 3x3 convolution as well, as in
-            Detectron2. The paper can be read both ways; this project's reading is that it has not.
+            Detectron2. The paper can be read both ways; by default the level has none.
         top_down: False leaves the top-down pathway out, row (d) of Tables 1 and 2: Mk =
             lateral(Ck).
         lateral: False leaves the lateral connections below the coarsest out, row (e): Mk =
@@ -59,9 +65,9 @@ class FeaturePyramidNetwork(Backbone):
             Output convolutions of the others are not built.
 
     Raises:
-        UserError: stages that are not there or not a pyramid, an unknown norm or one that
-            out_channels does not fit, a top block whose input is not there, out_features that
-            are not there or leave a stage or the top block without use.
+        UserError: the stages do not exist or are not a pyramid; the norm is unknown or does not
+            fit out_channels; the top block's input does not exist; out_features do not exist or
+            leave a stage or the top block unused.
 
     Example::
 
@@ -97,7 +103,7 @@ class FeaturePyramidNetwork(Backbone):
                 "`top_down` and `lateral` are both False, which leaves the levels below the "
                 "coarsest without any input: set one of them True"
             )
-        self._config_keys: Mapping[str, str] = {}  # set by who reads the arguments from a config
+        self._config_keys: Mapping[str, str] = {}  # set by build_fpn_backbone
         self.in_features = tuple(in_features)
         self._fuse_type = fuse_type
         self._top_down = top_down
@@ -143,7 +149,7 @@ class FeaturePyramidNetwork(Backbone):
         return [coarsest + 1 + i for i in range(top_block.num_levels)]
 
     def _checked_choice(self, chosen: Sequence[str], num_stages: int) -> list[str]:
-        """The chosen levels, finest first, once it is known that no module is left without use."""
+        """The chosen levels, finest first; refuses a choice that leaves a module unused."""
         offered = self._out_features
         for name in chosen:
             if name not in offered:
@@ -157,8 +163,8 @@ class FeaturePyramidNetwork(Backbone):
                 f"`out_features` {list(chosen)} leaves out some of {[merged[-1], *extra]}, which "
                 "the top block reads or makes: name them all, or set `top_block` none"
             )
-        # The top-down pathway reads every stage from the coarsest to the finest chosen level;
-        # without it a stage is read by its own level alone.
+        # The top-down pathway reads every stage from the coarsest to the finest chosen level.
+        # Without it, a stage is read by its own level only.
         needed = [merged[0]] if self._top_down else merged
         if not set(needed) <= set(chosen):
             raise UserError(
@@ -170,7 +176,7 @@ class FeaturePyramidNetwork(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What input sides, in pixels, must be multiples of; 0 where any size will do."""
+        """What input sides, in pixels, must be multiples of; 0 if any size works."""
         return self._size_divisibility
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -183,7 +189,7 @@ class FeaturePyramidNetwork(Backbone):
             ``{"p2": (N, out_channels, H / 4, W / 4), ...}``, finest level first.
 
         Raises:
-            UserError: sides that are no multiple of the coarsest stride, unless match_lateral_size.
+            UserError: sides are not multiples of the coarsest stride, unless match_lateral_size.
         """
         stages = self.bottom_up(x)
         results: dict[str, Tensor] = {}
@@ -220,8 +226,8 @@ class FeaturePyramidNetwork(Backbone):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object
     ) -> None:
-        # Both readings of P5 differ by one convolution; dropping or inventing it in silence
-        # would leave a model that runs and detects badly.
+        # The two readings of P5 differ by one convolution. A model that lacks it, or has it at
+        # its initial values, runs and detects badly, so strict=False does not help.
         coarsest = self._coarsest_first[0]
         longer = f"{prefix}fpn_lateral{coarsest + 1}.weight" in state_dict  # of more levels
         computed = f"p{coarsest}" in self._out_feature_strides
@@ -246,10 +252,10 @@ class FeaturePyramidNetwork(Backbone):
 
 @fx.wrap
 def _fitting(upsampled: Tensor, stage: Tensor, divisibility: int, matching: str) -> Tensor:
-    """The upsampled map, which must have as many cells as the stage that it meets."""
+    """Checks that an upsampled map has as many cells as the stage it is added to."""
     if not torch.jit.is_tracing() and upsampled.shape[-2:] != stage.shape[-2:]:
         raise UserError(
-            f"a map of {stage.shape[-2]} x {stage.shape[-1]} cells meets an upsampled one of "
+            f"a map of {stage.shape[-2]} x {stage.shape[-1]} cells is added to an upsampled one of "
             f"{upsampled.shape[-2]} x {upsampled.shape[-1]}: input sides must be multiples of "
             f"{divisibility} px; pad them, or set {matching} True"
         )
@@ -258,7 +264,7 @@ def _fitting(upsampled: Tensor, stage: Tensor, divisibility: int, matching: str)
 
 @fx.wrap
 def _as_many_as(count: int, maps: list[Tensor]) -> list[Tensor]:
-    """The maps of a top block, which must be as many as it says."""
+    """Checks that a top block gives as many maps as it declares."""
     if len(maps) != count:
         raise UserError(f"the top block gives {len(maps)} maps, and its num_levels is {count}")
     return maps
@@ -267,7 +273,7 @@ def _as_many_as(count: int, maps: list[Tensor]) -> list[Tensor]:
 def build_top_block(
     name: str, *, coarsest_stage: str, coarsest_level: int, in_channels: int, out_channels: int
 ) -> nn.Module | None:
-    """Builds what follows the coarsest level, whichever level that is.
+    """Builds the levels after the coarsest one, P6 and on.
 
     Args:
         name: "maxpool": one level by stride-2 subsampling of the coarsest (P6 in footnote 1);
@@ -304,7 +310,7 @@ def _check_channels(out_channels: int) -> None:
 
 
 def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[ShapeSpec]:
-    """Shapes of the chosen stages, known to be a pyramid of power-of-two strides."""
+    """Shapes of the chosen stages; refuses those whose strides are not a pyramid."""
     offered = bottom_up.output_shape()
     says = ", ".join(f"{name} (stride {shape.stride})" for name, shape in offered.items())
     if not in_features:
@@ -327,7 +333,7 @@ def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[Sha
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
-    """A convolution that keeps the map's size; it has a bias where no norm brings one."""
+    """A convolution that keeps the map's size, with a bias unless a norm has one."""
     try:
         norm_layer = get_norm(norm, out_channels)
     except KeyError:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from fpn_plugin.errors import UserError, first_line, near_names
+from fpn_plugin.errors import UserError, near_names, one_line
 
 from .scripting import spelt_out
 
@@ -261,7 +261,7 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
         net = create(pretrained=node.PRETRAINED, out_indices=indices)
     except OSError as error:  # the hub's and the system's for what cannot be fetched
         raise UserError(
-            f"timm's weights of {node.NAME} cannot be fetched: {first_line(error)[:200]}; "
+            f"timm's weights of {node.NAME} cannot be fetched: {one_line(error)}; "
             "MODEL.TIMM.PRETRAINED False builds it without"
         ) from error
     config = timm.data.resolve_model_data_config(net)
@@ -301,8 +301,9 @@ def _create_timm(
                     "stochastic depth: set it 0.0"
                 ) from error
             if unknown is None or not isinstance(error, TypeError):
-                told = " ".join(str(error).split())[:200]
-                raise UserError(f"timm's {node.NAME} gives no feature maps so: {told}") from error
+                raise UserError(
+                    f"timm's {node.NAME} gives no feature maps so: {one_line(error)}"
+                ) from error
             del options[unknown]
 
 
@@ -340,7 +341,7 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
     except OSError as error:  # urllib's for what cannot be fetched
         raise UserError(
             f"torchvision's weights {node.WEIGHTS} of {node.NAME} cannot be fetched: "
-            f"{first_line(error)[:200]}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
+            f"{one_line(error)}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
         ) from error
     blocks = _torchvision_blocks(net)
     strides = [stride for _, stride, _ in blocks]
@@ -404,7 +405,7 @@ def _no_such_size(net: nn.Module, error: Exception) -> str:
     height, width = _TRIED_ON
     return (
         f"{type(net).__name__} does not take images of {height} x {width} px, so not of any size "
-        f"that Detectron2 resizes to: {' '.join(str(error).split())[:150]}"
+        f"that Detectron2 resizes to: {one_line(error, 150)}"
     )
 
 

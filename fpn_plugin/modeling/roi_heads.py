@@ -13,9 +13,9 @@ from torch import nn
 
 from fpn_plugin.errors import UserError, naming_keys, near_names
 
-from .batched_parts import BatchedSampling
 from .levels import raise_non_finite
 from .pooler import PyramidROIPooler
+from .sampling import BatchedSampling
 
 __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
 

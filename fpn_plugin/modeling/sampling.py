@@ -1,41 +1,61 @@
-"""Matching boxes with ground truth and sampling them, with one wait for a GPU for all images."""
+"""Sampling of proposals for the losses of RoI heads, with one wait for a GPU for all images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-__all__ = ["PatientMatcher", "sample_labels"]
+__all__ = ["BatchedSampling", "sample_labels"]
 
 
-class PatientMatcher(Matcher):
-    """Detectron2's Matcher, which does not ask a GPU for anything on its way."""
+class BatchedSampling:
+    """For RoI heads: the proposals that Detectron2 samples, from the same random numbers.
 
-    def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the best ground truth, int64, and label, int8, of each of N boxes.
+    A GPU is waited for once, not four times an image.
+    """
 
-        Args:
-            match_quality_matrix: ``(M, N)``, of M ground truths, 0 or more.
-        """
-        if match_quality_matrix.numel() == 0:
-            return super().__call__(match_quality_matrix)
-        values, matches = match_quality_matrix.max(dim=0)
-        labels = torch.ones_like(matches, dtype=torch.int8)
-        for label, low, high in zip(
-            self.labels, self.thresholds[:-1], self.thresholds[1:], strict=True
-        ):
-            labels.masked_fill_((values >= low) & (values < high), label)
-        if self.allow_low_quality_matches:
-            self.set_low_quality_matches_(labels, match_quality_matrix)
-        return matches, labels
-
-    def set_low_quality_matches_(self, match_labels: Tensor, match_quality_matrix: Tensor) -> None:
-        """Labels 1, in place, what is some ground truth's best."""
-        best = match_quality_matrix.max(dim=1, keepdim=True).values
-        match_labels.masked_fill_((match_quality_matrix == best).any(dim=0), 1)
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """See :meth:`detectron2.modeling.ROIHeads.label_and_sample_proposals`."""
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        matches, classes = [], []
+        for of_image, truths in zip(proposals, targets, strict=True):
+            overlaps = pairwise_iou(truths.gt_boxes, of_image.proposal_boxes)
+            matched, label = self.proposal_matcher(overlaps)
+            if len(truths):
+                of_box = truths.gt_classes[matched]
+                of_box.masked_fill_(label == 0, self.num_classes).masked_fill_(label == -1, -1)
+            else:
+                of_box = torch.full_like(matched, self.num_classes)
+            matches.append(matched)
+            classes.append(of_box)
+        samples = sample_labels(
+            classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+        )
+        sampled = []
+        for i, both in enumerate(samples):
+            chosen = torch.cat(both)
+            of_image = proposals[i][chosen]
+            of_image.gt_classes = classes[i][chosen]
+            if len(targets[i]):
+                for name, value in targets[i].get_fields().items():
+                    if name.startswith("gt_") and not of_image.has(name):
+                        of_image.set(name, value[matches[i][chosen]])
+            sampled.append(of_image)
+        storage = get_event_storage()
+        for name, which in (("fg", 0), ("bg", 1)):
+            counts = [len(both[which]) for both in samples]
+            storage.put_scalar(f"roi_head/num_{name}_samples", np.mean(counts))
+        return sampled
 
 
 def sample_labels(

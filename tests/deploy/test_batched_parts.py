@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpn_plugin import model_zoo
+from fpn_plugin.deploy.batched_parts import (
+    BatchedFastRCNNOutputLayers,
+    BatchedRPN,
+    PatientMatcher,
+)
 from fpn_plugin.deploy.fast_training import use_batched_parts
 from fpn_plugin.inspection.level_observer import observed_levels
 from fpn_plugin.kernels import nms_fixpoint, proposals, pyramid_roi_align_by_level
 from fpn_plugin.modeling import pooler
-from fpn_plugin.modeling.batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
-from fpn_plugin.modeling.sampling import PatientMatcher, sample_labels
+from fpn_plugin.modeling.sampling import sample_labels
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
