@@ -13,7 +13,7 @@ COMMANDS = {
     "detect": "draw a detector's boxes on images",
     "check": "find what is wrong with COCO-format data",
     "fit": "fit levels, canonical size and anchors to your data",
-    "inspect": "show levels, anchors, parameters and FLOPs of a model",
+    "inspect": "show levels, anchors, parameters and multiply-adds of a model",
     "report": "write a run's curves, results and errors to one file of HTML",
     "visualize": "draw what models do with images, level by level",
     "optimize": "measure what optimising brings on your images",

@@ -1,5 +1,5 @@
-#!/usr/bin/env python3
-"""Train or evaluate the model of a lazy config: --help tells the arguments."""
+#!/usr/bin/env python
+"""The command ``fpn-plugin train`` for lazy configs, packaged ones by the names of their YAML."""
 
 from fpn_plugin.cli.train import lazy_main
 from fpn_plugin.engine import run_tool

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fpn_plugin.data import register_datasets
+from fpn_plugin.data import read_picture, register_datasets
 from fpn_plugin.deploy.export import FORMATS, TIME_LIMIT
 from fpn_plugin.deploy.export_check import export_checked
 from fpn_plugin.engine import load_config
@@ -60,5 +60,6 @@ def export_main(argv: Sequence[str] | None = None) -> None:
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
     register_datasets(args.dataset)
+    images = [read_picture(cfg, path) for path in args.input]  # before the weights are loaded
     model, folder = Detector(cfg).model, Path(args.output)
-    export_checked(cfg, model, class_names(cfg), args.input, args.formats, folder, args.time_limit)
+    export_checked(cfg, model, class_names(cfg), images, args.formats, folder, args.time_limit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -71,8 +70,7 @@ def train_main(
     Args:
         argv: arguments; those of the command line by default.
         command: see :func:`argument_parser`.
-        lazy: the config is a lazy one whatever its name; otherwise it is if it ends in ``.py`` or
-            if keys are given as ``key=value``.
+        lazy: the config is a lazy one whatever its name; otherwise it is if it ends in ``.py``.
 
     Raises:
         UserError: something given cannot be used. All that can be checked is checked before the
@@ -81,15 +79,10 @@ def train_main(
     args = argument_parser(command).parse_args(argv)
     if lazy and not args.config_file:
         raise UserError("--config-file is missing: a lazy config's path or a packaged name")
-    lazy = lazy or args.config_file.endswith(".py") or _has_lazy_keys(args)
+    lazy = lazy or args.config_file.endswith(".py")
     cfg = (load_lazy_config if lazy else load_config)(args.config_file, args.opts)
     optimize = partial(_optimized, dtype=getattr(torch, args.optimize)) if args.optimize else None
     (LazyRun if lazy else YacsRun)(cfg, args, optimize).start()
-
-
-def _has_lazy_keys(args: argparse.Namespace) -> bool:
-    """Whether config keys are a lazy config's, as ``train.max_iter=9``; yacs has capitals."""
-    return bool(args.config_file and args.opts and re.match(r"[a-z_]+[\w.]*=", args.opts[0]))
 
 
 def lazy_main(argv: Sequence[str] | None = None) -> None:

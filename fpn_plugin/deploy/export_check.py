@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
@@ -15,7 +16,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpn_plugin.data import channels_first, read_picture, resized_picture
+from fpn_plugin.data import channels_first, resized_picture
 from fpn_plugin.errors import UserError
 from fpn_plugin.modeling import image_channels
 
@@ -36,7 +37,7 @@ def export_checked(
     cfg: CfgNode,
     model: nn.Module,
     classes: Sequence[str],
-    images: Sequence[str],
+    images: Sequence[np.ndarray],
     formats: Sequence[str],
     folder: Path,
     time_limit: int,
@@ -47,13 +48,13 @@ def export_checked(
         cfg: the model's config.
         model: on the CPU, in evaluation mode.
         classes: their names, for ``model.json``.
-        images: files to compare detections on.
+        images: to compare detections on, as :func:`fpn_plugin.data.read_picture` reads them.
         formats: names of :data:`FORMATS`.
         folder: gets the files and ``model.json``.
         time_limit: seconds after which a format is given up.
 
     Raises:
-        UserError: an image cannot be read, a format cannot carry the model, or a file's detections
+        UserError: a format cannot carry the model, or a file's detections
             are not the model's. Other formats are written all the same.
     """
     cases = _cases(cfg, images)
@@ -156,15 +157,14 @@ def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
     return [each[each.pred_boxes.nonempty()] for each in found]
 
 
-def _cases(cfg: CfgNode, paths: Sequence[str]) -> list[list[Tensor]]:
+def _cases(cfg: CfgNode, images: Sequence[np.ndarray]) -> list[list[Tensor]]:
     """Each image as the config resizes it; all at once; smaller and narrower ones; none."""
-    pictures = [resized_picture(cfg, read_picture(cfg, path))[0] for path in paths]
-    images = [channels_first(cfg, picture) for picture in pictures]
-    first = images[0]
+    resized = [channels_first(cfg, resized_picture(cfg, image)[0]) for image in images]
+    first = resized[0]
     small = F.interpolate(first[None], scale_factor=0.75, mode="bilinear")[0]
     narrow = first[:, :, : first.shape[2] * 2 // 3]
     blank = torch.zeros_like(first)
-    return [*([image] for image in images), [small], [narrow], [blank], [*images, small], []]
+    return [*([image] for image in resized), [small], [narrow], [blank], [*resized, small], []]
 
 
 def _description(cfg: CfgNode, graph: DetectionGraph, classes: Sequence[str]) -> dict[str, Any]:

@@ -1,17 +1,15 @@
-"""Every tool, with each wrong value of each of its arguments: one line, status 2, no traceback.
+"""Every command, with each wrong value of each of its arguments: one line, status 2, no traceback.
 
-Arguments come from the tools' own parsers: one without wrong values here fails.
+Arguments come from the commands' own parsers: one without wrong values here fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,12 +17,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from fpn_plugin.cli.common import ToolParser
+from fpn_plugin.__main__ import COMMANDS, main
 from fpn_plugin.engine import run_tool
+from tests.helpers.commands import LAZY, NAMES, main_of, parser_of, stubs
 
-TOOLS = {path.name: path for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
 CONFIG = "mini/faster_rcnn_R_18_FPN.yaml"
-LAZY, LAZY_CONFIG = "lazyconfig_train_net.py", "lazy/mini/faster_rcnn_R_18_FPN.py"
 
 # Of options of a kind that the parser does not tell: a right value, and wrong ones. Names are of
 # what the fixture ``files`` makes.
@@ -75,28 +72,6 @@ KEYS = {
 LAZY_KEYS = {"train.device": ["gpu", "mps", "cuda:9"], "train.max_iter": ["x"], "trian.seed": ["1"]}
 
 
-class Parsed(Exception):
-    """Carries a tool's parser out of it."""
-
-
-@functools.cache
-def main_of(tool: str) -> Callable[[list[str]], None]:
-    module, name = re.findall(r"^from (\S+) import (\w+_main)$", TOOLS[tool].read_text(), re.M)[0]
-    return getattr(importlib.import_module(module), name)
-
-
-@functools.cache
-def parser_of(tool: str) -> argparse.ArgumentParser:
-    def parse_known_args(parser: ToolParser, *_: object) -> None:
-        raise Parsed(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ToolParser, "parse_known_args", parse_known_args)
-        with pytest.raises(Parsed) as raised:
-            main_of(tool)([])
-    return raised.value.args[0]
-
-
 def actions_of(tool: str) -> list[argparse.Action]:
     found = parser_of(tool)._actions
     return [a for a in found if a.nargs != 0 and a.nargs != argparse.REMAINDER]
@@ -112,9 +87,7 @@ def kind_of(action: argparse.Action) -> str:
 
 def right(tool: str, action: argparse.Action) -> list[str]:
     """The option with a value that is taken."""
-    if tool == LAZY and action.dest == "config_file":
-        value = LAZY_CONFIG
-    elif action.choices:
+    if action.choices:
         value = next(iter(action.choices))
     elif name_of(action) in VALUES:
         value = VALUES[name_of(action)][0]
@@ -179,13 +152,13 @@ def told(tool: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     error = error.rpartition("\r")[2]  # what a progress bar has cleared is not seen
     assert error.startswith("error: ") and error.count("\n") == 1, error
     options = [o for action in parser_of(tool)._actions for o in action.option_strings]
-    if ".py" not in error:  # of another tool
+    if "fpn-plugin" not in error:  # of another command
         advised = set(re.findall(r"(?<!\S)--[a-z][\w-]*", error.split("no option")[0]))
         assert advised <= set(options), error
     return error
 
 
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+@pytest.mark.parametrize("tool", NAMES)
 def test_wrong_values_are_refused_in_one_line(tool, files, capsys):
     for action in actions_of(tool):
         for value in wrong(action):
@@ -196,7 +169,7 @@ def test_wrong_values_are_refused_in_one_line(tool, files, capsys):
             assert any(part in error for part in known), (given, error)
 
 
-WITH_KEYS = [t for t in sorted(TOOLS) if any(a.dest == "opts" for a in parser_of(t)._actions)]
+WITH_KEYS = [t for t in NAMES if any(a.dest == "opts" for a in parser_of(t)._actions)]
 
 
 @pytest.mark.parametrize("tool", WITH_KEYS)
@@ -219,8 +192,8 @@ def test_wrong_config_keys_are_refused_in_one_line(tool, files, capsys):
             assert message in told(tool, [*argv_of(tool), *given], capsys)
 
 
-RUN_A_MODEL = ["demo.py", "optimize.py", "visualize.py", "inspect_model.py", "time_level_stats.py"]
-RUN_A_MODEL += ["dump_proposals.py", "train_net.py"]
+RUN_A_MODEL = ["detect", "optimize", "visualize", "inspect", "evidence.level_statistics_cost"]
+RUN_A_MODEL += ["dump-proposals", "train"]
 
 
 @pytest.mark.parametrize("tool", RUN_A_MODEL)
@@ -252,24 +225,43 @@ def test_the_first_config_key_ends_the_values_of_an_option(tool, files):
 def test_files_that_look_like_keys_stay_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("TEST.JPG").touch()
-    parser = parser_of("optimize.py")
+    parser = parser_of("optimize")
     names = ["IMG_0001.JPG", "TEST.JPG", "TEST", "model.pth"]
     parsed = parser.parse_args(["--config-file", "c", "--input", *names, "SEED", "3"])
     assert parsed.input == names
     assert parsed.opts == ["SEED", "3"]
 
 
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+@pytest.mark.parametrize("tool", NAMES)
 def test_help_tells_every_option(tool, capsys):
     with pytest.raises(SystemExit) as ended:
         run_tool(lambda: main_of(tool)(["--help"]))
     assert ended.value.code == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
+    if tool in COMMANDS:
+        assert text.startswith(f"usage: fpn-plugin {tool} [-h]")
     for action in parser_of(tool)._actions:
-        assert name_of(action) in said or action.metavar in said
+        assert name_of(action) in text or action.metavar in text
 
 
-@pytest.mark.parametrize("tool", sorted(TOOLS))
+def test_the_command_lists_the_commands_and_runs_them(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fpn-plugin"])
+    main()
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if line[:2] == "  "] == list(COMMANDS)
+    monkeypatch.setattr("sys.argv", ["fpn-plugin", "--config-file", "none.yaml"])
+    for name, message in (("train", "no config file 'none.yaml'"), ("tarin", "did you mean train")):
+        with pytest.raises(SystemExit) as ended:
+            main(name)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_every_command_has_a_file_in_tools():
+    assert {*stubs().values()} == {*COMMANDS, LAZY} - {"evaluate"}
+
+
+@pytest.mark.parametrize("tool", NAMES)
 def test_what_is_missing_or_mistyped_is_named(tool, files, capsys):
     required = [a for a in actions_of(tool) if a.required]
     for action in required:
@@ -290,25 +282,25 @@ def test_what_is_missing_or_mistyped_is_named(tool, files, capsys):
 @pytest.mark.parametrize(
     ("tool", "given", "message"),
     [
-        ("check_dataset.py", ["images"], "images is a folder: give a COCO JSON first"),
-        ("check_dataset.py", ["data.jsn"], "'data.jsn' is neither a file nor a registered"),
-        ("check_dataset.py", ["images", "data.json"], "no folder 'data.json'"),
-        ("reproduce.py", ["1c", "DATASETS.TRAIN", "('nope',)"], "names dataset 'nope', which"),
-        ("compare_fitted.py", ["DATASETS.TEST", "('nope',)"], "DATASETS.TEST names dataset"),
-        ("fit_pyramid.py", ["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN names dataset 'nope'"),
-        ("convert_weights.py", ["--into", "weights.pth"], "--into is for --to"),
-        ("train_net.py", ["--machine-rank", "1"], "ranks are 0 to 0"),
-        ("train_net.py", ["--num-machines", "2", "--dist-url", "auto"], "give tcp://HOST:PORT"),
-        ("train_net.py", ["--optimize", "float32"], "--optimize is for --eval-only"),
-        ("benchmark.py", ["--parts", "profile", "SEED", "1"], "invalid choice: 'SEED'"),
-        ("report.py", ["MODEL.WEIGHTS", "x"], "unrecognized arguments: x"),
+        ("check", ["images"], "images is a folder: give a COCO JSON first"),
+        ("check", ["data.jsn"], "'data.jsn' is neither a file nor a registered"),
+        ("check", ["images", "data.json"], "no folder 'data.json'"),
+        ("reproduce", ["1c", "DATASETS.TRAIN", "('nope',)"], "names dataset 'nope', which"),
+        ("evidence.compare_fitted", ["DATASETS.TEST", "('nope',)"], "DATASETS.TEST names dataset"),
+        ("fit", ["DATASETS.TRAIN", "('nope',)"], "DATASETS.TRAIN names dataset 'nope'"),
+        ("convert", ["--into", "weights.pth"], "--into is for --to"),
+        ("train", ["--machine-rank", "1"], "ranks are 0 to 0"),
+        ("train", ["--num-machines", "2", "--dist-url", "auto"], "give tcp://HOST:PORT"),
+        ("train", ["--optimize", "float32"], "--optimize is for --eval-only"),
+        ("evidence.benchmark", ["--parts", "profile", "SEED", "1"], "invalid choice: 'SEED'"),
+        ("report", ["MODEL.WEIGHTS", "x"], "unrecognized arguments: x"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(tool, given, message, files, capsys):
-    given = given if tool in ("check_dataset.py", "reproduce.py") else [*argv_of(tool), *given]
-    if tool == "report.py":
+    given = given if tool in ("check", "reproduce") else [*argv_of(tool), *given]
+    if tool == "report":
         given = given[1:]
-    if tool == "train_net.py" and "--optimize" not in given:
+    if tool == "train" and "--optimize" not in given:
         own = ["--config-file", CONFIG, "--dataset", "own=data.json:images"]
         given += [*own, "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)"]
         given += [
@@ -326,7 +318,7 @@ def test_output_that_may_not_be_written_is_refused_beforehand(files, capsys, mon
     """By root, who runs tests in containers, everything may be written."""
     (files / "locked").mkdir(exist_ok=True)
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
-    for tool in sorted(TOOLS):
+    for tool in NAMES:
         for action in actions_of(tool):
             if kind_of(action) in ("output_folder", "output_file"):
                 for value in ("locked/out.png", "locked/deep/out.pth"):
