@@ -48,12 +48,13 @@ def config_arguments(
     """
     split = "TRAIN" if training else "TEST"
     known = list(cfg.DATASETS[split])
-    names = known if names is None else list(names)
-    files = cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.MODEL.LOAD_PROPOSALS else None
+    files = list(cfg.DATASETS[f"PROPOSAL_FILES_{split}"]) if cfg.MODEL.LOAD_PROPOSALS else None
+    if files is not None and names is not None:
+        files = [files[known.index(name)] for name in names]
     least_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     return {
-        "names": names,
+        "names": known if names is None else list(names),
         "filter_empty": training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         "min_keypoints": least_keypoints if training and cfg.MODEL.KEYPOINT_ON else 0,
-        "proposal_files": files and [files[known.index(name)] for name in names],
+        "proposal_files": files,
     }
