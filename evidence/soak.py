@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 from tqdm import tqdm
@@ -98,21 +97,23 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
 
 def _soak(cfg: Any, args: argparse.Namespace) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
-    with tqdm(total=args.iterations, unit="iteration") as bar:
-        quiet = cfg.clone()
-        quiet.defrost()
-        quiet.DATASETS.TEST = ()
-        trainer = FPNTrainer(quiet)
-        memory = _Memory(bar)
-        trainer.register_hooks([memory])
-        trainer.train()
-        found["training"] = memory.rss
-    with tqdm(total=args.images, unit="image") as bar, _readings(trainer.model, bar) as readings:
-        FPNTrainer.test(cfg, trainer.model)
-    found["evaluation"] = readings
-    with tqdm(total=args.images, unit="image") as bar, _readings(trainer.model, bar) as readings:
-        FPNTrainer.test(cfg, trainer.model, _KeepsNothing())
-    found["evaluation without keeping predictions"] = readings
+    quiet = cfg.clone()
+    quiet.defrost()
+    quiet.DATASETS.TEST = ()
+    trainer = FPNTrainer(quiet)
+    test = FPNTrainer.test
+    for name, total, unit, call in (
+        ("training", args.iterations, "iteration", trainer.train),
+        ("evaluation", args.images, "image", lambda: test(cfg, trainer.model)),
+        (
+            "evaluation without keeping predictions",
+            args.images,
+            "image",
+            lambda: test(cfg, trainer.model, _KeepsNothing()),
+        ),
+    ):
+        with tqdm(total=total, unit=unit) as bar, _readings(trainer.model, bar) as found[name]:
+            call()
     return found
 
 
@@ -131,18 +132,9 @@ def _rss() -> int:
     raise UserError("/proc/self/status has no VmRSS: this needs Linux")
 
 
-class _Memory(HookBase):
-    def __init__(self, bar: tqdm) -> None:
-        self.rss: list[int] = []
-        self._bar = bar
-
-    def after_step(self) -> None:
-        self.rss.append(_rss())
-        self._bar.update()
-
-
 @contextmanager
 def _readings(model: nn.Module, bar: tqdm) -> Iterator[list[int]]:
+    """The memory after each forward pass of a model within it."""
     readings: list[int] = []
 
     def read(*_: Any) -> None:
