@@ -48,8 +48,9 @@ def test_what_is_found_later_names_the_key_too():
     neck = build_backbone(config("MODEL.FPN.COARSEST_OUTPUT_CONV", True))
     with pytest.raises(UserError, match="or set MODEL.FPN.MATCH_LATERAL_SIZE True"):
         neck(torch.zeros(1, 3, 100, 64))
-    with pytest.raises(UserError, match="set MODEL.FPN.COARSEST_OUTPUT_CONV True"):
-        build_backbone(config()).load_state_dict(neck.state_dict())
+    for strict in (True, False):
+        with pytest.raises(UserError, match="set MODEL.FPN.COARSEST_OUTPUT_CONV True"):
+            build_backbone(config()).load_state_dict(neck.state_dict(), strict=strict)
 
 
 @pytest.mark.parametrize(
