@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_is_told(tmp_path, full_di
         large.save("model_0000003")
     told = str(raised.value)
     assert told.startswith(f"cannot write checkpoint model_0000003.pth in {tmp_path}: File too")
-    assert f"go on with --resume from {tmp_path}/model_0000001.pth" in told
+    assert f"continue with --resume from {tmp_path}/model_0000001.pth" in told
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
     restored = nn.Linear(100, 100)
     StrictCheckpointer(restored, str(tmp_path)).resume_or_load("", resume=True)
