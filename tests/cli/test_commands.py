@@ -1,4 +1,4 @@
-"""Every shell command of README.md, docs/ and the tools' --help: run, or listed with the reason
+"""Every shell command of README.md, docs/ and the commands' --help: run, or listed with the reason
 why not. Of those that differ in values only the first is run, the others are parsed.
 
 They run in one folder, README first, as a reader would give them: as they stand there, but for the
@@ -25,46 +25,42 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fpn_plugin import model_zoo
+from fpn_plugin.__main__ import COMMANDS
 from fpn_plugin.cli.common import ToolParser
 from fpn_plugin.conversion import CONFIG_KEYS
 from fpn_plugin.engine import load_config
 from fpn_plugin.mini.dataset import ensure_mini, mini_root
 from fpn_plugin.mini.scene import CATEGORIES, KINDS
 
-ROOT = Path(__file__).parents[1]
-TOOLS = {path.name: path for path in (ROOT / "tools").glob("*.py")}
+ROOT = Path(__file__).parents[2]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+# The programs that commands within lines begin with.
+PROGRAMS = ("fpn-plugin", "make", "pip", "python", "source", "torchrun")
 # How a command begins, and why it is not run.
-FRAGMENTS = {
-    "tools/train_net.py --eval-only --optimize DTYPE": "DTYPE stands for one; tests/deploy",
-    "tools/train_net.py --resume": "a part of a command; tests/engine/test_resume.py",
-    "convert_weights.py --trust-pickle": "a part of a command; tests/test_conversion.py",
-}
-NOT_RUN = FRAGMENTS | {
+NOT_RUN = {
     "make": "builds an environment, trains or tests for minutes; each change is made with them",
     "pip install": "tests do not touch the network; tests/test_package.py builds and installs",
     "source": "of the shell",
     "torchrun": "needs 8 GPUs; tests/distributed starts it",
-    "python tools/train_net.py --num-gpus 8": "needs 8 GPUs",
-    "train_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus": "likewise",
-    "lazyconfig_train_net.py --config-file my.py --num-gpus 8": "likewise",
-    "python tools/benchmark.py": "a quarter of an hour; tests/benchmark",
-    "tools/benchmark.py": "minutes; tests/benchmark",
-    "evidence/gpu_check.sh": "needs a GPU; tests/benchmark starts it",
-    "tools/kill_and_resume.py": "minutes; tests/engine/test_resume.py kills as it does",
+    "fpn-plugin train --num-gpus 8": "needs 8 GPUs",
+    "fpn-plugin train --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus 8": "so",
+    "python -m fpn_plugin": "the same as fpn-plugin, which needs a command",
+    "python -m evidence.benchmark": "a quarter of an hour; tests/evidence",
+    "python -m evidence.kill_and_resume": "minutes; tests/engine/test_resume.py kills as it does",
+    "evidence/gpu_check.sh": "needs a GPU; tests/evidence starts it",
 }
 # What these words are followed by.
 SMALLER = {
     "--convert": "mended.json", "--cases": "2", "--pairs": "1", "--max-images": "1",
     "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()", "INPUT.MIN_SIZE_TRAIN": "(64,)",
 }  # fmt: skip
-# What is added to a tool's commands, in front.
+# What is added to a command, in front.
 MORE = {
-    "reproduce.py": ["--dry-run", "--output", "reproduced"],  # tests/paper trains
-    "compare_fitted.py": ["--dry-run"],  # tests/fitting trains
-    "export_model.py": ["--formats", "torchscript"],  # tests/deploy has all
-    "visualize.py": ["--proposals", "2"],
+    "reproduce": ["--dry-run", "--output", "reproduced"],  # tests/paper trains
+    "evidence.compare_fitted": ["--dry-run"],  # tests/fitting trains
+    "export": ["--formats", "torchscript"],  # tests/deploy has all
+    "visualize": ["--proposals", "2"],
 }
 
 TINY = """
@@ -91,12 +87,15 @@ model, optimizer, lr_multiplier, dataloader, train = get_config({!r}).values()
 
 
 class Parsed(Exception):
-    """Carries arguments out of a tool."""
+    """Carries arguments out of a command."""
 
 
-def main_of(tool: str) -> Callable[[list[str]], None]:
-    module, name = re.findall(r"^from (\S+) import (\w+_main)$", TOOLS[tool].read_text(), re.M)[0]
-    return getattr(importlib.import_module(module), name)
+def main_of(name: str) -> Callable[[list[str]], None]:
+    if name.startswith("evidence."):
+        own = vars(importlib.import_module(name)).items()
+        return next(each for key, each in own if key.endswith("_main") and name in each.__module__)
+    module = name.replace("-", "_")
+    return getattr(importlib.import_module(f"fpn_plugin.cli.{module}"), f"{module}_main")
 
 
 def joined(text: str) -> list[str]:
@@ -108,39 +107,42 @@ def joined(text: str) -> list[str]:
 
 def in_markdown(text: str) -> Iterator[str]:
     """The commands of blocks and of code within lines."""
-    for block in re.findall(r"^```\w*\n.*?^```$", text, re.M | re.S):
+    for block in re.findall(r"^```[^\n]*\n.*?^```$", text, re.M | re.S):
         language, _, content = block.removeprefix("```").partition("\n")
         if language in ("", "sh", "bash", "console", "shell"):
             yield from joined(content.removesuffix("```"))
     for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
         begin, *rest = code.split()
-        if rest and (begin in ("make", "pip", "python", "torchrun", "source") or ".py" in begin):
+        # The name of a command of ours is no call of it.
+        if len(rest) > (begin == "fpn-plugin") and begin in PROGRAMS:
             yield shlex.join(shlex.split(code))
 
 
-def in_help(tool: str, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
+def in_help(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
     with pytest.raises(SystemExit):
-        main_of(tool)(["--help"])
+        main_of(command)(["--help"])
     _, example, examples = capsys.readouterr().out.partition("\nExample")
     if example:
         lines = joined(re.split(r"^\S*:$", examples.partition(":\n")[2], flags=re.M)[0])
-        yield from (line for line in lines if ".py" in line.split()[0] or "torchrun" in line)
+        yield from (line for line in lines if line.split()[0] in ("fpn-plugin", "torchrun"))
 
 
-def tool_of(command: str) -> tuple[str, list[str]]:
-    """A command's tool and the arguments of that; "" where it is none of this project's."""
+def called(command: str) -> tuple[str, list[str]]:
+    """A command's name and arguments; "" for the name of a program that is none of ours."""
     words = shlex.split(command)
-    for number, word in enumerate(words):
-        if Path(word).name in TOOLS:
-            return Path(word).name, words[number + 1 :]
+    for number, word in enumerate(words[:-1]):
+        if word in ("fpn-plugin", "fpn_plugin") and words[number + 1] in COMMANDS:
+            return words[number + 1], words[number + 2 :]
+    if words[:2] == ["python", "-m"] and words[2].startswith("evidence."):
+        return words[2], words[3:]
     return "", []
 
 
 def shape_of(command: str) -> tuple[str, ...]:
-    """What is the same of commands that differ in values only: the tool, options and keys."""
-    tool, argv = tool_of(command)
+    """What is the same of commands that differ in values only: their name, options and keys."""
+    name, argv = called(command)
     named = [word for word in argv if re.match(r"--|[A-Z_]+(\.[A-Z_]+)*$", word)]
-    return (tool, str(argv[:1] == named[:1]), *named)
+    return (name, str(argv[:1] == named[:1]), *named)
 
 
 def make_data(json_file: str, images: str, count: int, categories: dict[int, str]) -> None:
@@ -192,7 +194,7 @@ def datasets() -> Iterator[None]:
         categories = zip(each.thing_dataset_id_to_contiguous_id, each.thing_classes, strict=True)
         make_data(each.json_file, each.image_root, 4, dict(categories))
     yield
-    for folder in [*map(mini_root, new), Path(coco[0].json_file).parents[1]]:
+    for folder in [*map(mini_root, new), Path(coco[0].json_file).parents[2]]:
         shutil.rmtree(folder)
     for name in set(DatasetCatalog.list()) - known:
         DatasetCatalog.remove(name)
@@ -232,7 +234,7 @@ def reader(tmp_path, monkeypatch, datasets) -> None:
 
 @pytest.fixture
 def converter(tmp_path, monkeypatch) -> None:
-    """A folder with what the commands of convert_weights.py name."""
+    """A folder with what the commands that convert weights name."""
     monkeypatch.chdir(tmp_path)
     for name, theirs in {
         "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml": "fasterrcnn_resnet50_fpn_coco.pth",
@@ -244,35 +246,35 @@ def converter(tmp_path, monkeypatch) -> None:
         shutil.copy("output/model_final.pth", ".")
         args = ["--to", "torchvision", "--weights", "model_final.pth"]
         args += ["--config-file", "output/config.yaml", "--output", theirs]
-        main_of("convert_weights.py")(args)
+        main_of("convert")(args)
 
 
 def commands(capsys: pytest.CaptureFixture[str]) -> list[str]:
     found = [command for text in TEXTS for command in in_markdown(text.read_text())]
-    for tool in sorted(TOOLS):
-        found += in_help(tool, capsys)
-    same: dict[str, str] = {}
-    for command in found:
-        same.setdefault(command.removeprefix("python ").removeprefix("tools/"), command)
-    return list(same.values())
+    for name in COMMANDS:
+        found += in_help(name, capsys)
+    return list(dict.fromkeys(found))
+
+
+def is_run(command: str) -> bool:
+    return not any(command.startswith(begin) for begin in NOT_RUN)
 
 
 def to_run(capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
-    for command in commands(capsys):
-        if not any(command.startswith(begin) for begin in NOT_RUN):
-            assert tool_of(command)[0], f"neither a tool's nor listed in NOT_RUN: {command}"
-            found.setdefault(shape_of(command), command)
+    for command in filter(is_run, commands(capsys)):
+        assert called(command)[0], f"neither ours nor listed in NOT_RUN: {command}"
+        found.setdefault(shape_of(command), command)
     return found
 
 
 def run_all(found: list[str]) -> None:
     failed = []
     for command in found:
-        tool, argv = tool_of(command)
+        name, argv = called(command)
         smaller = [SMALLER.get(before, word) for before, word in pairwise(["", *argv])]
         try:
-            main_of(tool)([*MORE.get(tool, []), *smaller])
+            main_of(name)([*MORE.get(name, []), *smaller])
         except (Exception, SystemExit) as error:
             failed.append(f"{command}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
@@ -280,16 +282,15 @@ def run_all(found: list[str]) -> None:
 
 def test_commands_are_collected(capsys):
     found = commands(capsys)
-    assert len(found) > 70
+    assert len(found) > 60
     for command in (
         "make demo",
-        "python tools/reproduce.py 1 2 3 --scale mini --seeds 0 1 2",
-        "tools/compare_fitted.py small large --seeds 0 1 2 --at-once 2",
-        "optimize.py --config-file output/demo/config.yaml --input photos/ MODEL.WEIGHTS "
-        "output/demo/model_final.pth",
-        "torchrun --nproc-per-node 8 train_net.py --config-file my.yaml",
+        "fpn-plugin reproduce 1 2 3 --scale mini --seeds 0 1 2",
+        "python -m evidence.compare_fitted small large --seeds 0 1 2 --at-once 2",
+        "torchrun --nproc-per-node 8 -m fpn_plugin train --config-file my.yaml",
     ):
         assert command in found
+    assert {called(command)[0] for command in found} >= set(COMMANDS)
     used = [begin for begin in NOT_RUN if any(c.startswith(begin) for c in found)]
     assert used == list(NOT_RUN)  # what is listed is there
 
@@ -303,11 +304,11 @@ def test_those_that_are_not_run_are_parsed(capsys, monkeypatch):
     found, run = commands(capsys), to_run(capsys).values()
     monkeypatch.setattr(ToolParser, "parse_known_args", only_parse)
     for command in found:
-        tool, argv = tool_of(command)
-        if not tool or command in run or any(command.startswith(begin) for begin in FRAGMENTS):
+        name, argv = called(command)
+        if not name or command in run:
             continue
         with pytest.raises(Parsed) as raised:
-            main_of(tool)(argv)
+            main_of(name)(argv)
         args, left = raised.value.args[0]
         assert not left
         if getattr(args, "config_file", "") in model_zoo.names():
@@ -315,8 +316,8 @@ def test_those_that_are_not_run_are_parsed(capsys, monkeypatch):
 
 
 def test_the_commands_of_the_texts_run(reader, capsys):
-    run_all([c for c in to_run(capsys).values() if tool_of(c)[0] != "convert_weights.py"])
+    run_all([c for c in to_run(capsys).values() if called(c)[0] != "convert"])
 
 
 def test_the_commands_that_convert_weights_run(converter, capsys):
-    run_all([c for c in to_run(capsys).values() if tool_of(c)[0] == "convert_weights.py"])
+    run_all([c for c in to_run(capsys).values() if called(c)[0] == "convert"])
