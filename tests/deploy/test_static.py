@@ -10,6 +10,7 @@ from detectron2.structures import Instances
 
 from fpn_plugin import UserError, optimize_for_inference
 from fpn_plugin.deploy import graphs, static, steps_of
+from fpn_plugin.deploy.comparison import Agreement
 from fpn_plugin.deploy.fast_training import use_batched_parts
 from fpn_plugin.deploy.graphs import GraphLimits, HostInstances
 
@@ -152,8 +153,10 @@ class TestOnGPU:
             fast = optimize_for_inference(model, dtype=dtype)
             for image in images[:2]:
                 ours, theirs = detect(fast, [image])[0], detect(model, [image])[0]
-                sure = theirs.scores > 0.5
-                assert abs(int((ours.scores > 0.5).sum()) - int(sure.sum())) <= 1
+                agreement = Agreement()
+                agreement.add(theirs[theirs.scores > 0.5], ours)
+                # Random weights spread rounding: a few boxes are suppressed by others.
+                assert agreement.missing <= 0.1 * agreement.matched > 0
             assert set(fast.graphs.counts) == {"replayed"}
 
     def test_limits_the_plain_path_and_threads(self, detector, images, exact_digits):
