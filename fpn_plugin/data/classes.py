@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from fpn_plugin.errors import UserError
 
 from .coco import is_reread, number_classes
-from .dataset_check import read_json
 from .problems import shortened
+from .reading import read_json
 
 __all__ = ["class_order", "follow_classes"]
 

@@ -17,9 +17,10 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.mini.dataset import MINI_NAMES
 
-from .dataset_check import CheckedCoco, digest_of, read_coco
+from .dataset_check import CheckedCoco, read_coco
 from .problems import CONVERT
 from .proposal_files import read_proposals
+from .reading import digest_of
 from .requirements import Needs
 
 __all__ = [

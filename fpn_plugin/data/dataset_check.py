@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import itertools
 import json
 import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,12 @@ from fpn_plugin.errors import UserError
 from .exports import converted, name_in_folder
 from .image_files import image_problem
 from .problems import CONVERT, KINDS, Problem, Report
+from .reading import no_garbage_collection, read_json
 from .records import coco_problems, declared_size, image_record
 from .repairs import mended
 from .requirements import BOXES, Needs
 
-__all__ = [
-    "CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "digest_of", "read_coco",
-    "read_json",
-]  # fmt: skip
+__all__ = ["CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "read_coco"]
 
 
 @dataclass(frozen=True)
@@ -48,38 +43,6 @@ class CheckedCoco:
     mended: list[Problem]
     classes: list[str]
     digest: str
-
-
-def digest_of(json_file: str) -> str:
-    """Of a file's bytes; "" if it cannot be read."""
-    try:
-        return _digest(Path(json_file).read_bytes())
-    except OSError:
-        return ""
-
-
-def read_json(json_file: str) -> tuple[Any, list[Problem], str]:
-    """What a JSON file holds, what is wrong with its encoding, and its digest.
-
-    Raises:
-        UserError: it is not there or not JSON.
-    """
-    try:
-        given = Path(json_file).read_bytes()
-        encoding = json.detect_encoding(given)
-        with _no_garbage_collection():
-            content = json.loads(given)
-    except OSError as error:
-        raise UserError(f"cannot read {json_file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{json_file} is not JSON: {error}") from error
-    told = f"is written in {encoding}, read as such; expected utf-8"
-    changes = [Problem("filled_in", "", told)] if encoding != "utf-8" else []
-    return content, changes, _digest(given)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content).hexdigest()
 
 
 def check_coco(
@@ -128,7 +91,7 @@ def read_coco(
     all_told = f"fpn-plugin check {json_file} {images or 'IMAGES'} tells all"
     content, changes, digest = read_json(json_file)
     report = Report(10)
-    with _bar(content, json_file) as bar, _no_garbage_collection():
+    with _bar(content, json_file) as bar, no_garbage_collection():
         changes += mended(content, images)
         within = images != ""
         found = coco_problems(
@@ -220,7 +183,7 @@ def check_dataset(
     content, changes, _ = read_json(json_file)
     report = Report(keep)
     refused_names: set[str] = set()
-    with _bar(content, json_file) as bar, _no_garbage_collection():
+    with _bar(content, json_file) as bar, no_garbage_collection():
         changes += mended(content, images)
         found = coco_problems(content, bar.update, needs=needs, contents=report.contents)
         for problem in itertools.chain(changes, found):
@@ -269,15 +232,3 @@ def _bar(content: Any, json_file: str) -> tqdm:
     annotations = content.get("annotations") if isinstance(content, dict) else None
     total = len(annotations) if isinstance(annotations, list) else 0
     return tqdm(total=total, desc=Path(json_file).name, unit="annotation", delay=2)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Within it, the collector does not walk over millions of records again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

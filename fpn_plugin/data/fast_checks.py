@@ -14,7 +14,7 @@ import numpy as np
 
 from .annotations import Known, empty_mask_problem
 from .requirements import needs_problem
-from .shapes import NO_EXTENT, ROUNDING, keypoint_problem, mask_problem
+from .shapes import box_rules, keypoint_problem, mask_problem
 
 __all__ = ["may_break_a_rule"]
 
@@ -51,31 +51,22 @@ def _screen(records: Sequence[dict[str, Any]], start: int, known: Known) -> np.n
         float,
     }:
         raise TypeError
-    x, y, width, height = np.array(boxes, np.float64).T
     sizes = list(map(known.sizes.get, images))
     pixels = np.array([_UNKNOWN_SIZE if size is None else size for size in sizes], np.float64)
-    across, down = pixels.T
-    with np.errstate(over="ignore"):  # an infinity clears nothing
-        right, bottom = x + width, y + height
+    with np.errstate(over="ignore", invalid="ignore"):
+        broken = box_rules(*np.array(boxes, np.float64).T, *pixels.T)
     firsts = np.fromiter(map(known.first.__getitem__, ids), np.int64, count)
-    with np.errstate(invalid="ignore"):
-        # Comparisons with NaN are false: they clear nothing.
-        clear = (
-            (firsts == np.arange(start, start + count))
-            & (np.array(ids, np.int64) >= 1)
-            & (areas >= 0)
-            & (areas < np.inf)
-            & (crowds == 0)
-            & np.fromiter(map(known.categories.__contains__, categories), bool, count)
-            & (np.minimum(width, height) >= NO_EXTENT)
-            & (np.minimum(x, y) >= -ROUNDING)
-            & (right <= across + ROUNDING)
-            & (bottom <= down + ROUNDING)
-            & (right <= 2 * across)
-            & (bottom <= 2 * down)
-            & (np.minimum(right, bottom) >= NO_EXTENT)
-            & (np.minimum(across - x, down - y) >= NO_EXTENT)
-        )
+    # Comparisons with NaN are false: they clear nothing.
+    clear = (
+        (firsts == np.arange(start, start + count))
+        & (np.array(ids, np.int64) >= 1)
+        & (areas >= 0)
+        & (areas < np.inf)
+        & (crowds == 0)
+        & np.fromiter(map(known.categories.__contains__, categories), bool, count)
+        & np.isfinite(pixels[:, 0])
+        & ~np.any(list(broken.values()), axis=0)
+    )
     outlines = []
     more = known.needs.masks or known.needs.keypoints
     for i, record in enumerate(records):

@@ -11,7 +11,6 @@ from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
 from fpn_plugin.errors import UserError
 
-from .dataset_check import read_json
 from .keypoint_names import (
     HOW_TO_TELL_FLIPS,
     agreed_order,
@@ -21,6 +20,7 @@ from .keypoint_names import (
     skeleton_edges,
 )
 from .problems import shortened
+from .reading import read_json
 
 __all__ = ["check_keypoints", "describe_keypoints", "swapped_keypoints"]
 

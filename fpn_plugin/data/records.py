@@ -15,16 +15,15 @@ from .fast_checks import may_break_a_rule
 from .keypoint_names import category_keypoint_problems
 from .problems import CONVERT, KINDS, Contents, Problem, shortened
 from .requirements import BOXES, Needs
-from .shapes import Size, is_dropped
+from .shapes import MOST_PIXELS, Size, is_dropped
 
 __all__ = [
-    "coco_problems", "declared_size", "file_name_problems", "image_record", "records_of",
-    "root_category", "visible_keypoints",
+    "coco_problems", "declared_size", "file_name_problems", "image_problems", "image_record",
+    "records_of", "root_category", "visible_keypoints",
 ]  # fmt: skip
 
 _PARTS = ("images", "annotations", "categories")
 _SCREENED_AT_ONCE = 8192
-_MOST_PIXELS = 2**31  # along a side
 
 
 def coco_problems(
@@ -68,7 +67,7 @@ def coco_problems(
         where = f"category {shortened(root['id'])}"
         yield Problem("category_root", where, f"{shortened(root['name'])}: {told}: {CONVERT}")
     yield from category_keypoint_problems(content["categories"], needs)
-    yield from _image_problems(content["images"], needs.max_size, file_names)
+    yield from image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
     contents = Contents() if contents is None else contents
     contents.images, contents.classes = len(content["images"]), len(content["categories"])
@@ -177,7 +176,7 @@ def image_record(index: int, record: dict[str, Any]) -> str:
 
 
 def _is_side(value: Any) -> bool:
-    return type(value) is int and 0 < value < _MOST_PIXELS
+    return type(value) is int and 0 < value < MOST_PIXELS
 
 
 def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
@@ -196,7 +195,14 @@ def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
             yield Problem("category_name_twice", where, told)
 
 
-def _image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> Iterator[Problem]:
+def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> Iterator[Problem]:
+    """What is wrong with the records of images.
+
+    Args:
+        records: a JSON's images.
+        max_size: longest side that they are resized to, in pixels.
+        file_names: whether file names must stay within a folder.
+    """
     first, first_files = first_with(records, "id"), first_with(records, "file_name")
     types = {"file_name": str, "width": int, "height": int}
     kind = next((type(record["id"]) for record in records if has_id(record)), None)
@@ -211,7 +217,7 @@ def _image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> 
         for key in ("width", "height"):
             side = record.get(key)
             if type(side) is int and not _is_side(side):
-                told = f"{key!r} is {shortened(side)}, expected pixels, 1 or more"
+                told = f"{key!r} is {shortened(side)}, expected pixels from 1 to {MOST_PIXELS - 1}"
                 yield Problem("value", where, told)
         size = declared_size(record)
         if size is not None and max(size) > 2 * max_size * min(size):

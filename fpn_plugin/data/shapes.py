@@ -12,12 +12,14 @@ from pycocotools import mask as coco_mask
 from .problems import shortened
 
 __all__ = [
+    "MOST_PIXELS",
     "NO_EXTENT",
     "NUMBER",
     "ROUNDING",
     "Size",
     "are_pixels",
     "box_problem",
+    "box_rules",
     "covers_no_pixel",
     "is_dropped",
     "is_polygon",
@@ -30,12 +32,40 @@ NUMBER = (int, float)
 NO_EXTENT = 1e-3
 # Annotation tools round; what reaches out by no more pixels is not worth telling.
 ROUNDING = 1.0
-_FARTHEST = 2**31
+MOST_PIXELS = 2**21  # of an image's side
 _NOTHING = ("", "")
 
 # A kind of problem and what to tell of it; empty where there is none.
 Found = tuple[str, str]
 Size = tuple[int, int]
+
+
+def box_rules(x: Any, y: Any, width: Any, height: Any, across: Any, down: Any) -> dict[str, Any]:
+    """Which rules boxes break; of numbers, or of arrays of one shape.
+
+    Args:
+        x: left side, in pixels.
+        y: upper side.
+        width: of the box.
+        height: of the box.
+        across: width of the image.
+        down: height of the image.
+
+    Returns:
+        Whether each box breaks a rule, by the kind of problem. A box has the first of them.
+    """
+    right, bottom = x + width, y + height
+    return {
+        # NaN and infinity are no JSON, but Python reads them. Either times 0 is NaN.
+        "box_not_finite": (x * 0 != 0) | (y * 0 != 0) | (width * 0 != 0) | (height * 0 != 0),
+        "box_negative": (width < 0) | (height < 0),
+        "box_far_out": (x < -across) | (y < -down) | (right > 2 * across) | (bottom > 2 * down),
+        "box_empty": (width < NO_EXTENT) | (height < NO_EXTENT),
+        "box_outside": (right < NO_EXTENT) | (bottom < NO_EXTENT)
+        | (across - x < NO_EXTENT) | (down - y < NO_EXTENT),
+        "box_reaches_out": (x < -ROUNDING) | (y < -ROUNDING)
+        | (right > across + ROUNDING) | (bottom > down + ROUNDING),
+    }  # fmt: skip
 
 
 def box_problem(box: Any, size: Size | None) -> Found:
@@ -52,28 +82,18 @@ def box_problem(box: Any, size: Size | None) -> Found:
     if type(box) is not list or len(box) != 4 or any(type(v) not in NUMBER for v in box):
         return "box_malformed", f"{told}, expected [x, y, width, height] in pixels"
     try:
-        x, y, width, height = map(float, box)
+        broken = box_rules(*map(float, box), *(size or (math.inf, math.inf)))
     except OverflowError:  # an integer of hundreds of digits
-        return "box_not_finite", f"{told}, expected [x, y, width, height] in pixels"
-    # NaN and infinity are no JSON, but Python reads them.
-    if not all(map(math.isfinite, (x, y, width, height))):
-        return "box_not_finite", f"{told}, expected [x, y, width, height] in pixels"
-    if width < 0 or height < 0:
-        negative = "whose width or height is negative"
-        return "box_negative", f"{told}, {negative}; expected [x, y, width, height], not corners"
-    if size is None:
-        return ("box_empty", told) if min(width, height) < NO_EXTENT else _NOTHING
-    (across, down), right, bottom = size, x + width, y + height
-    told += f" in an image of {across} x {down} pixels"
-    if x < -across or y < -down or right > 2 * across or bottom > 2 * down:
-        return "box_far_out", told
-    if min(width, height) < NO_EXTENT:
-        return "box_empty", told
-    if min(right, bottom, across - x, down - y) < NO_EXTENT:
-        return "box_outside", told
-    if min(x, y) < -ROUNDING or right > across + ROUNDING or bottom > down + ROUNDING:
-        return "box_reaches_out", told
-    return _NOTHING
+        broken = {"box_not_finite": True}
+    kinds = broken if size else ("box_not_finite", "box_negative", "box_empty")
+    kind = next((kind for kind in kinds if broken.get(kind)), "")
+    if kind == "box_not_finite":
+        told += ", expected [x, y, width, height] in pixels"
+    elif kind == "box_negative":
+        told += ", whose width or height is negative; expected [x, y, width, height], not corners"
+    elif size:
+        told += f" in an image of {size[0]} x {size[1]} pixels"
+    return (kind, told) if kind else _NOTHING
 
 
 def mask_problem(given: Any, size: Size | None) -> Found:
@@ -199,7 +219,7 @@ def are_pixels(values: Sequence[Any], size: Size | None) -> bool:
         values: at least one.
         size: width and height of the image, where they are known.
     """
-    farthest = 2 * max(size) if size else _FARTHEST
+    farthest = 2 * max(size) if size else 2 * MOST_PIXELS
     try:
         # A sum is the fastest way to find a NaN, which compares with nothing.
         return math.isfinite(sum(values)) and -farthest <= min(values) and max(values) <= farthest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,37 +15,35 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from fpn_plugin.data import Needs, check_datasets, current_json
-from fpn_plugin.data.annotations import empty_mask_problem
+from fpn_plugin.data.annotations import empty_mask_problem, has_id
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
-from fpn_plugin.data.problems import CONVERT, KINDS
-from fpn_plugin.data.records import visible_keypoints
-from fpn_plugin.data.repairs import mended_annotation, other_id
+from fpn_plugin.data.problems import CONVERT, KINDS, shortened
+from fpn_plugin.data.reading import read_json
+from fpn_plugin.data.records import declared_size, image_problems, records_of, visible_keypoints
+from fpn_plugin.data.repairs import mended, mended_annotation, other_id
 from fpn_plugin.data.requirements import BOXES
-from fpn_plugin.data.shapes import NO_EXTENT, Size, is_dropped
+from fpn_plugin.data.shapes import Size, box_rules, is_dropped
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
 
-from .json_stream import JsonStream
-
 __all__ = ["LEFT_OUT", "GroundTruth", "read_ground_truth"]
 
-_MOST_PIXELS = 1 << 21  # of an image's side
 # Why a box is left out; one that has several reasons counts under the first.
 LEFT_OUT = {
     "crowd": "marked iscrowd",
     "ignored": "marked ignore",
-    "not_finite": "a coordinate is NaN or infinite",
-    "zero_area": "width or height is 0 or less, or next to it",
-    "out_of_image": "no part of it lies in the image",
+    "box_not_finite": "a coordinate is NaN or infinite",
+    "box_negative": "width or height is negative",
+    "box_empty": "width or height is 0, or next to it",
+    "box_outside": "no part of it lies in the image",
     "segmentation_unusable": "no polygon of three points",
     "mask_empty": "the mask has no pixel",
     "keypoints_invisible": "the image does not show enough keypoints",
 }
-# The other reasons are a record's own values, whatever its box.
-_OF_BOX = ("not_finite", "zero_area", "out_of_image")
 _NUMBER = frozenset({int, float})
 _FLAG_TYPES = (int, bool, type(None))
-_FLAGS = [name for name in LEFT_OUT if name not in _OF_BOX]
+# Those that are of a record's own values, whatever its box.
+_FLAGS = [name for name in LEFT_OUT if not name.startswith("box_")]
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,6 @@ class _Raw:
     def num_images(self) -> int:
         return len(self.shapes) // 2
 
-    def size(self, image: int | None) -> Size | None:
-        """Width and height of an image, if it has been read."""
-        return None if image is None else (self.shapes[2 * image + 1], self.shapes[2 * image])
-
     def finish(self, source: str) -> GroundTruth:
         """Sorts the boxes out.
 
@@ -139,29 +132,24 @@ class _Raw:
         image = np.frombuffer(self.image, np.int64)
         flags = np.frombuffer(self.flags, np.int8)
         shapes = np.frombuffer(self.shapes, np.int64).reshape(-1, 2)
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        limits = np.tile(shapes[:, ::-1], 2)[image] if len(boxes) else np.zeros((0, 4))
-        self._check_layout(source, boxes, shapes[image, ::-1])
-        inside = np.clip(corners, 0, limits)  # NaN stays NaN
-        by_flag = {name: flags == number for number, name in enumerate(_FLAGS, 1)}
-        by_box = {
-            "not_finite": ~np.isfinite(corners).all(axis=1),
-            "zero_area": boxes[:, 2:].min(axis=1) < NO_EXTENT,
-            "out_of_image": np.hstack([corners[:, 2:], limits[:, :2] - corners[:, :2]]).min(axis=1)
-            < NO_EXTENT,
-        }
-        reasons = {name: (by_flag | by_box)[name] for name in LEFT_OUT}
+        sizes = shapes[image, ::-1]
+        self._check_layout(source, boxes, sizes)
+        with np.errstate(invalid="ignore", over="ignore"):
+            corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+            reasons = box_rules(*boxes.T, *sizes.T)
+        reasons |= {name: flags == number for number, name in enumerate(_FLAGS, 1)}
         kept = np.ones(len(boxes), bool)
         left_out = {}
-        for name, applies in reasons.items():
-            left_out[name] = int((applies & kept).sum())
-            kept &= ~applies
+        for name in LEFT_OUT:
+            left_out[name] = int((reasons[name] & kept).sum())
+            kept &= ~reasons[name]
         if not kept.any():
             told = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
             raise UserError(f"{source} has no box to fit to" + (f": {told}" if told else ""))
-        clipped = int((inside[kept] != corners[kept]).any(axis=1).sum())
+        inside = np.clip(corners[kept], 0, np.tile(sizes[kept], 2))
+        clipped = int((inside != corners[kept]).any(axis=1).sum())
         [categories] = self.categories if len(self.categories) == 1 else [None]
-        return GroundTruth(inside[kept], image[kept], shapes, left_out, clipped, categories)
+        return GroundTruth(inside, image[kept], shapes, left_out, clipped, categories)
 
     @staticmethod
     def _check_layout(source: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
@@ -173,103 +161,76 @@ class _Raw:
             raise UserError(f"{told}; expected {COCO_LAYOUT}: {CONVERT}")
 
 
+class _Annotations:
+    """What is kept of a JSON's annotations.
+
+    Args:
+        path: of the JSON.
+        records: of its annotations.
+        sizes: width and height by image id, of the images that stand before them in the file.
+        needs: what the model asks.
+    """
+
+    def __init__(
+        self, path: Path, records: Iterable[Any], sizes: dict[Any, Size | None], needs: Needs
+    ) -> None:
+        self.boxes, self.flags = array("d"), array("b")
+        self.image_ids: list[Any] = []
+        self.visible: Counter[Any] = Counter()
+        for number, record in enumerate(records):
+            try:
+                if not _is_whole(record):
+                    mended_annotation(record)
+                x, y, width, height = record["bbox"]
+                self.boxes.extend((x, y, width, height))
+                image_id = record["image_id"]
+                self.image_ids.append(image_id)
+                flag = _flag(record, needs, sizes.get(image_id))
+                if needs.keypoints:
+                    self.visible[image_id] += visible_keypoints(record)
+            except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+                raise UserError(
+                    f"{path}: annotations[{number}] lacks an image_id, or a bbox that is [x, y, "
+                    f"width, height] in pixels: {shortened(record)}"
+                ) from None
+            self.flags.append(1 + _FLAGS.index(flag) if flag else 0)
+
+
+def _sizes(content: dict[str, Any]) -> dict[Any, Size | None]:
+    """Width and height by id of a JSON's images, which are mended."""
+    images = records_of(content, "images")
+    list(mended({"images": images}, None))
+    return {record["id"]: declared_size(record) for record in images if has_id(record)}
+
+
 def _read_json(path: Path, raw: _Raw) -> None:
     """Adds the boxes of a COCO JSON."""
-    index: dict[Any, int] = {}
-    image_ids: list[Any] = []  # of boxes; images may come after them
-    first, visible = len(raw.flags), Counter()
-    found = set()
-    categories = None
-    try:
-        with path.open("rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-        with (
-            path.open(encoding=encoding) as stream,
-            tqdm(
-                total=path.stat().st_size,
-                desc=f"reading {path.name}",
-                unit="B",
-                unit_scale=True,
-                leave=False,  # an error stands by itself
-            ) as bar,
-        ):
-            parts = JsonStream(stream, lambda: bar.update(stream.buffer.tell() - bar.n))
-            for key in parts.keys():  # noqa: SIM118
-                if key == "images":
-                    _read_images(path, parts.items(), index, raw)
-                elif key == "annotations":
-                    _read_annotations(path, parts.items(), index, image_ids, visible, raw)
-                elif key == "categories":
-                    categories = sum(1 for _ in parts.items())
-                found.add(key)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path} is not COCO JSON: {error}") from error
-    for key in ("images", "annotations"):
-        if key not in found:
-            raise UserError(
-                f"{path} is not COCO: it has no list {key!r}; it has {', '.join(sorted(found))}"
-            )
-    raw.categories.add(categories)
-    for number, image_id in enumerate(image_ids, first):
+    content, *_ = read_json(
+        str(path), lambda records, before: _Annotations(path, records, _sizes(before), raw.needs)
+    )
+    for part, kind in (("images", list), ("annotations", _Annotations)):
+        there = content if type(content) is dict else {}
+        if type(there.get(part)) is not kind:
+            found = f"it has {shortened(list(there))}" if there else "it is no object"
+            raise UserError(f"{path} is not COCO: it has no list {part!r}; {found}")
+    sizes, annotations = _sizes(content), content["annotations"]
+    for problem in image_problems(content["images"], raw.needs.max_size, file_names=False):
+        if problem.refused:
+            raise UserError(f"{path}: {problem}")
+    index = {image_id: number for number, image_id in enumerate(sizes, raw.num_images)}
+    raw.shapes.extend(side for size in sizes.values() for side in size[::-1])
+    categories = content.get("categories")
+    raw.categories.add(len(categories) if type(categories) is list else None)
+    few = raw.needs.visible if raw.needs.keypoints else 0
+    for number, image_id in enumerate(annotations.image_ids):
         known = image_id if image_id in index else other_id(image_id, index)
         if known is None:
-            raise UserError(f"{path}: no image has id {_shown(image_id)}, which a box names")
+            raise UserError(f"{path}: no image has id {shortened(image_id)}, which a box names")
         raw.image.append(index[known])
-        if raw.needs.keypoints and visible[image_id] < raw.needs.visible and not raw.flags[number]:
-            raw.flags[number] = 1 + _FLAGS.index("keypoints_invisible")
-
-
-def _read_images(path: Path, records: Iterable[Any], index: dict[Any, int], raw: _Raw) -> None:
-    for number, record in enumerate(records):
-        try:
-            image_id, height, width = record["id"], record["height"], record["width"]
-            seen = image_id in index
-            sides = 0 < height < _MOST_PIXELS and 0 < width < _MOST_PIXELS
-        except (TypeError, KeyError):
-            raise UserError(
-                f"{path}: images[{number}] lacks one of id, height, width: {_shown(record)}"
-            ) from None
-        if seen:
-            raise UserError(f"{path}: images[{number}]: id {image_id!r} is there twice")
-        if not sides or type(width) is not int or type(height) is not int:
-            raise UserError(
-                f"{path}: images[{number}] is {_shown(width)} x {_shown(height)} px, expected "
-                f"whole numbers from 1 to {_MOST_PIXELS - 1}"
-            )
-        index[image_id] = raw.num_images
-        raw.shapes.extend((height, width))
-
-
-def _read_annotations(
-    path: Path,
-    records: Iterable[Any],
-    index: dict[Any, int],
-    image_ids: list[Any],
-    visible: Counter[Any],
-    raw: _Raw,
-) -> None:
-    for number, record in enumerate(records):
-        try:
-            if not _is_whole(record):
-                mended_annotation(record)
-            x, y, width, height = record["bbox"]
-            raw.boxes.extend((x, y, width, height))
-            image_id = record["image_id"]
-            hash(image_id)  # a list would be found too late to name the record
-            image_ids.append(image_id)
-            flag = _flag(record, raw.needs, raw.size(index.get(image_id)))
-            if raw.needs.keypoints:
-                visible[image_id] += visible_keypoints(record)
-        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-            raise UserError(
-                f"{path}: annotations[{number}] lacks an image_id, or a bbox that is [x, y, width, "
-                f"height] in pixels: {_shown(record)}"
-            ) from None
-        raw.flags.append(1 + _FLAGS.index(flag) if flag else 0)
+        if annotations.visible[image_id] < few and not annotations.flags[number]:
+            annotations.flags[number] = 1 + _FLAGS.index("keypoints_invisible")
+    raw.boxes.extend(annotations.boxes)
+    raw.flags.extend(annotations.flags)
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
@@ -296,11 +257,6 @@ def _flag(record: dict[str, Any], needs: Needs, size: Size | None) -> str:
     # Of images that come after their annotations it cannot be said.
     kind, _ = empty_mask_problem(record, size, needs)
     return kind
-
-
-def _shown(record: object) -> str:
-    text = repr(record)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _read_records(name: str, raw: _Raw) -> None:
