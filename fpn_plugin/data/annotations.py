@@ -81,8 +81,8 @@ def id_problems(
         value = record.get(key)
         if not isinstance(value, kind) or (type(value) is bool and key != "iscrowd"):
             expected = "a number" if isinstance(kind, tuple) else kind.__name__
-            told = f"{key!r} is {shortened(value)}, expected {expected}"
-            yield Problem("value", f"{where} (id {shortened(given)})", told)
+            message = f"{key!r} is {shortened(value)}, expected {expected}"
+            yield Problem("value", f"{where} (id {shortened(given)})", message)
 
 
 def empty_mask_problem(record: dict[str, Any], size: Size | None, needs: Needs) -> tuple[str, str]:
@@ -118,8 +118,8 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         return
     where = f"annotation {shortened(record['id'])}"
     if type(record["id"]) is int and record["id"] < 1:
-        told = "COCO's evaluation takes ids from 1 on; 0 would never match"
-        yield Problem("id_unusable", where, told)
+        message = "COCO's evaluation takes ids from 1 on; 0 would never match"
+        yield Problem("id_unusable", where, message)
     area, crowd = record.get("area"), record.get("iscrowd")
     if type(area) in NUMBER and not 0 <= area < math.inf:
         yield Problem("value", where, f"'area' is {shortened(area)}, expected square pixels")
@@ -135,7 +135,7 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         yield Problem("crowd", where, "is marked iscrowd")
     image = record.get("image_id")
     size = known.sizes.get(image) if type(image) in (int, str) else None
-    for kind, told in (
+    for kind, message in (
         box_problem(record.get("bbox"), size),
         mask_problem(record.get("segmentation"), size),
         keypoint_problem(record.get("keypoints"), size),
@@ -143,4 +143,4 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
         empty_mask_problem(record, size, known.needs),
     ):
         if kind:
-            yield Problem(kind, where, told)
+            yield Problem(kind, where, message)

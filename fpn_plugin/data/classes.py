@@ -74,11 +74,11 @@ def _check_names(name: str, own: Sequence[str], classes: Sequence[str], whose: s
     if sorted(own) != sorted(classes):
         lacks = [each for each in classes if each not in own]
         more = [each for each in own if each not in classes]
-        told = [f"lacks {shortened(lacks)}"] if lacks else []
-        told += [f"has {shortened(more)} more"] if more else []
+        message = [f"lacks {shortened(lacks)}"] if lacks else []
+        message += [f"has {shortened(more)} more"] if more else []
         raise UserError(
             f"the categories of dataset {name!r} are not those of {whose}: it "
-            f"{' and '.join(told) or 'has some of them twice'}. Give them the same names in its "
+            f"{' and '.join(message) or 'has some of them twice'}. Give them the same names in its "
             "JSON; a category needs no annotations"
         )
     twice = [each for each in own if own.count(each) > 1]

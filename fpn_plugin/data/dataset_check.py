@@ -88,7 +88,7 @@ def read_coco(
     Raises:
         UserError: names the file and the first record that is refused.
     """
-    all_told = f"fpn-plugin check {json_file} {images or 'IMAGES'} tells all"
+    all_problems = f"fpn-plugin check {json_file} {images or 'IMAGES'} lists all"
     content, changes, digest = read_json(json_file)
     report = Report(10)
     with _bar(content, json_file) as bar, no_garbage_collection():
@@ -100,8 +100,8 @@ def read_coco(
         for problem in itertools.chain(changes, found):
             report.add(problem)
             if problem.refused:
-                told = f": {problem}" if problem.record else f" {problem}"
-                raise UserError(f"{json_file}{told} ({all_told})")
+                reason = f": {problem}" if problem.record else f" {problem}"
+                raise UserError(f"{json_file}{reason} ({all_problems})")
     if images is not None and files:
         for record in content["images"]:
             path = os.path.join(images, record["file_name"])
@@ -109,11 +109,11 @@ def read_coco(
                 hint = _elsewhere(images, record["file_name"])
                 raise UserError(f"{json_file}: image {record['id']!r}: no file {path!r}{hint}")
     for kind in report.kinds(refused=False):
-        # Of changes to all records all are told, of records the first.
+        # All changes to all records are reported, and the first of single records.
         shown = report.kept[kind][: None if kind == "filled_in" else 1]
-        told = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}: "
-        told += f"{'; '.join(map(str, shown))} ({all_told})"
-        log_first_n(logging.WARNING, f"{json_file}: {told}", key="message", name=__name__)
+        reason = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}: "
+        reason += f"{'; '.join(map(str, shown))} ({all_problems})"
+        log_first_n(logging.WARNING, f"{json_file}: {reason}", key="message", name=__name__)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     return CheckedCoco(content, changes, [category["name"] for category in categories], digest)
 
@@ -127,7 +127,7 @@ def _elsewhere(images: str, name: str) -> str:
 def convert_dataset(
     json_file: str, images: str, output: str, *, no_crowds: bool = False
 ) -> list[str]:
-    """Writes a JSON anew without the mistakes of annotation tools that can be told for sure.
+    """Writes a JSON anew without the mistakes of annotation tools that can be recognised for sure.
 
     Args:
         json_file: path of the annotation file.
@@ -145,14 +145,14 @@ def convert_dataset(
         raise UserError(f"{output} is the JSON that is converted: name another file")
     content, changes, _ = read_json(json_file)
     changes += mended(content, images, converting=True)
-    told = [str(change).removesuffix(f": {CONVERT}") for change in changes]
-    told += converted(content, images, no_crowds=no_crowds)
-    told += [str(change) for change in mended(content, images)]  # ids that are free now
+    reason = [str(change).removesuffix(f": {CONVERT}") for change in changes]
+    reason += converted(content, images, no_crowds=no_crowds)
+    reason += [str(change) for change in mended(content, images)]  # ids that are free now
     try:
         Path(output).write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
-    return told
+    return reason
 
 
 def check_dataset(
@@ -209,13 +209,13 @@ def _image_file_problems(
         if type(name) is not str or image_record(index, record) in refused:
             return None
         path = Path(images, name)
-        kind, told = image_problem(
+        kind, reason = image_problem(
             path, declared_size(record), decode=look == "decode", image_format=image_format
         )
         if kind == "image_missing":
-            told += _elsewhere(images, name)
+            reason += _elsewhere(images, name)
         record_name = f"{image_record(index, record)} {str(path)!r}"
-        return Problem(kind, record_name, told) if kind else None
+        return Problem(kind, record_name, reason) if kind else None
 
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(of, enumerate(records))

@@ -47,25 +47,25 @@ def image_problem(
     try:
         with Image.open(path) as image:
             if image.format not in _FORMATS:
-                told = f"is of format {image.format}, which is not read: write it as PNG or JPEG"
-                return "image_unreadable", told
+                message = f"is of format {image.format}, which is not read: write it as PNG or JPEG"
+                return "image_unreadable", message
             mode = image.mode
             width, height = _shown_size(image)
             turned = (width, height) != image.size
             transparent = "A" in image.getbands() or "transparency" in image.info
             frames = getattr(image, "n_frames", 1)
         if mode.startswith(_DEEP):
-            told = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
-            return "image_depth", f"{told}: write it with 8"
+            message = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
+            return "image_depth", f"{message}: write it with 8"
         if decode:
             height, width = read_image(str(path), format=image_format).shape[:2]
     except UNREADABLE as error:
         return "image_unreadable", f"cannot be read: {why_unreadable(error)}"
     if size is not None and size != (width, height):
-        told = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
+        message = f"is {width} x {height} pixels, but the JSON says {size[0]} x {size[1]}"
         if turned and size == (height, width):
-            told += ", its size before it is turned as its EXIF says; boxes are read as shown"
-        return "image_other_size", told
+            message += ", its size before it is turned as its EXIF says; boxes are read as shown"
+        return "image_other_size", message
     if transparent and image_format not in _WITH_ALPHA:
         return "image_converted", f"is {mode}, read as {image_format} without its alpha"
     if frames > 1:

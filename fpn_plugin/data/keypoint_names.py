@@ -140,25 +140,29 @@ def category_keypoint_problems(records: Sequence[Any], needs: Needs) -> Iterator
             continue
         where, names = f"category {shortened(record.get('id'))}", record["keypoints"]
         if not _are_names(names):
-            told = f"keypoints are {shortened(names)}, expected names that differ"
-            yield Problem("keypoint_names", where, told)
+            message = f"keypoints are {shortened(names)}, expected names that differ"
+            yield Problem("keypoint_names", where, message)
             continue
         if len(names) != needs.keypoints:
-            told = f"names {len(names)} keypoints, and the model has {needs.keypoints}"
-            told += " (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; lazy: num_keypoints)"
-            yield Problem("keypoint_names", where, told)
+            message = f"names {len(names)} keypoints, and the model has {needs.keypoints}"
+            message += " (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; lazy: num_keypoints)"
+            yield Problem("keypoint_names", where, message)
             continue
         orders.append(flip_order(record))
         if orders[-1] is None and "keypoint_flip_map" in record:
-            told = f"keypoint_flip_map is {shortened(record['keypoint_flip_map'])}, expected pairs"
-            yield Problem("keypoint_names", where, f"{told} of its keypoints, as [[left, right]]")
+            message = (
+                f"keypoint_flip_map is {shortened(record['keypoint_flip_map'])}, expected pairs"
+            )
+            yield Problem(
+                "keypoint_names", where, f"{message} of its keypoints, as [[left, right]]"
+            )
         given = record.get("skeleton") or []
         if type(given) is not list or len(skeleton_edges(record)) < len(given):
-            told = f"skeleton is {shortened(given)}, expected pairs of numbers from 1 to"
-            yield Problem("skeleton", where, f"{told} {len(names)}")
+            message = f"skeleton is {shortened(given)}, expected pairs of numbers from 1 to"
+            yield Problem("skeleton", where, f"{message} {len(names)}")
     if needs.keypoints and needs.training and not agreed_order(orders):
-        told = f"which keypoints a mirrored image swaps is not known: {HOW_TO_TELL_FLIPS}"
-        yield Problem("keypoint_flips", "categories", told)
+        message = f"which keypoints a mirrored image swaps is not known: {HOW_TO_TELL_FLIPS}"
+        yield Problem("keypoint_flips", "categories", message)
 
 
 def agreed_order(orders: Sequence[list[int] | None]) -> list[int] | None:

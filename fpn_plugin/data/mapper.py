@@ -162,13 +162,13 @@ def read_image_or_say(path: str | Path, image_format: str = "BGR") -> np.ndarray
 
 def _refuse_by_header(path: str | Path) -> None:
     """Refuses what Detectron2 would read wrongly in silence, or with another program."""
-    kind, told = image_problem(path, None, decode=False)
+    kind, message = image_problem(path, None, decode=False)
     if kind == "image_depth":
-        raise UserError(f"image {str(path)!r} {told}")
+        raise UserError(f"image {str(path)!r} {message}")
     if kind == "image_missing":
         raise UserError(f"no image {str(path)!r}")
     if kind == "image_unreadable":
-        raise UserError(f"cannot read image {str(path)!r}, which {told} ({_CHECK})")
+        raise UserError(f"cannot read image {str(path)!r}, which {message} ({_CHECK})")
 
 
 def _unreadable(path: str | Path, error: Exception) -> UserError:

@@ -108,12 +108,12 @@ class Problem:
     Args:
         kind: one of :data:`KINDS`.
         record: the record's name, for example ``"annotation 12"``; "" for the whole file.
-        told: what is wrong with it, in one line.
+        message: what is wrong with it, in one line.
     """
 
     kind: str
     record: str
-    told: str
+    message: str
 
     @property
     def refused(self) -> bool:
@@ -122,7 +122,7 @@ class Problem:
 
     def __str__(self) -> str:
         """The record and what is wrong with it."""
-        return f"{self.record}: {self.told}" if self.record else self.told
+        return f"{self.record}: {self.message}" if self.record else self.message
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Report:
                     "kind": problem.kind,
                     "refused": problem.refused,
                     "record": problem.record,
-                    "told": problem.told,
+                    "told": problem.message,
                 }
                 for kind in KINDS
                 for problem in self.kept.get(kind, [])

@@ -58,8 +58,8 @@ def _problems(content: Any) -> Iterator[str]:
             return
     counts = [len(content[part]) for part in parts]
     if len(set(counts)) > 1:
-        told = ", ".join(f"{count} {part}" for count, part in zip(counts, parts, strict=True))
-        yield f"it has {told}, expected one of each for an image"
+        message = ", ".join(f"{count} {part}" for count, part in zip(counts, parts, strict=True))
+        yield f"it has {message}, expected one of each for an image"
         return
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     if not isinstance(mode, int | np.integer) or mode not in _MODES:
@@ -73,9 +73,9 @@ def _problems(content: Any) -> Iterator[str]:
         if str(image) in seen:  # as Detectron2 looks them up
             yield f"image {str(image)[:40]!r} is in it twice"
         seen.add(str(image))
-        told = _problem_of(boxes, logits)
-        if told:
-            yield f"image {str(image)[:40]!r} has {told}"
+        message = _problem_of(boxes, logits)
+        if message:
+            yield f"image {str(image)[:40]!r} has {message}"
 
 
 def _is_row(value: Any) -> bool:

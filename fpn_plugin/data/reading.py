@@ -73,8 +73,8 @@ def read_json(
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{json_file} is not JSON: {error}") from error
-    told = f"is written in {stream.encoding}, read as such; expected utf-8"
-    changes = [Problem("filled_in", "", told)] if stream.encoding != "utf-8" else []
+    message = f"is written in {stream.encoding}, read as such; expected utf-8"
+    changes = [Problem("filled_in", "", message)] if stream.encoding != "utf-8" else []
     return content, changes, stream.digest.hexdigest()
 
 

@@ -47,8 +47,8 @@ def coco_problems(
         Problems of the file, then of its categories, images and annotations.
     """
     if not isinstance(content, dict):
-        told = f"it holds a {type(content).__name__}, not an object with {', '.join(_PARTS)}"
-        yield Problem("not_coco", "", f"is not COCO: {told}")
+        message = f"it holds a {type(content).__name__}, not an object with {', '.join(_PARTS)}"
+        yield Problem("not_coco", "", f"is not COCO: {message}")
         return
     if not needs.training and "annotations" not in content:
         content = {**content, "annotations": []}  # as of COCO's test sets
@@ -63,9 +63,9 @@ def coco_problems(
     yield from _category_problems(content["categories"])
     root = root_category(content)
     if root is not None:
-        told = "no annotation has it, and it counts as a class (Roboflow writes such)"
+        message = "no annotation has it, and it counts as a class (Roboflow writes such)"
         where = f"category {shortened(root['id'])}"
-        yield Problem("category_root", where, f"{shortened(root['name'])}: {told}: {CONVERT}")
+        yield Problem("category_root", where, f"{shortened(root['name'])}: {message}: {CONVERT}")
     yield from category_keypoint_problems(content["categories"], needs)
     yield from image_problems(content["images"], needs.max_size, file_names)
     annotations = content["annotations"]
@@ -108,10 +108,10 @@ def _uses(
         return
     reasons = ", ".join(f"{count} {kind}" for kind, count in why.items())
     use = "train" if training else "evaluate"
-    told = f"has nothing to {use} on: of {len(annotations)} annotations, {reasons}"
+    message = f"has nothing to {use} on: of {len(annotations)} annotations, {reasons}"
     if why["crowd"]:
-        told += "; CVAT's brush writes iscrowd 1: --convert NEW.json --no-crowds writes 0"
-    yield Problem("nothing", "", told)
+        message += "; CVAT's brush writes iscrowd 1: --convert NEW.json --no-crowds writes 0"
+    yield Problem("nothing", "", message)
 
 
 def _invisible(
@@ -128,8 +128,8 @@ def _invisible(
         visible[image] += visible_keypoints(record)
     for number, record in enumerate(images):
         if has_id(record) and record["id"] in of_image and visible[record["id"]] < least:
-            told = f"shows {visible[record['id']]} keypoints; {least} or more are expected"
-            yield Problem("keypoints_invisible", image_record(number, record), told)
+            message = f"shows {visible[record['id']]} keypoints; {least} or more are expected"
+            yield Problem("keypoints_invisible", image_record(number, record), message)
             for index in of_image[record["id"]]:
                 left_out.setdefault(index, "keypoints_invisible")
 
@@ -191,8 +191,8 @@ def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
         except UnicodeEncodeError:  # JSON may have halves of characters
             yield Problem("value", where, f"name {shortened(name)} is no text")
         if first_names[name] != index:
-            told = f"another one is named {shortened(name)} too"
-            yield Problem("category_name_twice", where, told)
+            message = f"another one is named {shortened(name)} too"
+            yield Problem("category_name_twice", where, message)
 
 
 def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> Iterator[Problem]:
@@ -212,19 +212,21 @@ def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> I
             continue
         where = image_record(index, record)
         if type(record["id"]) is not kind:
-            told = "some ids are numbers and some text, which Detectron2 cannot sort"
-            yield Problem("id_unusable", where, told)
+            message = "some ids are numbers and some text, which Detectron2 cannot sort"
+            yield Problem("id_unusable", where, message)
         for key in ("width", "height"):
             side = record.get(key)
             if type(side) is int and not _is_side(side):
-                told = f"{key!r} is {shortened(side)}, expected pixels from 1 to {MOST_PIXELS - 1}"
-                yield Problem("value", where, told)
+                message = (
+                    f"{key!r} is {shortened(side)}, expected pixels from 1 to {MOST_PIXELS - 1}"
+                )
+                yield Problem("value", where, message)
         size = declared_size(record)
         if size is not None and max(size) > 2 * max_size * min(size):
-            told = (
+            message = (
                 f"{size[0]} x {size[1]} pixels, resized to a longest side of {max_size}, is 0 wide"
             )
-            yield Problem("image_thin", where, told)
+            yield Problem("image_thin", where, message)
         name = record.get("file_name")
         if type(name) is str:
             if file_names:
@@ -238,13 +240,13 @@ def file_name_problems(where: str, name: str) -> Iterator[Problem]:
 
     It must stay in the image folder: a JSON from elsewhere does not choose which files are read.
     """
-    told = f"file_name is {shortened(name)}"
+    message = f"file_name is {shortened(name)}"
     try:
         named = bool(name.strip("./\\")) and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         named = False
     if not named:
-        yield Problem("file_name", where, f"{told}, which names no file")
+        yield Problem("file_name", where, f"{message}, which names no file")
         return
     path = name.replace("\\", "/")  # a name made on Windows must not lead out either
     leads_out = path.startswith("/") or ntpath.isabs(path) or os.path.splitdrive(name)[0] != ""
@@ -253,5 +255,5 @@ def file_name_problems(where: str, name: str) -> Iterator[Problem]:
     if leads_out:
         expected = f"expected a path relative to that folder; if the file is in it, {CONVERT}"
         yield Problem(
-            "file_name", where, f"{told}, which leads out of the image folder; {expected}"
+            "file_name", where, f"{message}, which leads out of the image folder; {expected}"
         )

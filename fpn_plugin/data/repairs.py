@@ -61,28 +61,28 @@ def mended(content: Any, images: str | None, *, converting: bool = False) -> Ite
     parts = {part: records_of(content, part) for part in _NUMBERS}
     for part, records in parts.items():
         for key, types in _NUMBERS[part].items():
-            told = f"{key!r} is not written as a number, but stands for one"
-            yield from _told(part, told, _read_numbers(records, key, types))
+            message = f"{key!r} is not written as a number, but stands for one"
+            yield from _reported(part, message, _read_numbers(records, key, types))
     annotations = parts["annotations"]
     if images is not None:
-        told = "'width' or 'height' is missing, read from the image file"
-        yield from _told("images", told, _read_sizes(parts["images"], images))
+        message = "'width' or 'height' is missing, read from the image file"
+        yield from _reported("images", message, _read_sizes(parts["images"], images))
     sizes = {r["id"]: declared_size(r) for r in parts["images"] if type(r.get("id")) in (int, str)}
 
     def size_of(record: Record) -> Size | None:
         image = record.get("image_id")
         return sizes.get(image) if type(image) in (int, str) else None
 
-    def filled(key: str, value: Callable[[Record], Any], told: str) -> Iterator[Problem]:
+    def filled(key: str, value: Callable[[Record], Any], message: str) -> Iterator[Problem]:
         changed = _put([r for r in annotations if _lacks(r, key)], key, value)
-        yield from _told("annotations", f"{key!r} is missing, {told}", changed)
+        yield from _reported("annotations", f"{key!r} is missing, {message}", changed)
 
-    told = "'image_id' is text and the image's id a number, or the reverse"
+    message = "'image_id' is text and the image's id a number, or the reverse"
     strangers = [r for r in annotations if size_of(r) is None]
     changed = _put(strangers, "image_id", lambda record: other_id(record.get("image_id"), sizes))
-    yield from _told("annotations", told, changed)
-    told = "'bbox' is not written as numbers, but stands for them"
-    yield from _told("annotations", told, _read_boxes(annotations))
+    yield from _reported("annotations", message, changed)
+    message = "'bbox' is not written as numbers, but stands for them"
+    yield from _reported("annotations", message, _read_boxes(annotations))
     yield from filled("bbox", lambda r: _box_of_mask(r, size_of(r)), "that of the mask")
     yield from _turned(annotations, size_of, converting)
     yield from filled("area", lambda r: _area(r, size_of(r)), "that of mask or box")
@@ -111,9 +111,9 @@ def _lacks(record: Record, key: str) -> bool:
     return value is None or value == []
 
 
-def _told(part: str, told: str, changed: Sequence[Record]) -> Iterator[Problem]:
+def _reported(part: str, message: str, changed: Sequence[Record]) -> Iterator[Problem]:
     if changed:
-        yield Problem("filled_in", part, f"{told} ({len(changed)} records)")
+        yield Problem("filled_in", part, f"{message} ({len(changed)} records)")
 
 
 def _put(records: Sequence[Record], key: str, value: Callable[[Record], Any]) -> list[Record]:
@@ -240,8 +240,8 @@ def _turned(
     layout = box_layout(boxes, sizes)
     if not layout.kind:
         return
-    told = f"has boxes that look like {layout}, as {used[0]['bbox']}"
-    yield Problem(layout.kind, "", f"{told}; expected {COCO_LAYOUT}: {CONVERT}")
+    message = f"has boxes that look like {layout}, as {used[0]['bbox']}"
+    yield Problem(layout.kind, "", f"{message}; expected {COCO_LAYOUT}: {CONVERT}")
     if not (converting or KINDS[layout.kind].refused):
         return
     turned = layout.turned(boxes, sizes).tolist()
@@ -288,8 +288,10 @@ def _renumbered(annotations: Sequence[Record]) -> Iterator[Problem]:
     for record in annotations:
         if id(record) in again:
             record["id"] = again[id(record)]["id"]
-    told = "ids are missing, no numbers, below 1 or there twice; annotations are numbered from 1 on"
-    yield Problem("renumbered", "annotations", f"{told}, in the order of the file")
+    message = (
+        "ids are missing, no numbers, below 1 or there twice; annotations are numbered from 1 on"
+    )
+    yield Problem("renumbered", "annotations", f"{message}, in the order of the file")
 
 
 def same_objects(annotations: Sequence[Record]) -> dict[int, Record]:

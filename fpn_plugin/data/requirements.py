@@ -66,22 +66,24 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
         return "", ""  # not trained on
     mask, keypoints = record.get("segmentation"), record.get("keypoints")
     if needs.masks and not mask:
-        told = "has no segmentation, and the model has masks (MODEL.MASK_ON; lazy: its mask_head)"
-        return "mask_missing", told
+        message = (
+            "has no segmentation, and the model has masks (MODEL.MASK_ON; lazy: its mask_head)"
+        )
+        return "mask_missing", message
     if needs.masks == "polygon" and needs.training and type(mask) is dict:
-        told = "segmentation is an RLE, and the model trains on polygons: set INPUT.MASK_FORMAT"
-        return "mask_missing", f"{told} (lazy: the mapper's instance_mask_format) to bitmask"
+        message = "segmentation is an RLE, and the model trains on polygons: set INPUT.MASK_FORMAT"
+        return "mask_missing", f"{message} (lazy: the mapper's instance_mask_format) to bitmask"
     if needs.masks and not needs.training and type(mask) is list:
         drawable = all(type(p) is list and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
         if not drawable:
-            told = f"segmentation is {shortened(mask)}, which COCO's evaluation cannot draw"
-            return "mask_missing", f"{told}; expected polygons of three points or more"
+            message = f"segmentation is {shortened(mask)}, which COCO's evaluation cannot draw"
+            return "mask_missing", f"{message}; expected polygons of three points or more"
     if needs.keypoints:
         given = len(keypoints) / 3 if type(keypoints) is list else 0
         if given != needs.keypoints:
-            told = f"has {given:g} keypoints, and the model has {needs.keypoints}"
-            told += " (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; lazy: num_keypoints)"
-            return "keypoints_missing", told
+            message = f"has {given:g} keypoints, and the model has {needs.keypoints}"
+            message += " (MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS; lazy: num_keypoints)"
+            return "keypoints_missing", message
         if not needs.training and type(record.get("num_keypoints")) is not int:
             return "keypoints_missing", "has no 'num_keypoints', which COCO's evaluation reads"
     return "", ""

@@ -78,9 +78,9 @@ def box_problem(box: Any, size: Size | None) -> Found:
     Returns:
         The kind of the problem and what to tell of it; two empty strings where there is none.
     """
-    told = f"bbox is {shortened(box)}"
+    message = f"bbox is {shortened(box)}"
     if type(box) is not list or len(box) != 4 or any(type(v) not in NUMBER for v in box):
-        return "box_malformed", f"{told}, expected [x, y, width, height] in pixels"
+        return "box_malformed", f"{message}, expected [x, y, width, height] in pixels"
     try:
         broken = box_rules(*map(float, box), *(size or (math.inf, math.inf)))
     except OverflowError:  # an integer of hundreds of digits
@@ -88,12 +88,14 @@ def box_problem(box: Any, size: Size | None) -> Found:
     kinds = broken if size else ("box_not_finite", "box_negative", "box_empty")
     kind = next((kind for kind in kinds if broken.get(kind)), "")
     if kind == "box_not_finite":
-        told += ", expected [x, y, width, height] in pixels"
+        message += ", expected [x, y, width, height] in pixels"
     elif kind == "box_negative":
-        told += ", whose width or height is negative; expected [x, y, width, height], not corners"
+        message += (
+            ", whose width or height is negative; expected [x, y, width, height], not corners"
+        )
     elif size:
-        told += f" in an image of {size[0]} x {size[1]} pixels"
-    return (kind, told) if kind else _NOTHING
+        message += f" in an image of {size[0]} x {size[1]} pixels"
+    return (kind, message) if kind else _NOTHING
 
 
 def mask_problem(given: Any, size: Size | None) -> Found:
@@ -111,15 +113,18 @@ def mask_problem(given: Any, size: Size | None) -> Found:
         return _NOTHING
     if type(given) is dict:
         return _rle_problem(given, size)
-    told = f"segmentation is {shortened(given)}"
+    message = f"segmentation is {shortened(given)}"
     if type(given) is not list or any(type(polygon) is not list for polygon in given):
-        return "segmentation", f"{told}, expected [[x, y, ...], ...] or an RLE"
+        return "segmentation", f"{message}, expected [[x, y, ...], ...] or an RLE"
     for polygon in given:
         # Coordinates far outside would be drawn edge by edge, pixel by pixel.
         if polygon and not are_pixels(polygon, size):
             where = f"in an image of {size[0]} x {size[1]}" if size else ""
-            return "segmentation", f"{told}, which is not all near or inside {where or 'an image'}"
-    return ("segmentation_unusable", told) if is_dropped(given) else _NOTHING
+            return (
+                "segmentation",
+                f"{message}, which is not all near or inside {where or 'an image'}",
+            )
+    return ("segmentation_unusable", message) if is_dropped(given) else _NOTHING
 
 
 def covers_no_pixel(given: Any, size: Size) -> bool:
@@ -162,8 +167,8 @@ def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
     if fits:
         return _NOTHING
     expected = f"{list(size[::-1])}" if size else "[height, width]"
-    told = f"segmentation is {shortened(given)}, expected an RLE of size {expected}"
-    return "segmentation", told
+    message = f"segmentation is {shortened(given)}, expected an RLE of size {expected}"
+    return "segmentation", message
 
 
 def _pixels_of(counts: str) -> int:
@@ -208,8 +213,8 @@ def keypoint_problem(given: Any, size: Size | None) -> Found:
         return _NOTHING
     if type(given) is list and len(given) % 3 == 0 and are_pixels(given, size):
         return _NOTHING
-    told = f"keypoints are {shortened(given)}, expected [x, y, visible, ...] in pixels"
-    return "keypoints", told
+    message = f"keypoints are {shortened(given)}, expected [x, y, visible, ...] in pixels"
+    return "keypoints", message
 
 
 def are_pixels(values: Sequence[Any], size: Size | None) -> bool:

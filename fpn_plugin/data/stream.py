@@ -132,7 +132,7 @@ def train_stream(loader: Any) -> Any:
     """A :class:`TrainStream` of a loader, or the loader itself where it is not Detectron2's.
 
     Args:
-        loader: the training loader; one of another make is told in the log, because a run that
+        loader: the training loader; one of another make is message in the log, because a run that
             is resumed reads it from its beginning.
     """
     inner = loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader

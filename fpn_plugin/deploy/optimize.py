@@ -29,8 +29,8 @@ __all__ = ["Step", "dtype_of", "optimize_for_inference", "steps_of"]
 
 logger = logging.getLogger(__name__)
 
-_Say = Callable[..., None]
-"""``say(name, detail, taken=True)`` notes a step."""
+_Note = Callable[..., None]
+"""``note(name, detail, taken=True)`` notes a step."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,7 +104,7 @@ def optimize_for_inference(
     for name, action in PLUGIN_STEPS.items():
         work.attempt(name, action)
     if on_cpu and dtype != torch.float32 and not can_fuse(dtype, device):
-        work.say(str(dtype), "this CPU or this torch has no convolutions in it; float32", False)
+        work.note(str(dtype), "this CPU or this torch has no convolutions in it; float32", False)
         dtype = torch.float32
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
@@ -114,7 +114,7 @@ def optimize_for_inference(
     if fusable:
         work.attempt("fusing heads", partial(fuse_heads, dtype=dtype))
     elif on_cpu:
-        work.say("fusing", "this torch lacks oneDNN's fused convolutions", False)
+        work.note("fusing", "this torch lacks oneDNN's fused convolutions", False)
     # A compiled backbone is not fused; one that could not be compiled is, after all.
     if not (compile and work.attempt("compiling", _compile)):
         if fusable:
@@ -129,7 +129,7 @@ def optimize_for_inference(
         with torch.no_grad():
             model([{"image": example}])
         seconds = time.perf_counter() - started
-        work.say("first call", f"{seconds:.1f} s on {example.shape[2]} x {example.shape[1]} px")
+        work.note("first call", f"{seconds:.1f} s on {example.shape[2]} x {example.shape[1]} px")
     return model
 
 
@@ -179,23 +179,23 @@ class _Work:
         self.model = model
         self.steps: list[Step] = []
 
-    def say(self, name: str, detail: str, taken: bool = True) -> None:
+    def note(self, name: str, detail: str, taken: bool = True) -> None:
         """Notes a step; the log tells users of those that are skipped."""
         self.steps.append(Step(name, taken, detail))
         logger.log(logging.INFO if taken else logging.WARNING, "%s", self.steps[-1])
 
-    def attempt(self, name: str, action: Callable[[nn.Module, _Say], None]) -> bool:
+    def attempt(self, name: str, action: Callable[[nn.Module, _Note], None]) -> bool:
         """Takes a step; whatever it raises, the model runs as before, and one line says so."""
         before = _same_weights(self.model)
-        said: list[tuple[str, str, bool]] = []
+        noted: list[tuple[str, str, bool]] = []
         try:
-            action(self.model, lambda *what, taken=True: said.append((*what, taken)))
+            action(self.model, lambda *what, taken=True: noted.append((*what, taken)))
         except Exception as error:  # whatever a model of others' makes of a step
             self.model = before
-            said = [(name, f"{type(error).__name__}: {one_line(error)}", False)]
-        for what in said:
-            self.say(*what)
-        return all(taken for *_, taken in said)
+            noted = [(name, f"{type(error).__name__}: {one_line(error)}", False)]
+        for what in noted:
+            self.note(*what)
+        return all(taken for *_, taken in noted)
 
 
 def _same_weights(model: nn.Module) -> nn.Module:
@@ -206,13 +206,13 @@ def _same_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def fold(model: nn.Module, say: _Say) -> None:
+def fold(model: nn.Module, note: _Note) -> None:
     """Folds the batch norms that the order of modules shows, in place."""
     folded, left = fold_batch_norms(model)
-    say("folding", f"{folded} batch norms into their convolutions, {left} left")
+    note("folding", f"{folded} batch norms into their convolutions, {left} left")
 
 
-def fold_observed(model: nn.Module, say: _Say) -> None:
+def fold_observed(model: nn.Module, note: _Note) -> None:
     """Folds what a pass shows of the bottom-up network's other batch norms, in place."""
     bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     if not fold_batch_norms(bottom_up)[1]:
@@ -221,20 +221,20 @@ def fold_observed(model: nn.Module, say: _Say) -> None:
     example = torch.randn(1, image_channels(model), 128, 128, generator=generator)
     folded, _ = fold_batch_norms(bottom_up, example=example.to(next(model.parameters()).device))
     _, left = fold_batch_norms(model)
-    say("folding what a pass shows", f"{folded} batch norms more, {left} left")
+    note("folding what a pass shows", f"{folded} batch norms more, {left} left")
 
 
-def use_plugin_pyramid(model: nn.Module, say: _Say) -> None:
+def use_plugin_pyramid(model: nn.Module, note: _Note) -> None:
     """Puts in the plugin's pyramid for a stock one, in place."""
     if type(model.backbone) is FPN:
         neck = as_plugin_pyramid(model.backbone)
         if neck is None:
-            say("fused pyramid", "this FPN pads to squares", taken=False)
+            note("fused pyramid", "this FPN pads to squares", taken=False)
         else:
             model.backbone = neck
 
 
-def use_plugin_poolers(model: nn.Module, say: _Say) -> None:
+def use_plugin_poolers(model: nn.Module, note: _Note) -> None:
     """Puts in the plugin's poolers for stock ones, in place."""
     poolers = 0
     for module in list(model.modules()):
@@ -243,18 +243,18 @@ def use_plugin_poolers(model: nn.Module, say: _Say) -> None:
                 module._modules[name] = _plugin_pooler(child)
                 poolers += 1
     if poolers:
-        say("pooling", f"{poolers} poolers replaced by PyramidROIPooler")
+        note("pooling", f"{poolers} poolers replaced by PyramidROIPooler")
 
 
-def select_before_decoding(model: nn.Module, say: _Say) -> None:
+def select_before_decoding(model: nn.Module, note: _Note) -> None:
     """Makes RPNs decode what they select, in place."""
     for module in model.modules():
         if type(module) is RPN:
             select_first(module)
-            say("proposals", "selected before they are decoded")
+            note("proposals", "selected before they are decoded")
 
 
-PLUGIN_STEPS: dict[str, Callable[[nn.Module, _Say], None]] = {
+PLUGIN_STEPS: dict[str, Callable[[nn.Module, _Note], None]] = {
     "fused pyramid": use_plugin_pyramid,
     "pooling": use_plugin_poolers,
     "proposals": select_before_decoding,
@@ -278,7 +278,7 @@ def _plugin_pooler(pooler: ROIPooler) -> PyramidROIPooler:
     )
 
 
-def fuse_heads(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
+def fuse_heads(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
     """Fuses all but the backbone, for a CPU, in place."""
     heads = fuse_rpn_heads(model, dtype)
     convs = sum(
@@ -292,26 +292,26 @@ def fuse_heads(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
         if isinstance(module, FastRCNNConvFCHead) and not next(module.parameters()).is_cuda
     )
     others = f"{convs} other convolutions, {linears} linear layers"
-    say("fusing heads", f"{heads} RPN heads, {others}")
+    note("fusing heads", f"{heads} RPN heads, {others}")
 
 
-def fuse_backbone(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
+def fuse_backbone(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
     """Fuses the backbone, for a CPU, in place."""
     blocks = fuse_resnets(model, dtype)
     convs = fuse_convolutions(model.backbone, dtype)
     if type(model.backbone) is FeaturePyramidNetwork:
         model.backbone = FusedNeck(model.backbone)
-    say("fusing the backbone", f"{blocks} residual blocks, {convs} other convolutions")
+    note("fusing the backbone", f"{blocks} residual blocks, {convs} other convolutions")
 
 
-def _set_layout(model: nn.Module, say: _Say) -> None:
+def _set_layout(model: nn.Module, note: _Note) -> None:
     """Lays out the backbone's weights for channels last, in place."""
     model.backbone.to(memory_format=torch.channels_last)
     model.backbone.register_forward_pre_hook(_first_channels_last)
-    say("channels last", "convolutions of the backbone")
+    note("channels last", "convolutions of the backbone")
 
 
-def _set_dtypes(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
+def _set_dtypes(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
     """Casts the input of backbone and heads to a dtype, and the output of heads to float32."""
     # Hooks are module-level functions, so that copies of the model do not call this one's.
     model.backbone.to(dtype).register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
@@ -335,13 +335,13 @@ def _set_dtypes(model: nn.Module, say: _Say, *, dtype: torch.dtype) -> None:
             head.to(dtype)
             head.layers = partial(_layers_in, type(head).layers, head, dtype)
     detail = "backbone and heads; box arithmetic in float32"
-    say(str(dtype).removeprefix("torch."), detail)
+    note(str(dtype).removeprefix("torch."), detail)
 
 
-def _use_graphs(model: nn.Module, say: _Say, *, limits: GraphLimits, tf32: bool | None) -> None:
+def _use_graphs(model: nn.Module, note: _Note, *, limits: GraphLimits, tf32: bool | None) -> None:
     """Makes the model run by CUDA graphs, in place."""
     use_graphs(model, limits, tf32)
-    say("CUDA graphs", f"of up to {limits.graphs} sizes and {limits.gigabytes:g} GiB")
+    note("CUDA graphs", f"of up to {limits.graphs} sizes and {limits.gigabytes:g} GiB")
 
 
 def _first_channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -372,7 +372,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _compile(model: nn.Module, say: _Say) -> None:
+def _compile(model: nn.Module, note: _Note) -> None:
     """Compiles the backbone, in place, for every size: raises where that cannot be done."""
     started = time.perf_counter()
     _set_layout(model, lambda *_: None)
@@ -387,4 +387,4 @@ def _compile(model: nn.Module, say: _Say) -> None:
     with torch.no_grad():
         for images, height, width in sizes:
             backbone(weight.new_zeros(images, image_channels(model), height, width))
-    say("compiling", f"the backbone, in {time.perf_counter() - started:.0f} s")
+    note("compiling", f"the backbone, in {time.perf_counter() - started:.0f} s")

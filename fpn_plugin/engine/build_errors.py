@@ -22,7 +22,7 @@ _RESNET_DEPTHS = (18, 34, 50, 101, 152)  # of Detectron2's build_resnet_backbone
 
 @contextmanager
 def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
-    """Within it, what Detectron2 asserts or looks up in vain while it builds a model is told.
+    """Within it, what Detectron2 asserts or looks up in vain while it builds a model is reported.
 
     Args:
         cfg: the config of the model that is built.
@@ -36,10 +36,10 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
     except UserError:
         raise
     except KeyError as error:
-        told = _missing(cfg, error.args[0])
-        if told is None:
+        message = _missing(cfg, error.args[0])
+        if message is None:
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
     except ImportError as error:
         if "detectron2._C" not in str(error):
             raise
@@ -57,17 +57,19 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
             "as LVIS has): set it to False"
         ) from error
     except (AssertionError, ValueError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if isinstance(error, AssertionError) and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
             levels = list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
             if len(levels) != 1:
-                told = (
+                message = (
                     f"MODEL.ROI_HEADS.NAME Res5ROIHeads pools from one map, and "
                     f"MODEL.ROI_HEADS.IN_FEATURES names {levels}; over a pyramid it is FPNROIHeads"
                 )
         # An assertion without words says what it wants in its code.
-        told = told or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
-        raise UserError(f"Detectron2 cannot build this model: {told}") from error
+        message = (
+            message or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        )
+        raise UserError(f"Detectron2 cannot build this model: {message}") from error
 
 
 def _missing(cfg: CfgNode, missing: object) -> str | None:

@@ -44,10 +44,10 @@ def match_datasets(
     last = Path(output_dir, "last_checkpoint")
     if resume and last.is_file():
         weights = str(Path(output_dir, last.read_text(errors="replace").strip()))
-    told, first = classes_in(weights), class_order(train[0]) if train else None
+    known, first = classes_in(weights), class_order(train[0]) if train else None
     datasets = (*train, *test) if training else test
     # Training on others than the weights know is fine-tuning.
-    if told is not None and (not training or sorted(told) == sorted(first or ())):
-        follow_classes(datasets, told, f"the weights {Path(weights).name!r}")
+    if known is not None and (not training or sorted(known) == sorted(first or ())):
+        follow_classes(datasets, known, f"the weights {Path(weights).name!r}")
     elif first is not None and (training or len(first) == classes):
         follow_classes(datasets, first, f"the training's dataset {train[0]!r}")

@@ -83,8 +83,8 @@ def _read(path: str, where: str) -> Any:
             f"{where} has lists or mappings within one another too deeply: write it flatter"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that is none
-        told = " ".join(str(error).split())
-        raise UserError(f"{where} cannot be read as plain YAML: {told}") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"{where} cannot be read as plain YAML: {message}") from error
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -96,8 +96,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else key
             if name in seen:
-                told = f"key {name!r} is there twice: delete one of the two"
-                raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+                message = f"key {name!r} is there twice: delete one of the two"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             seen.add(name)
         return node
 

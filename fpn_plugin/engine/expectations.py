@@ -90,9 +90,9 @@ def verify_expected(key: str, expected: Sequence[Any], results: dict[str, Any]) 
     try:
         verify_results(node, results)
     except SystemExit as error:
-        told = ", ".join(
+        message = ", ".join(
             f"{task} {metric} is {results[task].get(metric, 'not there')} (expected {value} within "
             f"{tolerance})"
             for task, metric, value, tolerance in expected
         )
-        raise UserError(f"{key} is not met: {told}") from error
+        raise UserError(f"{key} is not met: {message}") from error

@@ -52,12 +52,12 @@ def run_tool(main: Callable[[], Any]) -> None:
         if error.exit_code >= 0:  # of a process that has said why
             sys.exit(error.exit_code)
         why = " (out of memory?)" if -error.exit_code == signal.SIGKILL else ""
-        told = f"process {error.error_index} was ended by {error.signal_name}{why}"
-        print(f"error: {told}; the others were stopped", file=sys.stderr, flush=True)
+        reason = f"process {error.error_index} was ended by {error.signal_name}{why}"
+        print(f"error: {reason}; the others were stopped", file=sys.stderr, flush=True)
         sys.exit(128 - error.exit_code)  # as a shell reports signals
     except KeyboardInterrupt:
-        told = "interrupted; the same command goes on (train_net.py: with --resume)"
-        print(f"\n{told}", file=sys.stderr)
+        reason = "interrupted; the same command goes on (train_net.py: with --resume)"
+        print(f"\n{reason}", file=sys.stderr)
         sys.exit(_INTERRUPTED_STATUS)
 
 
@@ -153,8 +153,8 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
         # Launchers report the process that ends first: let that be the one that failed. They end
         # this one meanwhile, unless the process lost is another machine's.
         time.sleep(_PATIENCE)
-        told = f"process {comm.get_rank()} lost another process, which says why: {error}"
-        _exit_with(UserError(" ".join(told.split())))
+        reason = f"process {comm.get_rank()} lost another process, which says why: {error}"
+        _exit_with(UserError(" ".join(reason.split())))
 
 
 def _exit_with(error: UserError) -> NoReturn:
@@ -190,11 +190,11 @@ def _is_spawned() -> bool:
 
 
 class _WithoutUserErrors(logging.Filter):
-    """Drops Detectron2's log of a traceback where the error is told in one line elsewhere."""
+    """Drops Detectron2's log of a traceback where another line reports the error."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = (UserError, FloatingPointError)
-        return not (record.exc_info and isinstance(record.exc_info[1], told))
+        reason = (UserError, FloatingPointError)
+        return not (record.exc_info and isinstance(record.exc_info[1], reason))
 
 
 def _says_more_than_no_version(record: logging.LogRecord) -> bool:

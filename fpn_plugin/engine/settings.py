@@ -111,9 +111,9 @@ def check_number(key: str, value: Any, least: int, most: int = sys.maxsize) -> N
     """
     # NaN is in no range.
     if type(value) not in (int, float) or not least <= value <= most:
-        least_told = "" if least == -sys.maxsize else f", {least} or more"
-        most_told = "" if most == sys.maxsize else f", {most} at most"
-        raise UserError(f"{key} is {value}, expected a number{least_told}{most_told}")
+        at_least = "" if least == -sys.maxsize else f", {least} or more"
+        at_most = "" if most == sys.maxsize else f", {most} at most"
+        raise UserError(f"{key} is {value}, expected a number{at_least}{at_most}")
 
 
 def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
@@ -218,11 +218,11 @@ def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 def _explain(error: Exception, cfg: CfgNode) -> str:
     """What yacs or Detectron2 meant, with near keys where a key does not exist."""
-    told = " ".join(str(error.args[0] if error.args else error).split())
-    unknown = re.match(r"Non-existent config key: (\S+)", told)
+    reason = " ".join(str(error.args[0] if error.args else error).split())
+    unknown = re.match(r"Non-existent config key: (\S+)", reason)
     if unknown:
         key = unknown.group(1)
         return f"no config key {key!r}: {near_names(key, flat_keys(cfg))}"
-    if told.startswith("Type mismatch") and "'tuple'" in told.partition(" with ")[0]:
-        told += "; a tuple is written (value,)"
-    return told or f"not a config ({type(error).__name__})"
+    if reason.startswith("Type mismatch") and "'tuple'" in reason.partition(" with ")[0]:
+        reason += "; a tuple is written (value,)"
+    return reason or f"not a config ({type(error).__name__})"

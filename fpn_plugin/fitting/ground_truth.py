@@ -144,8 +144,8 @@ class _Raw:
             left_out[name] = int((reasons[name] & kept).sum())
             kept &= ~reasons[name]
         if not kept.any():
-            told = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
-            raise UserError(f"{source} has no box to fit to" + (f": {told}" if told else ""))
+            message = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
+            raise UserError(f"{source} has no box to fit to" + (f": {message}" if message else ""))
         inside = np.clip(corners[kept], 0, np.tile(sizes[kept], 2))
         clipped = int((inside != corners[kept]).any(axis=1).sum())
         [categories] = self.categories if len(self.categories) == 1 else [None]
@@ -157,8 +157,8 @@ class _Raw:
         finite = np.isfinite(boxes).all(axis=1)
         layout = box_layout(boxes[finite], sizes[finite])
         if layout.kind and KINDS[layout.kind].refused:
-            told = f"{source} has boxes that look like {layout}"
-            raise UserError(f"{told}; expected {COCO_LAYOUT}: {CONVERT}")
+            message = f"{source} has boxes that look like {layout}"
+            raise UserError(f"{message}; expected {COCO_LAYOUT}: {CONVERT}")
 
 
 class _Annotations:

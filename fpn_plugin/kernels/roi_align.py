@@ -52,21 +52,21 @@ def pyramid_roi_align(
         ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last where the maps are. A
         box with a coordinate that is not finite gives NaN. Gradients go to the maps alone.
     """
-    how = (scales, output_size, sampling_ratio, aligned)
+    arguments = (scales, output_size, sampling_ratio, aligned)
 
     def kernel() -> Tensor:
         from . import roi_align_triton
 
-        return roi_align_triton.pyramid_roi_align(levels, rois, level_of, *how)
+        return roi_align_triton.pyramid_roi_align(levels, rois, level_of, *arguments)
 
     def plain() -> Tensor:
-        return pyramid_roi_align_by_level(levels, rois, level_of, *how)
+        return pyramid_roi_align_by_level(levels, rois, level_of, *arguments)
 
     if not pays(levels, len(rois)):
         return plain()
     if levels[0].is_cuda:
         return triton_or_plain(levels[0], kernel, plain)
-    return _on_cpu(levels, rois, level_of, *how) if torch.isfinite(rois).all() else plain()
+    return _on_cpu(levels, rois, level_of, *arguments) if torch.isfinite(rois).all() else plain()
 
 
 def pays(levels: Sequence[Tensor], boxes: int) -> bool:

@@ -49,11 +49,11 @@ def pyramid_roi_align(
         ``(M, C, *output_size)``, torchvision's values but for the order of summation. Gradients
         go to the features alone, as there.
     """
-    how = _How(tuple(output_size), tuple(scales), sampling_ratio, aligned)
-    return _PyramidRoIAlign.apply(rois, levels, how, *features)
+    sampling = _Sampling(tuple(output_size), tuple(scales), sampling_ratio, aligned)
+    return _PyramidRoIAlign.apply(rois, levels, sampling, *features)
 
 
-class _How(NamedTuple):
+class _Sampling(NamedTuple):
     output_size: tuple[int, int]
     scales: tuple[float, ...]
     sampling_ratio: int
@@ -71,14 +71,16 @@ class _Terms(NamedTuple):
 
 class _PyramidRoIAlign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rois: Tensor, levels: Tensor, how: _How, *features: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rois: Tensor, levels: Tensor, sampling: _Sampling, *features: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(rois, levels)
-        ctx.how, ctx.shapes = how, [level.shape for level in features]
+        ctx.sampling, ctx.shapes = sampling, [level.shape for level in features]
         ctx.channels_last = [_is_channels_last(level) for level in features]
-        channels, outputs = features[0].shape[1], how.output_size[0] * how.output_size[1]
+        channels, outputs = features[0].shape[1], sampling.output_size[0] * sampling.output_size[1]
         pooled = features[0].new_empty(len(rois), channels, outputs)
         without = torch.ones(len(rois), dtype=torch.bool)
-        for group in _groups(_terms(rois, levels, ctx.shapes, how)):
+        for group in _groups(_terms(rois, levels, ctx.shapes, sampling)):
             level = group[0].level
             whole = ctx.channels_last[level]
             for part in [slice(None)] if whole else _parts(ctx.shapes[level]):
@@ -92,13 +94,13 @@ class _PyramidRoIAlign(torch.autograd.Function):
                 without[terms.boxes] = False
         if without.any():
             pooled[without] = 0
-        return pooled.view(len(rois), channels, *how.output_size)
+        return pooled.view(len(rois), channels, *sampling.output_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rois, levels = ctx.saved_tensors
         grads: dict[int, Tensor] = {}
-        for group in _groups(_terms(rois, levels, ctx.shapes, ctx.how)):
+        for group in _groups(_terms(rois, levels, ctx.shapes, ctx.sampling)):
             level = group[0].level
             first = level not in grads
             if first:
@@ -175,18 +177,18 @@ def _parts(shape: torch.Size) -> list[slice]:
 
 
 def _terms(
-    rois: Tensor, levels: Tensor, shapes: Sequence[torch.Size], how: _How
+    rois: Tensor, levels: Tensor, shapes: Sequence[torch.Size], sampling: _Sampling
 ) -> Iterator[_Terms]:
     """The terms of all boxes, level by level, boxes of one number of samples at a time.
 
     Boxes without a sample (of negative extent, where the number of samples adapts) are left out.
     """
-    size, sampling_ratio = how.output_size, how.sampling_ratio
+    size, sampling_ratio = sampling.output_size, sampling.sampling_ratio
     # In torchvision's order of operations: a rounding error could change the number of samples.
-    scales = rois.new_tensor(how.scales)[levels, None]
-    corners = rois[:, 1:] * scales - (0.5 if how.aligned else 0.0)
+    scales = rois.new_tensor(sampling.scales)[levels, None]
+    corners = rois[:, 1:] * scales - (0.5 if sampling.aligned else 0.0)
     start, extent = corners[:, :2], corners[:, 2:] - corners[:, :2]
-    if not how.aligned:
+    if not sampling.aligned:
         extent = extent.clamp(min=1)
     bins = extent / extent.new_tensor([size[1], size[0]])
     samples = torch.full_like(bins, sampling_ratio) if sampling_ratio > 0 else bins.ceil()

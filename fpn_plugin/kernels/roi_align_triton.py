@@ -19,7 +19,7 @@ _UNSPECIALISED = [f"{name}{level}" for name in "hw" for level in range(MOST_LEVE
 """Sizes of maps vary from image to image: kernels are compiled for all of them at once."""
 
 
-class _How(NamedTuple):
+class _Sampling(NamedTuple):
     scales: tuple[float, ...]
     output_size: tuple[int, int]
     sampling_ratio: int
@@ -36,19 +36,23 @@ def pyramid_roi_align(
     aligned: bool,
 ) -> Tensor:
     """See :func:`.roi_align.pyramid_roi_align`; for at most six levels on a GPU."""
-    how = _How(tuple(map(float, scales)), tuple(output_size), sampling_ratio, aligned)
-    return _PyramidRoIAlign.apply(rois.float().contiguous(), level_of.contiguous(), how, *levels)
+    sampling = _Sampling(tuple(map(float, scales)), tuple(output_size), sampling_ratio, aligned)
+    return _PyramidRoIAlign.apply(
+        rois.float().contiguous(), level_of.contiguous(), sampling, *levels
+    )
 
 
 class _PyramidRoIAlign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rois: Tensor, level_of: Tensor, how: _How, *levels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rois: Tensor, level_of: Tensor, sampling: _Sampling, *levels: Tensor
+    ) -> Tensor:
         last, maps = _in_one_layout(levels)
         ctx.save_for_backward(rois, level_of)
-        ctx.how, ctx.last, ctx.dtype = how, last, levels[0].dtype
+        ctx.sampling, ctx.last, ctx.dtype = sampling, last, levels[0].dtype
         ctx.shapes = [level.shape for level in maps]
-        pooled = _empty((len(rois), maps[0].shape[1], *how.output_size), maps[0], last)
-        _launch(maps, rois, level_of, pooled, how, last)
+        pooled = _empty((len(rois), maps[0].shape[1], *sampling.output_size), maps[0], last)
+        _launch(maps, rois, level_of, pooled, sampling, last)
         return pooled
 
     @staticmethod
@@ -59,7 +63,7 @@ class _PyramidRoIAlign(torch.autograd.Function):
         # Many cells add to one: sums are kept in float32.
         sums = [_empty(shape, rois, ctx.last).zero_() for shape in ctx.shapes]
         grad = grad.contiguous(memory_format=layout)
-        _launch(sums, rois, level_of, grad, ctx.how, ctx.last, backward=True)
+        _launch(sums, rois, level_of, grad, ctx.sampling, ctx.last, backward=True)
         return None, None, None, *(of_level.to(ctx.dtype) for of_level in sums)
 
 
@@ -81,14 +85,14 @@ def _launch(
     rois: Tensor,
     level_of: Tensor,
     pooled: Tensor,
-    how: _How,
+    sampling: _Sampling,
     last: bool,
     backward: bool = False,
 ) -> None:
     """Runs the kernel over all boxes and cells, from maps to ``pooled`` or, backward, to maps."""
     if pooled.numel() == 0:
         return
-    channels, outputs = maps[0].shape[1], how.output_size[0] * how.output_size[1]
+    channels, outputs = maps[0].shape[1], sampling.output_size[0] * sampling.output_size[1]
     # 1,024 values a program, next to each other in memory as far as the layout has them so.
     if last:
         block = min(triton.next_power_of_2(channels), 256)
@@ -101,15 +105,15 @@ def _launch(
         *(maps[level] for level in each),
         *(maps[level].shape[2] for level in each),
         *(maps[level].shape[3] for level in each),
-        *(how.scales[level] for level in each),
+        *(sampling.scales[level] for level in each),
         rois,
         level_of,
         pooled,
         C=channels,
-        PH=how.output_size[0],
-        PW=how.output_size[1],
-        RATIO=how.sampling_ratio,
-        ALIGNED=how.aligned,
+        PH=sampling.output_size[0],
+        PW=sampling.output_size[1],
+        RATIO=sampling.sampling_ratio,
+        ALIGNED=sampling.aligned,
         LAST=last,
         CELLS=cells,
         BLOCK=block,

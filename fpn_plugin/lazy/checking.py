@@ -100,8 +100,8 @@ def _target(node: DictConfig, path: str) -> Callable[..., Any]:
     try:
         return locate(target) if isinstance(target, str) else target
     except ImportError as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{path}._target_ {target!r} names nothing there is: {told}") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}._target_ {target!r} names nothing there is: {message}") from error
 
 
 def _arguments(target: Callable[..., Any]) -> set[str] | None:

@@ -1,7 +1,7 @@
 """The mini dataset: 1,500 training and 200 validation images in COCO format, made on first use.
 
 It lets anyone see a feature pyramid train and be evaluated on a laptop, with nothing to download.
-What the images show and why is told in :mod:`fpn_plugin.mini.scene`. Figures reached on it
+What the images show and why is described in :mod:`fpn_plugin.mini.scene`. Figures reached on it
 say nothing about COCO. Beside ``mini_train`` and ``mini_val`` there are siblings of other sizes and
 shapes: ``mini_small_train``, ``mini_large_train``, ``mini_thin_train`` and their ``_val``.
 """
