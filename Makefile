@@ -36,8 +36,8 @@ $(BUILT): requirements.txt requirements-common.txt requirements-detectron2.txt p
 	@touch $@
 
 demo: $(BUILT)
-	$(RUN) tools/train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO)
-	$(RUN) tools/demo.py --config-file $(DEMO)/config.yaml --ground-truth mini_val \
+	$(RUN) -m fpn_plugin train --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO)
+	$(RUN) -m fpn_plugin detect --config-file $(DEMO)/config.yaml --ground-truth mini_val \
 	  --max-images 12 --threshold 0.4 --output $(DEMO)/pictures MODEL.WEIGHTS $(DEMO)/model_final.pth
 	@echo; cat $(DEMO)/results.md
 	@echo "pictures of detections beside ground truth: $(DEMO)/pictures/"

@@ -39,11 +39,9 @@ def main(*command: str) -> None:
     elif name in COMMANDS:
         from .engine import run_tool  # what it imports takes seconds, and --help does without
 
-        module = name.replace("-", "_")
-        command_main = getattr(
-            importlib.import_module(f"fpn_plugin.cli.{module}"), f"{module}_main"
-        )
-        run_tool(lambda: command_main(argv))
+        name = name.replace("-", "_")
+        module = importlib.import_module(f"fpn_plugin.cli.{name}")
+        run_tool(lambda: getattr(module, f"{name}_main")(argv))
     else:
         print(f"error: no command {name!r}: {near_names(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fpn_plugin import model_zoo
+from fpn_plugin.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +23,7 @@ import json
 from detectron2.config import instantiate
 import fpn_plugin
 from fpn_plugin import model_zoo
+from fpn_plugin.__main__ import COMMANDS
 from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.lazy import model_node
 model = model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", device="cpu")
@@ -90,6 +92,22 @@ def test_models_are_built_by_name_from_the_wheel(environment, tmp_path):
     assert bases and all(
         (installed / "configs" / path.relative_to(ROOT / "configs")).is_file() for path in bases
     )
+
+
+def test_the_command_runs_from_the_wheel(environment, tmp_path):
+    def run(*args: str) -> str:
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = [environment / "bin" / "fpn-plugin", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert [line.split()[0] for line in run().splitlines() if line[:2] == "  "] == list(COMMANDS)
+    config = ["--config-file", "mini/faster_rcnn_R_18_FPN.yaml", "MODEL.DEVICE", "cpu"]
+    assert "| bottom-up" in run("inspect", *config)
+    assert (tmp_path / "output" / "model.png").stat().st_size > 10_000
+    top = {path.name for path in _packages(environment).iterdir()}
+    assert {name for name in top if "." not in name} == {"fpn_plugin"}
 
 
 def test_the_wheel_asks_for_no_version_of_what_a_user_has(environment):

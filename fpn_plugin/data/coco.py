@@ -225,7 +225,7 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
     Args:
         names: of datasets.
         key: the config key that names them, for the message.
-        registers: whether the tool takes --dataset.
+        registers: whether the command takes --dataset.
 
     Raises:
         UserError: says which, and how to make it be there.

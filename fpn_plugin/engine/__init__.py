@@ -1,4 +1,4 @@
-"""What the tools share: config, launching, training, checkpoints. Detectron2's, put together."""
+"""Configs, launching, training and checkpoints: Detectron2's parts, composed."""
 
 from .checkpoint import StrictCheckpointer
 from .launch import run_tool

@@ -33,7 +33,7 @@ _PATIENCE = 10.0  # seconds in which a launcher ends what is left of its process
 
 
 def run_tool(main: Callable[[], Any]) -> None:
-    """Runs a tool's main function; a :class:`UserError` becomes one line and exit status 2.
+    """Runs a command's main function; a :class:`UserError` becomes one line and exit status 2.
 
     Errors of other kinds are defects and keep their traceback.
     """
@@ -56,8 +56,8 @@ def run_tool(main: Callable[[], Any]) -> None:
         print(f"error: {reason}; the others were stopped", file=sys.stderr, flush=True)
         sys.exit(128 - error.exit_code)  # as a shell reports signals
     except KeyboardInterrupt:
-        reason = "interrupted; the same command goes on (train_net.py: with --resume)"
-        print(f"\n{reason}", file=sys.stderr)
+        message = "interrupted; the same command goes on (fpn-plugin train: with --resume)"
+        print(f"\n{message}", file=sys.stderr)
         sys.exit(_INTERRUPTED_STATUS)
 
 

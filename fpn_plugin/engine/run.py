@@ -283,7 +283,7 @@ class YacsRun(Run):
             kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
             if kind not in ("coco", "coco_panoptic_seg"):
                 raise UserError(
-                    f"DATASETS.TEST names {name!r}, which is evaluated as {kind!r}; this tool "
+                    f"DATASETS.TEST names {name!r}, which is evaluated as {kind!r}; this command "
                     "evaluates COCO-format detection and panoptic datasets"
                 )
             if kind == "coco_panoptic_seg" and importlib.util.find_spec("panopticapi") is None:

@@ -47,6 +47,7 @@ NOT_RUN = {
     "evidence/gpu_check.sh": "needs a GPU; tests/evidence starts it",
     "python -m evidence.kill_and_resume": "minutes; tests/engine/test_resume.py kills as it does",
     "python -m evidence.time_": "large data; tests/evidence/test_timings.py has small ones",
+    "python -m evidence.level_statistics_cost": "half a minute; tests/evidence has its parts",
     "python -m evidence.soak": "minutes; tests/evidence/test_soak.py",
     "python -m evidence.fuzz_data --cases 5000": "minutes; tests/data",
 }  # fmt: skip
@@ -60,6 +61,7 @@ MORE = {
     "reproduce": ["--dry-run", "--output", "reproduced"],  # tests/paper trains
     "evidence.compare_fitted": ["--dry-run"],  # tests/fitting trains
     "export": ["--formats", "torchscript"],  # tests/deploy has all
+    "optimize": ["--dtypes", "float32"],
     "visualize": ["--proposals", "2"],
 }
 

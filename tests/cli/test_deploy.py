@@ -1,4 +1,4 @@
-"""What tools/optimize.py, demo.py --optimize, train_net.py --optimize and benchmark.py do."""
+"""fpn-plugin optimize, and --optimize of fpn-plugin detect and evaluate."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_optimize_names_images_that_are_not_there(run, tmp_path, path, message):
 
 
 def test_an_optimised_model_is_evaluated_to_the_same_ap(run, scenes, tmp_path, capsys):
-    """train_net.py --eval-only: COCOEvaluator takes the copy as it takes the original."""
+    """fpn-plugin train --eval-only: COCOEvaluator takes the copy as it takes the original."""
     opts = ["DATASETS.TEST", "('scenes',)", "INPUT.MIN_SIZE_TEST", "160", "DATASETS.TRAIN", "()"]
     opts += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "out")]
     results = {}

@@ -71,7 +71,7 @@ def leaves(cfg: CfgNode, path: str = "") -> set[str]:
 
 @pytest.fixture
 def tool(squares, tmp_path, monkeypatch):
-    """Runs train_net.py on squares; the keys that it read."""
+    """Runs fpn-plugin train on squares; the keys that it read."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
 

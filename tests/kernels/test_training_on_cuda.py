@@ -1,4 +1,4 @@
-"""A training step on CUDA as tools/train_net.py takes it, against stock Detectron2's."""
+"""A training step on CUDA as ``fpn-plugin train`` takes it, against stock Detectron2's."""
 
 import warnings
 

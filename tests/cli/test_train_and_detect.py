@@ -1,4 +1,4 @@
-"""The tools as a user runs them: training, resuming, evaluating, drawing, and bad input."""
+"""Training, resuming, evaluating and detecting as a user calls them, and bad input."""
 
 import errno
 import json
@@ -207,11 +207,11 @@ def demo_args(own_data: Path, trained: Path, *more: str | Path) -> list[str | Pa
     return ["--config-file", trained / "config.yaml", "--dataset", spec, *more, *weights]
 
 
-def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_path):
+def test_the_demo_draws_a_folder_and_writes_detections(own_data, trained, tmp_path, call):
     more = ["--input", own_data / "images", "--threshold", "0", "--output", tmp_path]
     args = demo_args(own_data, trained, *more)
     every = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-    status, _, err = run("demo.py", *args, *every, cwd=tmp_path)
+    status, _, err = call(detect_main, *args, *every)
     assert status == 0, err[-2000:]
     records = json.loads((tmp_path / "detections.json").read_text())
     assert len(records) == 6
@@ -334,27 +334,25 @@ def test_a_model_that_cannot_be_built_is_one_line(own_data, tmp_path, opts, mess
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_training_image_is_one_line(own_data, tmp_path, workers):
+def test_an_unreadable_training_image_is_one_line(own_data, tmp_path, workers, call):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(6):
         (images / f"{i}.png").write_text("no image")
     args = own_args(own_data, tmp_path / "out")
-    args[3] = f"own={own_data / 'own.json'}:{images}"
-    status, out, err = run("train_net.py", *args, "DATALOADER.NUM_WORKERS", workers, cwd=tmp_path)
+    args[3] = f"unreadable{workers}={own_data / 'own.json'}:{images}"
+    opts = ["DATASETS.TRAIN", f"('unreadable{workers}',)", "DATASETS.TEST", "()"]
+    opts += ["DATALOADER.NUM_WORKERS", workers]
+    status, out, err = call(train_main, *args, *opts)
     assert status == 2
     assert "cannot read image" in one_line(err)
     assert "Traceback" not in out
 
 
-def test_the_tools_themselves_end_in_one_line(tmp_path):
-    for tool, args in (
-        ("train_net.py", ["--config-file", "nowhere.yaml"]),
-        ("demo.py", ["--config-file", MINI, "--input", "nowhere.jpg"]),
-    ):
-        status, _, err = run(tool, *args, cwd=tmp_path)
-        assert status == 2
-        assert "nowhere" in one_line(err)
+def test_the_stub_itself_ends_in_one_line(tmp_path):
+    status, _, err = run("demo.py", "--config-file", MINI, "--input", "nowhere.jpg", cwd=tmp_path)
+    assert status == 2
+    assert "nowhere" in one_line(err)
 
 
 def test_an_error_in_two_processes_is_told_without_a_traceback(own_data, tmp_path):
