@@ -14,7 +14,7 @@ import numpy as np
 
 from .annotations import Known, empty_mask_problem
 from .requirements import needs_problem
-from .shapes import box_rules, keypoint_problem, mask_problem
+from .shapes import box_rules, is_polygon, keypoint_problem, mask_problem
 
 __all__ = ["may_break_a_rule"]
 
@@ -94,7 +94,7 @@ def _is_plain(given: Any) -> bool:
     """Whether a segmentation is a list of one polygon, as most are."""
     if type(given) is not list or len(given) != 1 or type(given[0]) is not list:
         return False
-    return len(given[0]) >= 6 and len(given[0]) % 2 == 0
+    return is_polygon(given[0])
 
 
 def _near(polygons: Sequence[list[Any]], farthest: np.ndarray) -> np.ndarray:

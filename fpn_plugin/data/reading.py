@@ -31,14 +31,14 @@ _FOLLOWS = frozenset(",:]} \t\r\n")  # what may stand after a value
 
 def read_json(
     json_file: str,
-    annotations: Callable[[Iterator[Any], dict[str, Any]], Any] = lambda records, _: list(records),
+    annotations: Callable[[Iterator[Any], dict[str, Any]], Any] | None = None,
 ) -> tuple[Any, list[Problem], str]:
     """What a JSON file holds, what is wrong with its encoding, and its digest.
 
     Args:
         json_file: path of the file.
         annotations: takes the records of the list "annotations", and what stands before it in the
-            file. Its result stands for the list in the content.
+            file. Its result stands for the list in the content. None keeps the records.
 
     Raises:
         UserError: the file is not there or not JSON.
@@ -58,10 +58,10 @@ def read_json(
                 for key in stream.keys():  # noqa: SIM118
                     if not stream.at_list():
                         content[key] = stream.value()
-                    elif key == "annotations":
+                    elif key == "annotations" and annotations is not None:
                         content[key] = annotations(stream.items(), content)
                     else:
-                        content[key] = list(stream.items())
+                        content[key] = list(stream.items(kept=True))
             except UserError:
                 raise
             except ValueError:  # json reads what is no object, and says where a file is not JSON
@@ -157,8 +157,13 @@ class JsonStream:
         """Whether the present key's value is a list."""
         return self._peek() == "["
 
-    def items(self) -> Iterator[Any]:
+    def items(self, *, kept: bool = False) -> Iterator[Any]:
         """The items of the list that is the present key's value.
+
+        Args:
+            kept: whether they all stay in memory. They are decoded many at once then, so that they
+                share the strings of their keys; those that are dropped one by one stay in the
+                processor's cache.
 
         Raises:
             ValueError: the text is not JSON, or the value is not a list.
@@ -168,7 +173,8 @@ class JsonStream:
         if self._next_is("]"):
             return
         while True:
-            yield from self._records()
+            if kept:
+                yield from self._records()
             yield self.value()
             comma = _COMMA.match(self._text, self._at)
             if comma and comma.end() < len(self._text):  # as a rule, and at a third of the time
@@ -178,10 +184,7 @@ class JsonStream:
         self._take("]")
 
     def _records(self) -> list[Any]:
-        """The list's objects that are in the window but the last, once for each window.
-
-        Decoded at once, they share their keys' strings: less memory and time than one by one.
-        """
+        """The list's objects that are in the window, but the last; none if they have been tried."""
         text, at = self._text, self._at
         begins = _FIRST_KEY.match(text, at)
         if text is self._tried or begins is None:

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from .problems import shortened
+from .shapes import is_polygon
 
 __all__ = ["BOXES", "Needs", "needs_problem"]
 
@@ -73,11 +74,10 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
     if needs.masks == "polygon" and needs.training and type(mask) is dict:
         message = "segmentation is an RLE, and the model trains on polygons: set INPUT.MASK_FORMAT"
         return "mask_missing", f"{message} (lazy: the mapper's instance_mask_format) to bitmask"
-    if needs.masks and not needs.training and type(mask) is list:
-        drawable = all(type(p) is list and len(p) >= 6 and len(p) % 2 == 0 for p in mask)
-        if not drawable:
-            message = f"segmentation is {shortened(mask)}, which COCO's evaluation cannot draw"
-            return "mask_missing", f"{message}; expected polygons of three points or more"
+    evaluated = needs.masks and not needs.training and type(mask) is list
+    if evaluated and not all(type(polygon) is list and is_polygon(polygon) for polygon in mask):
+        message = f"segmentation is {shortened(mask)}, which COCO's evaluation cannot draw"
+        return "mask_missing", f"{message}; expected polygons of three points or more"
     if needs.keypoints:
         given = len(keypoints) / 3 if type(keypoints) is list else 0
         if given != needs.keypoints:

@@ -33,15 +33,18 @@ def stream_of(text: str, encoding: str = "utf-8") -> JsonStream:
     content=st.dictionaries(st.text(), VALUES | st.lists(RECORDS), max_size=5),
     window=st.integers(1, 80),
     indent=st.sampled_from([None, 0, 2]),
+    kept=st.booleans(),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
-def test_a_stream_reads_what_json_reads_whatever_its_window(content, window, indent, encoding):
+def test_a_stream_reads_what_json_reads_whatever_its_window(
+    content, window, indent, kept, encoding
+):
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "_BYTES", window)
         stream = stream_of(text, encoding)
         read = {
-            key: list(stream.items()) if stream.at_list() else stream.value()
+            key: list(stream.items(kept=kept)) if stream.at_list() else stream.value()
             for key in stream.keys()  # noqa: SIM118
         }
     assert read == content
