@@ -186,7 +186,7 @@ def test_the_tool_draws_models_side_by_side(make_config, image, tmp_path):
     assert list(told) == ["(c)", "(d)"]
     assert "anchors that matched" not in told["(c)"]  # no labels
     (tmp_path / "(d)" / "model_final.pth").unlink()
-    with pytest.raises(UserError, match=r"'.*model_final.pth' is not there"):
+    with pytest.raises(UserError, match=r"'.*model_final.pth' does not exist"):
         visualize_main(["--run", *runs, *given])
 
 
