@@ -29,6 +29,7 @@ from fpn_plugin.conversion import CONFIG_KEYS
 from fpn_plugin.engine import load_config
 from fpn_plugin.mini.dataset import ensure_mini, mini_root
 from fpn_plugin.mini.scene import CATEGORIES, KINDS
+from fpn_plugin.paper import runs
 from tests.helpers.commands import NAMES, ROOT, Parsed, main_of, stubs
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -193,7 +194,7 @@ def datasets() -> Iterator[None]:
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch, datasets) -> None:
+def reader(tmp_path, monkeypatch, datasets) -> Iterator[None]:
     """A folder with what the commands name and do not make themselves."""
     monkeypatch.chdir(tmp_path)
     # Drawing takes most of the time, and has tests of its own.
@@ -219,6 +220,9 @@ def reader(tmp_path, monkeypatch, datasets) -> None:
     make_data("cells/val.json", "cells/images", 4, three)
     make_data("cells.json", "images", 2, fourteen)
     make_data("train.json", "images", 2, fourteen)
+    runs._config.cache_clear()
+    yield
+    runs._config.cache_clear()  # of this folder's configs, whose names are the packaged ones
 
 
 @pytest.fixture
