@@ -16,6 +16,7 @@ LAUNCHERS = {
         (),
     ),
 }
+ROOT = Path(__file__).parents[2]
 # Far below torch's own 30 minutes: what hangs does not pass.
 PATIENCE = 600
 
@@ -32,7 +33,8 @@ def start() -> Callable[..., tuple[int, str, str]]:
             [sys.executable, *launcher, str(Path(__file__).parent / script), *more, *args],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            # A script finds only its own folder; evidence/ is at the top of the checkout.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
             timeout=PATIENCE,
         )
         return done.returncode, done.stdout, done.stderr

@@ -14,7 +14,7 @@ from evidence.tiny import tiny_options
 _MAKE = """
 import sys
 from pathlib import Path
-from fpn_plugin.data import ensure_mini
+from fpn_plugin.mini import ensure_mini
 ensure_mini({"train": 4, "val": 2}, Path(sys.argv[1]))
 """
 _TRAIN = """
