@@ -40,7 +40,7 @@ demo: $(BUILT)
 	$(RUN) -m fpn_plugin detect --config-file $(DEMO)/config.yaml --ground-truth mini_val \
 	  --max-images 12 --threshold 0.4 --output $(DEMO)/pictures MODEL.WEIGHTS $(DEMO)/model_final.pth
 	@echo; cat $(DEMO)/results.md
-	@echo "pictures of detections beside ground truth: $(DEMO)/pictures/"
+	@echo "pictures of detections and ground truth:    $(DEMO)/pictures/"
 	@echo "losses of the training:                     $(DEMO)/loss_curve.png"
 
 test: $(BUILT)

@@ -76,9 +76,9 @@ def judge(made: CorruptDataset, mapper: ReadableImageMapper) -> str:
         _expect(before, f"refused, but the report finds nothing: {error}")
         _expect_one_line(str(error), made.json_file)
         named = [p.record for kind in before for p in report.kept[kind]]
-        told = str(error)
-        found = any(not record or record.split(" '")[0] in told for record in named)
-        _expect(found or "no file" in told, f"names none of {named[:3]}: {told}")
+        message = str(error)
+        found = any(not record or record.split(" '")[0] in message for record in named)
+        _expect(found or "no file" in message, f"names none of {named[:3]}: {message}")
         return "refused before training"
     _expect(not before, f"accepted, but the report finds {before}")
     # Training and evaluation get data with the missing parts filled in.
@@ -128,9 +128,9 @@ def _expect(condition: object, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
-def _expect_one_line(told: str, name: str) -> None:
-    _expect("\n" not in told, f"more than one line: {told}")
-    _expect(name in told, f"does not name {name}: {told}")
+def _expect_one_line(message: str, name: str) -> None:
+    _expect("\n" not in message, f"more than one line: {message}")
+    _expect(name in message, f"does not name {name}: {message}")
 
 
 def _is_named(report: Report, image: dict[str, Any]) -> bool:

@@ -228,7 +228,7 @@ class _Run:
         return any(self._output.glob(f"*.pth{PARTIAL}"))
 
     def read_last_checkpoint(self) -> str:
-        """Reads what last_checkpoint names: "read", "unreadable", or "none" where there is none.
+        """Reads what last_checkpoint names: "read", "unreadable", or "none" if there is none.
 
         Earlier ones are deleted.
         """

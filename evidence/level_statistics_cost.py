@@ -20,7 +20,7 @@ from fpn_plugin.cli.common import ToolParser, at_least
 from fpn_plugin.data import check_datasets, register_datasets
 from fpn_plugin.engine import run_tool
 from fpn_plugin.engine.level_statistics import LevelStatistics
-from fpn_plugin.engine.settings import load_config, settle_device
+from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.mini import ensure_mini_datasets
 
@@ -59,8 +59,7 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+    cfg = config_on_device(args.config_file, args.opts)
     period = cfg.MODEL.FPN.LEVEL_STATS_PERIOD or 20
     register_datasets(args.dataset)
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")

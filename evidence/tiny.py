@@ -24,8 +24,8 @@ def make_new_folder(folder: Path) -> None:
     except FileExistsError as error:
         raise UserError(f"{folder} is there already: name a new folder with --output") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        told = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot make {folder}: {told}; name another with --output") from error
+        message = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot make {folder}: {message}; name another with --output") from error
 
 
 def make_squares(folder: Path, images: int = 12) -> str:

@@ -70,7 +70,7 @@ def stock_model(device: str, image: Tensor, config: str = FASTER_R50, **opts: An
     one: frozen norms have the statistics of an image, and scores are not all alike.
 
     Args:
-        device: where it is.
+        device: that it is on.
         image: as :func:`photograph` gives it.
         config: of Detectron2's model zoo.
         opts: config keys, dots written as two underscores.

@@ -171,7 +171,7 @@ def output_file(*suffixes: str) -> Callable[[str], str]:
     """Argparse's ``type`` for a file that is written; its folder need not be there.
 
     Args:
-        suffixes: of which its name must have one; any where there are none.
+        suffixes: its name must end in one of them; without any, every name is taken.
     """
 
     def read(text: str) -> str:

@@ -11,10 +11,9 @@ from detectron2.data import MetadataCatalog
 
 from fpn_plugin.data import register_datasets
 from fpn_plugin.deploy.speed import print_steps
-from fpn_plugin.engine import load_config
 from fpn_plugin.engine.detection import detect_images
 from fpn_plugin.engine.inference import Detector, class_names
-from fpn_plugin.engine.settings import settle_device
+from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 
 from .common import ToolParser, add_shared, given_images
@@ -60,8 +59,7 @@ def detect_main(argv: Sequence[str] | None = None) -> None:
             can is reported at the end.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+    cfg = config_on_device(args.config_file, args.opts)
     register_datasets(args.dataset)
     images, truth_names = given_images(args), ()
     if args.ground_truth:  # loaded for its images, the dataset has registered its categories

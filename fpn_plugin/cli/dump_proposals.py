@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fpn_plugin.engine import load_config
 from fpn_plugin.engine.proposal_dump import dump_proposals
-from fpn_plugin.engine.settings import settle_device
+from fpn_plugin.engine.settings import config_on_device
 
 from .common import ToolParser, add_shared
 
@@ -51,6 +50,5 @@ def dump_proposals_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used, or the model gives no proposals.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2], args.num_gpus)
+    cfg = config_on_device(args.config_file, args.opts, args.num_gpus)
     dump_proposals(cfg, args)

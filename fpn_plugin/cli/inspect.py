@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from fpn_plugin.engine.build_errors import explained_build_errors
-from fpn_plugin.engine.settings import load_config, settle_device
+from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.inspection.anatomy_text import anatomy_text
@@ -66,8 +66,7 @@ def inspect_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+    cfg = config_on_device(args.config_file, args.opts)
     size = tuple(args.size) if args.size else _usual_size(cfg)
     if not all(0 < side <= _LARGEST_SIDE for side in size):
         raise UserError(

@@ -14,9 +14,8 @@ from fpn_plugin.data import read_picture, register_datasets
 from fpn_plugin.data.given_images import images_in
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.speed import compare_detectors, dtype_name, print_steps
-from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector
-from fpn_plugin.engine.settings import settle_device
+from fpn_plugin.engine.settings import config_on_device
 
 from .common import ToolParser, add_shared
 
@@ -58,8 +57,7 @@ def optimize_main(argv: Sequence[str] | None = None) -> None:
         UserError: something given cannot be used.
     """
     args = argument_parser().parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+    cfg = config_on_device(args.config_file, args.opts)
     register_datasets(args.dataset)
     given = images_in(args.input, "--input")[: args.max_images]
     original = Detector(cfg)

@@ -9,9 +9,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from fpn_plugin.data import check_datasets, class_order, follow_classes, register_datasets
-from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector, class_names, keypoint_layout
-from fpn_plugin.engine.settings import settle_device
+from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
 from fpn_plugin.visualization.pictures import LabelledModel, draw_models
@@ -90,7 +89,7 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
 def _configs(args: argparse.Namespace) -> dict[str, CfgNode]:
     """The config of each model, by its label."""
     if args.config_file:
-        cfgs = {Path(args.config_file).stem: load_config(args.config_file, args.opts)}
+        cfgs = {Path(args.config_file).stem: config_on_device(args.config_file, args.opts)}
     else:
         cfgs = {}
         for given in args.run:
@@ -107,7 +106,6 @@ def _configs(args: argparse.Namespace) -> dict[str, CfgNode]:
             if label in cfgs:
                 raise UserError("--run: two models have one name; give them LABEL=FOLDER")
             weights = ["MODEL.WEIGHTS", str(path / "model_final.pth")]
-            cfgs[label] = load_config(str(path / "config.yaml"), [*weights, *args.opts])
-    for cfg in cfgs.values():
-        settle_device(cfg, "MODEL.DEVICE" in args.opts[::2])
+            opts = [*weights, *args.opts]
+            cfgs[label] = config_on_device(str(path / "config.yaml"), opts)
     return cfgs

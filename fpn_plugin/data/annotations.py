@@ -42,7 +42,7 @@ def has_id(record: Any) -> bool:
 
 
 def first_with(records: Sequence[Any], key: str) -> dict[Id, int]:
-    """Index of the first record that has a value, by value; numbers and text alone."""
+    """Index of the first record that has a value, by value; only numbers and text."""
     found: dict[Id, int] = {}
     for index in range(len(records) - 1, -1, -1):
         record = records[index]
@@ -90,7 +90,7 @@ def empty_mask_problem(record: dict[str, Any], size: Size | None, needs: Needs) 
 
     Args:
         record: an annotation.
-        size: width and height of its image, where they are known.
+        size: width and height of its image, if they are known.
         needs: what the model asks.
 
     Returns:

@@ -253,7 +253,7 @@ def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
         cfg: the config; its META_ARCHITECTURE decides.
 
     Returns:
-        Both, or ``("", None)`` for a model without classes, as one that gives proposals alone.
+        Both, or ``("", None)`` for a model without classes, as one that gives only proposals.
     """
     return {
         "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),

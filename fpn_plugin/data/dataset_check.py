@@ -169,7 +169,7 @@ def check_dataset(
     Args:
         json_file: path of the annotation file.
         images: folder of its images.
-        look: "decode" to read all images, "headers" to look at their headers, which tell sizes and
+        look: "decode" to read all images, "headers" to look at their headers, which have sizes and
             kinds but not that a file is cut off, or "none".
         keep: problems of a kind to keep; None for all.
         needs: what the model asks of the data.

@@ -1,4 +1,4 @@
-"""What annotation tools export that no one wants trained on: recognised, and written otherwise."""
+"""What annotation tools export that nobody means to train on: recognised, and written anew."""
 
 from __future__ import annotations
 

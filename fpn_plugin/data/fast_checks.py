@@ -30,7 +30,7 @@ def may_break_a_rule(records: Sequence[Any], start: int, known: Known) -> np.nda
         known: what they refer to.
 
     Returns:
-        bool ``(len(records),)``: False where nothing is wrong.
+        bool ``(len(records),)``: False if nothing is wrong.
     """
     try:
         return _screen(records, start, known)
@@ -103,7 +103,7 @@ def _near(polygons: Sequence[list[Any]], farthest: np.ndarray) -> np.ndarray:
     Raises:
         OverflowError, TypeError: some are no numbers.
     """
-    flat = array("d")  # takes numbers alone, where numpy would read text as numbers too
+    flat = array("d")  # takes only numbers; numpy would read text as numbers too
     for polygon in polygons:
         flat.fromlist(polygon)
     lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))

@@ -39,8 +39,8 @@ def image_problem(
         image_format: INPUT.FORMAT, which it is read in.
 
     Returns:
-        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
-        it; two empty strings where there is none.
+        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and the
+        message; two empty strings if there is none.
     """
     if not os.path.isfile(path):
         return "image_missing", "is not there"

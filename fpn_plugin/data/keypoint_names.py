@@ -1,4 +1,4 @@
-"""What the categories of a COCO JSON tell of keypoints: names, pairs of sides, and a skeleton."""
+"""What the categories of a COCO JSON say of keypoints: names, pairs of sides, and a skeleton."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HOW_TO_TELL_FLIPS = (
 
 
 def mirrored_order(names: Sequence[str]) -> list[int] | None:
-    """Where each keypoint of a mirrored image comes from, as far as names tell.
+    """Where each keypoint of a mirrored image comes from, as far as names say.
 
     Names are pairs if they differ in their side: ``left_eye`` and ``right_eye``, ``LEye`` and
     ``REye``, ``ear.l`` and ``ear.r``. If there are pairs, all others are taken to lie in the
@@ -45,7 +45,7 @@ def mirrored_order(names: Sequence[str]) -> list[int] | None:
         names: of the keypoints.
 
     Returns:
-        The indices; None where there are no pairs, or a name has a side without its counterpart.
+        The indices; None if there are no pairs, or a name has a side without its counterpart.
     """
     if len(names) == 1:
         return [0]
@@ -71,7 +71,7 @@ def _other_sides(name: str) -> Iterator[str]:
 
 
 def _declared_order(names: Sequence[str], pairs: Any) -> list[int] | None:
-    """The same by a category's keypoint_flip_map; None where that is no list of pairs of names."""
+    """The same by a category's keypoint_flip_map; None if that is no list of pairs of names."""
     if type(pairs) is not list:
         return None
     order = list(range(len(names)))
@@ -86,7 +86,7 @@ def _declared_order(names: Sequence[str], pairs: Any) -> list[int] | None:
 
 
 def flip_order(category: dict[str, Any]) -> list[int] | None:
-    """What a category tells, by its keypoint_flip_map or else its names.
+    """What a category says, by its keypoint_flip_map or else its names.
 
     Args:
         category: one of :func:`named_categories`.

@@ -33,9 +33,9 @@ def describe_keypoints(name: str) -> None:
     ``keypoint_flip_map`` and ``keypoint_connection_rules``.
 
     They come from the categories of its COCO JSON: ``keypoints``, ``skeleton`` and, which is no
-    part of COCO, ``keypoint_flip_map`` of pairs of names. Without the last, names tell the pairs,
-    see :func:`mirrored_order`. What the metadata has already stays, and what is not known stays
-    out.
+    part of COCO, ``keypoint_flip_map`` of pairs of names. Without the last, the pairs follow from
+    the names, see :func:`mirrored_order`. What the metadata has already stays. What is not known
+    stays out.
 
     Args:
         name: of a registered dataset.
@@ -75,7 +75,7 @@ def swapped_keypoints(dataset_names: Sequence[str]) -> list[int] | None:
         dataset_names: of registered datasets.
 
     Returns:
-        Where each keypoint of a mirrored image comes from; None where a dataset does not tell, so
+        Where each keypoint of a mirrored image comes from; None if a dataset does not say, so
         that Detectron2 refuses to mirror its images.
 
     Raises:
@@ -102,7 +102,7 @@ def check_keypoints(
     """Refuses keypoints that a model cannot be trained on or evaluated by.
 
     Args:
-        train: names of the datasets to train on; empty for an evaluation alone.
+        train: names of the datasets to train on; empty for an evaluation only.
         test: names of those to evaluate on.
         count: keypoints of the model.
         flips: ``"horizontal"``, ``"vertical"``: how training mirrors images.

@@ -18,7 +18,7 @@ class Kind:
     Args:
         refused: whether training refuses data that has it. Otherwise it trains, as ``meaning``
             says.
-        meaning: what is wrong and, where it is not refused, what becomes of it.
+        meaning: what is wrong and, if it is not refused, what becomes of it.
         left_out: whether training leaves the annotation out.
     """
 
@@ -96,7 +96,7 @@ KINDS = {
 
 
 def shortened(value: Any) -> str:
-    """A value as it is shown in messages: one line, its middle left out where it is long."""
+    """A value as it is shown in messages: one line; the middle of a long one is left out."""
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-30:]}"
 
@@ -157,7 +157,7 @@ class Report:
     kept: dict[str, list[Problem]] = field(default_factory=dict)
 
     def add(self, problem: Problem) -> None:
-        """Counts a problem, and keeps it where there is room."""
+        """Counts a problem, and keeps it if there is room."""
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         kept = self.kept.setdefault(problem.kind, [])
         if self.keep is None or len(kept) < self.keep:

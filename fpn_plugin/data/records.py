@@ -165,7 +165,7 @@ def _is_root(category: dict[str, Any]) -> bool:
 
 
 def declared_size(record: dict[str, Any]) -> Size | None:
-    """Width and height of an image's record; None where it has none that an image could have."""
+    """Width and height of an image's record; None if it has none that an image could have."""
     width, height = record.get("width"), record.get("height")
     return (width, height) if _is_side(width) and _is_side(height) else None
 

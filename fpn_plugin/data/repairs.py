@@ -52,8 +52,7 @@ def mended(content: Any, images: str | None, *, converting: bool = False) -> Ite
     Args:
         content: of the file, as json gives it; is changed.
         images: folder of its images; None if it is not known.
-        converting: whether to turn boxes as well that are written otherwise by the look of them
-            alone.
+        converting: whether to turn boxes as well that only look as if they are written otherwise.
 
     Yields:
         What was changed, a problem for each kind of change.

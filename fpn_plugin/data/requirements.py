@@ -60,8 +60,8 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
         needs: what the model asks.
 
     Returns:
-        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and what to tell of
-        it; two empty strings where there is none.
+        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and the
+        message; two empty strings if there is none.
     """
     if needs.training and record.get("iscrowd") == 1:
         return "", ""  # not trained on

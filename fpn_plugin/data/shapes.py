@@ -35,7 +35,7 @@ ROUNDING = 1.0
 MOST_PIXELS = 2**21  # of an image's side
 _NOTHING = ("", "")
 
-# A kind of problem and what to tell of it; empty where there is none.
+# A kind of problem and its message; empty if there is none.
 Found = tuple[str, str]
 Size = tuple[int, int]
 
@@ -73,10 +73,10 @@ def box_problem(box: Any, size: Size | None) -> Found:
 
     Args:
         box: XYWH in pixels of the image.
-        size: width and height of the image, where they are known.
+        size: width and height of the image, if they are known.
 
     Returns:
-        The kind of the problem and what to tell of it; two empty strings where there is none.
+        The kind of the problem and its message; two empty strings if there is none.
     """
     message = f"bbox is {shortened(box)}"
     if type(box) is not list or len(box) != 4 or any(type(v) not in NUMBER for v in box):
@@ -103,8 +103,8 @@ def mask_problem(given: Any, size: Size | None) -> Found:
 
     Args:
         given: polygons ``[[x, y, ...], ...]`` in pixels, or a run-length encoding
-            ``{"size": [height, width], "counts": ...}``; None or [] where there is no mask.
-        size: width and height of the image, where they are known.
+            ``{"size": [height, width], "counts": ...}``; None or [] if there is no mask.
+        size: width and height of the image, if they are known.
 
     Returns:
         As :func:`box_problem`.
@@ -172,7 +172,7 @@ def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
 
 
 def _pixels_of(counts: str) -> int:
-    """How many pixels the runs of a compressed RLE cover; -1 where it is none.
+    """How many pixels the runs of a compressed RLE cover; -1 if it is none.
 
     The format is pycocotools': groups of 5 bits, the lowest first, in characters from "0" on,
     whose sixth bit says that the number goes on; from the third run on, the difference from the
@@ -193,7 +193,7 @@ def _pixels_of(counts: str) -> int:
     numbers = np.add.reduceat((groups & 31) << place, starts)
     numbers -= np.where(groups[ends] & 16, 1 << (5 * lengths), 0)
     runs = numbers.copy()
-    # The first run stands alone; of the others, every second is a sum of differences.
+    # The first run is as it is; of the others, every second is a sum of differences.
     runs[1::2] = np.cumsum(numbers[1::2])
     runs[2::2] = np.cumsum(numbers[2::2])
     return int(runs.sum()) if runs.min() >= 0 else -1
@@ -203,8 +203,8 @@ def keypoint_problem(given: Any, size: Size | None) -> Found:
     """What is wrong with keypoints.
 
     Args:
-        given: ``[x, y, visible, ...]``, in pixels; None or [] where there are none.
-        size: width and height of the image, where they are known.
+        given: ``[x, y, visible, ...]``, in pixels; None or [] if there are none.
+        size: width and height of the image, if they are known.
 
     Returns:
         As :func:`box_problem`.
@@ -222,7 +222,7 @@ def are_pixels(values: Sequence[Any], size: Size | None) -> bool:
 
     Args:
         values: at least one.
-        size: width and height of the image, where they are known.
+        size: width and height of the image, if they are known.
     """
     farthest = 2 * max(size) if size else 2 * MOST_PIXELS
     try:

@@ -1,4 +1,4 @@
-"""Training data as a function of a seed and an iteration, for runs that go on where they ended."""
+"""Training data as a function of a seed and an iteration, so that a resumed run sees the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainStream:
     """Detectron2's training loader in an order that can be entered at any batch.
 
     The same datasets, mapper, sampler, grouping by aspect ratio and worker processes; but which
-    images a batch has, and their augmentation, depend on seed and position alone: not on how many
+    images a batch has, and their augmentation, depend only on seed and position: not on how many
     workers there are, nor on what was drawn before.
 
     Args:
@@ -68,7 +68,7 @@ class TrainStream:
         yield from AspectRatioGroupedDataset(loader, self.batch_size) if self._grouped else loader
 
     def state_dict(self) -> dict[str, Any]:
-        """What the sampler drew when it was made; where the stream is, the iteration tells."""
+        """What the sampler drew when it was made; the iteration says where the stream is."""
         return {name: value for name, value in vars(self.sampler).items() if name in _DRAWN}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class _Seeded(Dataset):
 
 
 def train_stream(loader: Any) -> Any:
-    """A :class:`TrainStream` of a loader, or the loader itself where it is not Detectron2's.
+    """A :class:`TrainStream` of a loader, or the loader itself if it is not Detectron2's.
 
     Args:
         loader: the training loader; one of another make is message in the log, because a run that

@@ -23,7 +23,7 @@ __all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "PatientMatcher", "decod
 def decoded_best(
     rpn: RPN, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The best anchors of each level and image, decoded: which those are logits alone decide.
+    """The best anchors of each level and image, decoded. Only logits decide which those are.
 
     Args:
         rpn: gives how many, and the transform.
@@ -163,7 +163,7 @@ class BatchedRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """See :meth:`RPN.predict_proposals`; boxes are decoded of the best anchors alone."""
+        """See :meth:`RPN.predict_proposals`; only boxes of the best anchors are decoded."""
         if torch.jit.is_tracing():  # which would freeze numbers of proposals
             return super().predict_proposals(
                 anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes

@@ -68,7 +68,7 @@ class FusedConv2d(nn.Module):
         return self._convolved(x, "relu" if self.relu else "none")
 
     def bare(self, x: Tensor) -> Tensor:
-        """The convolution alone, by the same operator: the floor of a benchmark."""
+        """Only the convolution, by the same operator, for a benchmark."""
         return self._convolved(x, "none")
 
     def _convolved(self, x: Tensor, then: str) -> Tensor:
@@ -80,7 +80,7 @@ class FusedConv2d(nn.Module):
         """``other`` plus the convolution of ``x``, in place, then the ReLU if there is one.
 
         Args:
-            other: of the output's shape and dtype; overwritten where it is channels last.
+            other: of the output's shape and dtype; overwritten if it is channels last.
             x: the input.
         """
         other = other.contiguous(memory_format=torch.channels_last)

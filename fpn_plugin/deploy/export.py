@@ -35,7 +35,7 @@ FORMATS: dict[str, str] = {
 """Name of each format, and of its file."""
 
 Exported = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""``images, sizes`` to ``boxes, scores, classes, image_index`` and, where there are, ``masks``."""
+"""``images, sizes`` to ``boxes, scores, classes, image_index``, and ``masks`` of a mask head."""
 
 _OPSET = 18
 
@@ -88,8 +88,8 @@ def export_graph(
         graph: as :func:`exportable` gives it.
         kind: a name in ``FORMATS``.
         path: of the file.
-        time_limit: seconds it may take; kept in the main thread of a process, where alone Python
-            can be interrupted.
+        time_limit: seconds it may take; kept only in the main thread of a process, as Python
+            cannot be interrupted in others.
 
     Raises:
         UserError: the format cannot carry the model, or a package is missing or too old; says what.

@@ -91,7 +91,7 @@ def _channels_last(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _upload(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A batch for Detectron2's architectures, on the model's device; in training alone."""
+    """A batch for Detectron2's architectures, on the model's device; only in training."""
     if not model.training or not isinstance(inputs[0], list):
         return inputs
     device = next(model.parameters()).device

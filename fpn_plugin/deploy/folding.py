@@ -122,7 +122,7 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
         for conv, _, _, norm, parent, name in before_folding:
             _fold(conv, norm)
             setattr(parent, name, _what_is_left(norm))
-        # An addition reads a tensor without being a module: the values tell.
+        # An addition reads a tensor without being a module: the values show it.
         with torch.no_grad():
             same = _alike(model(example), expected)
     finally:

@@ -48,7 +48,7 @@ class FusedBlock(nn.Module):
             last.bias = nn.Parameter(both.to(dtype), requires_grad=False)
             self.shortcut.bias = None
         self.stride = block.stride
-        # The input of a stage's first block may be read by others; later ones' by the block alone.
+        # Others may read the input of a stage's first block; only the block reads a later one's.
         self._first = first
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _without_norm(module: nn.Module) -> bool:
 
 
 def as_plugin_pyramid(fpn: FPN) -> FeaturePyramidNetwork | None:
-    """The plugin's pyramid with the modules of a stock one; None where it has what ours lacks."""
+    """The plugin's pyramid with the modules of a stock one; None if it has what ours lacks."""
     if fpn.padding_constraints.get("square_size"):
         return None
     neck = FeaturePyramidNetwork(
@@ -178,9 +178,9 @@ def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 class SelectingRPN(RPN):
-    """An RPN that decodes the candidates it selects, where RPN selects among all it decoded.
+    """An RPN that decodes only the candidates that it selects; RPN decodes all and then selects.
 
-    Which those are depends on their logits alone, so proposals are the same.
+    Which those are depends only on their logits, so proposals are the same.
     """
 
     def predict_proposals(

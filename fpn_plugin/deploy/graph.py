@@ -2,7 +2,7 @@
 
 Detectron2's architectures keep detections in objects, one per image, and decide in Python what no
 exporter sees. Here the same modules (backbone, heads, anchors, box transforms) are called on
-tensors that hold all images' regions together, with the index of their image beside them: numbers
+tensors that hold all images' regions together, with the index of their image next to them: numbers
 of images, pixels, proposals and detections may all vary from call to call, down to none.
 """
 

@@ -369,7 +369,7 @@ def tf32_set(allowed: bool | None) -> Iterator[None]:
 
 
 class _Graphed(nn.Module):
-    """A model whose forward pass is a graph's where there is one, and its own where not."""
+    """A model whose forward pass is a graph's if there is one, and otherwise its own."""
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See the base class."""

@@ -180,7 +180,7 @@ class _Work:
         self.steps: list[Step] = []
 
     def note(self, name: str, detail: str, taken: bool = True) -> None:
-        """Notes a step; the log tells users of those that are skipped."""
+        """Notes a step; the log warns of those that are skipped."""
         self.steps.append(Step(name, taken, detail))
         logger.log(logging.INFO if taken else logging.WARNING, "%s", self.steps[-1])
 
@@ -373,7 +373,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _compile(model: nn.Module, note: _Note) -> None:
-    """Compiles the backbone, in place, for every size: raises where that cannot be done."""
+    """Compiles the backbone, in place, for every size; raises if that cannot be done."""
     started = time.perf_counter()
     _set_layout(model, lambda *_: None)
     backbone = model.backbone

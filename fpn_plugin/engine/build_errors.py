@@ -65,7 +65,7 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
                     f"MODEL.ROI_HEADS.NAME Res5ROIHeads pools from one map, and "
                     f"MODEL.ROI_HEADS.IN_FEATURES names {levels}; over a pyramid it is FPNROIHeads"
                 )
-        # An assertion without words says what it wants in its code.
+        # An assertion without a message says in its code what it expects.
         message = (
             message or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
         )
@@ -73,7 +73,7 @@ def explained_build_errors(cfg: CfgNode) -> Iterator[None]:
 
 
 def _missing(cfg: CfgNode, missing: object) -> str | None:
-    """Which key has the value that something was looked up by in vain; None where none is known."""
+    """The key whose value was looked up in vain; None if it is not known."""
     unregistered = re.search(r"'(.+)' found in '(.+)' registry", str(missing))
     if unregistered:  # "No object named 'X' found in 'ROI_HEADS' registry!"
         name, registry = unregistered.groups()

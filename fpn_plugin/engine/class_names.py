@@ -24,7 +24,7 @@ def match_datasets(
 ) -> None:
     """Has all datasets of a run number their categories as its model does.
 
-    The order is that of the weights, if they tell it and the classes are those trained on; or else
+    The order is that of the weights, if they have one and the classes are those trained on; or else
     that of the first dataset to train on.
 
     Args:

@@ -35,7 +35,7 @@ def create_cpu_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
     their gradients, and all sum them in the order of ranks.
 
     Args:
-        model: returned as it is where there is one process.
+        model: returned as it is if there is one process.
         kwargs: of Detectron2's ``create_ddp_model``: those of
             :class:`torch.nn.parallel.DistributedDataParallel`, and ``fp16_compression``, which
             has a way of its own to send gradients and is left as it is.

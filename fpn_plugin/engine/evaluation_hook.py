@@ -31,7 +31,7 @@ class JointEvalHook(EvalHook):
 
     All evaluate the model that a checkpoint would hold, see :func:`share_buffers`. After an
     iteration that failed nothing is evaluated: Detectron2's hook does so in the last iteration,
-    in one process alone where one alone failed, and each process then waits for the others.
+    even in a single process that failed, and each process then waits for the others.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -203,7 +203,7 @@ def _says_more_than_no_version(record: logging.LogRecord) -> bool:
 
 
 def quiet_third_parties() -> None:
-    """Keeps what other libraries tell their own developers out of what a user sees."""
+    """Hides from users what other libraries log for their own developers."""
     for category, module, message in (
         (FutureWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
         (DeprecationWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),

@@ -41,7 +41,7 @@ class ResumeState(HookBase):
 
     Args:
         seed: the config's; below 0, one is drawn, the same in all processes.
-        loader: the trainer's; its place is set where it is a :class:`TrainStream`.
+        loader: the trainer's; its place is set if it is a :class:`TrainStream`.
         output_dir: rows that its metrics.json has of iterations to come are dropped.
         cfg: the run's config, yacs or lazy.
         optimizer: as the config has it, nothing loaded yet.
@@ -87,7 +87,7 @@ class ResumeState(HookBase):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it, a checkpoint is loaded; where it does not fit, the message says which keys
+        """Within it, a checkpoint is loaded; if it does not fit, the message says which keys
         of the config are others than the checkpoint's.
         """
         try:
@@ -173,7 +173,7 @@ class ResumeState(HookBase):
             )
 
     def _sizes(self) -> dict[str, int]:
-        """Processes, and images a batch of all of them where that is known."""
+        """Processes, and images a batch of all of them if that is known."""
         processes = comm.get_world_size()
         if self._stream is None:
             return {"processes": processes}

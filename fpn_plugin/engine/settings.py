@@ -25,9 +25,9 @@ __all__ = [
     "check_mixed_precision",
     "check_number",
     "check_seed",
+    "config_on_device",
     "find_config_file",
     "load_config",
-    "settle_device",
     "settled_device",
 ]
 
@@ -116,23 +116,26 @@ def check_number(key: str, value: Any, least: int, most: int = sys.maxsize) -> N
         raise UserError(f"{key} is {value}, expected a number{at_least}{at_most}")
 
 
-def settle_device(cfg: CfgNode, named: bool, num_gpus: int = 1) -> None:
-    """Puts the model on the CPU where there is no GPU and the user did not ask for one.
+def config_on_device(name: str, opts: Sequence[str], num_gpus: int = 1) -> CfgNode:
+    """A config by :func:`load_config`, on the CPU if there is no GPU and none was asked for.
 
     Args:
-        cfg: MODEL.DEVICE is changed in place.
-        named: whether MODEL.DEVICE stood on the command line. A config file does not count: the
-            one that a run leaves behind holds every key.
+        name: see :func:`load_config`.
+        opts: likewise. MODEL.DEVICE asks for a device only here: the config file that a run leaves
+            behind holds every key.
         num_gpus: processes asked for on this machine.
 
     Raises:
-        UserError: GPUs were asked for and are not there.
+        UserError: see :func:`load_config`; or GPUs were asked for and are not there.
     """
+    cfg = load_config(name, opts)
+    named = "MODEL.DEVICE" in opts[::2]
     cfg.MODEL.DEVICE = settled_device(cfg.MODEL.DEVICE, named, num_gpus, "MODEL.DEVICE")
+    return cfg
 
 
 def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
-    """The device, or "cpu" where it is a GPU that is not there and the user did not ask for one.
+    """The device, or "cpu" if it is a GPU that is not there and the user did not ask for one.
 
     Args:
         device: as the config has it.

@@ -56,7 +56,7 @@ class GroundTruth:
         shapes: int64 ``(M, 2)``, height and width of every image, those without boxes too.
         left_out: how many boxes were left out, by the names of :data:`LEFT_OUT`.
         clipped: how many of ``boxes`` reached beyond their image.
-        categories: how many each dataset has; None where they differ or do not say.
+        categories: how many each dataset has; None if they differ or do not say.
     """
 
     boxes: np.ndarray

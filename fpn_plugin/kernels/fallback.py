@@ -1,4 +1,4 @@
-"""Triton where it runs, and the plain way, with one line of why, where it does not."""
+"""Triton if it runs; otherwise plain torch, with one line that says why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _failed: set[str] = set()
 
 
 def triton_runs(tensor: Tensor) -> bool:
-    """Whether kernels run where a tensor is: on a GPU where none has failed yet."""
+    """Whether kernels run on a tensor's device: a GPU on which none has failed yet."""
     return tensor.is_cuda and str(tensor.device) not in _failed
 
 

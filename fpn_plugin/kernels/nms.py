@@ -29,7 +29,7 @@ def nms_mask(
         boxes: float32 ``(B, K, 4)`` XYXY, each list in order of falling score.
         valid: bool ``(B, K)``: which boxes there are; others are not kept and suppress none.
         threshold: largest intersection over union that two kept boxes may have.
-        groups: int ``(B, K)``: boxes of one group alone suppress each other; None for one group.
+        groups: int ``(B, K)``: only boxes of one group suppress each other; None for one group.
 
     Returns:
         Bool ``(B, K)``, the boxes kept; and bool ``(B,)``, whether that is exact. It always is

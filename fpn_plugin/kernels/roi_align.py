@@ -50,7 +50,7 @@ def pyramid_roi_align(
 
     Returns:
         ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last where the maps are. A
-        box with a coordinate that is not finite gives NaN. Gradients go to the maps alone.
+        box with a coordinate that is not finite gives NaN. Only the maps get gradients.
     """
     arguments = (scales, output_size, sampling_ratio, aligned)
 

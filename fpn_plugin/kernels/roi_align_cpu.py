@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 __all__ = ["pyramid_roi_align"]
 
-# Terms held at a time, at most, unless one box alone has more: 12 bytes each.
+# Terms held at a time, at most, unless a single box has more: 12 bytes each.
 _MOST_TERMS = 1 << 21
-# Values of a table or of sums at a time, at most, unless 16 channels or one box alone have more.
+# Values of a table or of sums at a time, at most, unless 16 channels or a single box have more.
 _MOST_VALUES = 1 << 22
 
 
@@ -47,7 +47,7 @@ def pyramid_roi_align(
 
     Returns:
         ``(M, C, *output_size)``, torchvision's values but for the order of summation. Gradients
-        go to the features alone, as there.
+        go only to the features, as there.
     """
     sampling = _Sampling(tuple(output_size), tuple(scales), sampling_ratio, aligned)
     return _PyramidRoIAlign.apply(rois, levels, sampling, *features)

@@ -105,7 +105,7 @@ def _target(node: DictConfig, path: str) -> Callable[..., Any]:
 
 
 def _arguments(target: Callable[..., Any]) -> set[str] | None:
-    """Names of what can be given to a class or function; None where it takes any."""
+    """Names of what can be given to a class or function; None if it takes any."""
     # What a class passes on with **kwargs, the next of its bases takes.
     makers = [target]
     if inspect.isclass(target):

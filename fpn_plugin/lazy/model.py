@@ -523,7 +523,7 @@ def _pooler(cfg: CfgNode, head: CfgNode, target: type) -> DictConfig:
 
 
 def _pooled(cfg: CfgNode, pooler: str, depth: int = 0) -> DictConfig:
-    """What a head is given, where it stands ``depth`` nodes below the RoI heads' own."""
+    """What a head is given if it stands ``depth`` nodes below the RoI heads' own."""
     size = f"${{{'.' * (3 + depth)}{pooler}.output_size}}"
     channels = _channels(cfg, cfg.MODEL.ROI_HEADS.IN_FEATURES[0], 4 + depth)
     return L(ShapeSpec)(channels=channels, height=size, width=size)

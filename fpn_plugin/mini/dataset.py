@@ -90,7 +90,7 @@ def ensure_mini_datasets(names: Iterable[str]) -> None:
 def ensure_mini(
     splits: dict[str, int] | None = None, root: Path | None = None, kind: str = ""
 ) -> Path:
-    """Makes the dataset where it is not there yet; about half a minute, with a progress bar.
+    """Makes the dataset if it is not there yet; about half a minute, with a progress bar.
 
     Safe to call from several processes at once: one makes it, the others wait for it. It is made
     in a folder aside that gets its name when it is complete, so an interrupted run leaves nothing

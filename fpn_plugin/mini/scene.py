@@ -1,11 +1,11 @@
 """One image of the mini dataset: photograph, panels, discs and digits, drawn from a seed.
 
-Two groups of categories ask for two different things of a pyramid. A *digit* is told by its own
-pixels and may have any size from 10 to 150 px. A *disc* is 12-22 px wide and looks the same in
-each of its four categories: only the outline of the panel it lies in, 120-220 px wide, tells
+Two groups of categories ask for two different things of a pyramid. A *digit* is recognised by its
+own pixels and may have any size from 10 to 150 px. A *disc* is 12-22 px wide and looks the same in
+each of its four categories: only the outline of the panel it lies in, 120-220 px wide, shows
 them apart. Its class can be read at the finest level only if coarser levels were added to it.
 
-Sibling kinds have digits alone, of other sizes or shapes, to ask what a pyramid must be for them.
+Sibling kinds have only digits, of other sizes or shapes, to ask what a pyramid must be for them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SceneKind:
 
     @property
     def categories(self) -> list[dict[str, object]]:
-        """The COCO categories that occur: without panels, digits alone."""
+        """The COCO categories that occur: without panels, only digits."""
         return [c for c in CATEGORIES if self.panels or c["supercategory"] == "digit"]
 
 

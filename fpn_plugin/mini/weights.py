@@ -1,7 +1,7 @@
 """Weights that the mini rows of Tables 2 to 5 start from: ``mini://R-18.pth``.
 
-The paper's detectors start from networks that tell ImageNet's classes apart (section 5). These
-stand in for them where nothing can be downloaded: ResNets that tell the digits of ``mini_train``
+The paper's detectors start from networks that classify ImageNet (section 5). These
+stand in for them if nothing can be downloaded: ResNets that classify the digits of ``mini_train``
 apart, each in a window of its own, trained on first use in a few minutes.
 """
 
@@ -38,7 +38,7 @@ __all__ = ["MINI_WEIGHTS", "Schedule", "ensure_mini_weights", "register_mini_wei
 MINI_WEIGHTS = "mini://"
 _DEPTHS = {"R-18.pth": 18, "R-34.pth": 34}
 _WINDOW_PX = 64
-_CLASSES = 10  # digits; a disc is told by what lies outside a window
+_CLASSES = 10  # digits; a disc is recognised by what lies outside a window
 _MARGIN = (1.1, 2.5)  # least and largest side of a window over the digit's longer side
 _WINDOWS_EACH = 2
 _KEPT_EVERY = 50  # iterations
@@ -58,7 +58,7 @@ def register_mini_weights() -> None:
 
 
 class _MiniWeights(PathHandler):
-    """Reads ``mini://R-18.pth``, and makes the file where it is not there yet."""
+    """Reads ``mini://R-18.pth``, and makes the file if it is not there yet."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [MINI_WEIGHTS]
@@ -75,14 +75,14 @@ def _fingerprint() -> str:
 
 
 def ensure_mini_weights(name: str, *, root: Path | None = None) -> Path:
-    """The file of weights, which is made where it is not there yet, with a progress bar.
+    """The file of weights, which is made if it is not there yet, with a progress bar.
 
     Safe to call from several processes at once: one makes it, the others wait for it. Interrupted,
     it goes on from where it was.
 
     Args:
         name: ``R-18.pth`` or ``R-34.pth``.
-        root: of the mini dataset whose digits are learnt, which is made where it is missing;
+        root: of the mini dataset whose digits are learnt, which is made if it is missing;
             :func:`mini_root` by default.
 
     Returns:
@@ -169,7 +169,7 @@ def _make(path: Path, depth: int, root: Path) -> None:
             if iteration > done and iteration % _KEPT_EVERY == 0:
                 state = {key: part.state_dict() for key, part in parts.items()}
                 _write({**state, "done": iteration}, partial)
-            # By seed and iteration alone, so that an interrupted training is the whole one.
+            # Only by seed and iteration, so that an interrupted training is the whole one.
             generator = torch.Generator().manual_seed(iteration)
             batch = torch.randint(len(windows), (Schedule.batch,), generator=generator)
             loss = sum(F.cross_entropy(logits, labels[batch]) for logits in model(windows[batch]))

@@ -142,7 +142,7 @@ def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
 
 
 def image_channels(model: nn.Module) -> int:
-    """How many channels a model's network takes: as many as its pixel_mean has values, 3 where it
+    """How many channels a model's network takes: as many as its pixel_mean has values, 3 if it
     has none.
     """
     return len(getattr(model, "pixel_mean", range(3)))

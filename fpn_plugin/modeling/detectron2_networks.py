@@ -1,4 +1,4 @@
-"""Detectron2's RegNet, Swin and MViT, which it has as classes alone, by name in its registry."""
+"""Detectron2's RegNet, Swin and MViT, which it has only as classes, by name in its registry."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def spelt_out(module: Module) -> Module:
     called by it, not unrolled.
 
     Args:
-        module: of a forward from a tensor to a dict of them, which decides by what the module
-            was built of alone, not by values or sizes.
+        module: of a forward from a tensor to a dict of them, which decides only by what the
+            module was built of, not by values or sizes.
     """
     graph = _PartsAsTheyAre().trace(module)
     for node in graph.nodes:

@@ -1,1 +1,1 @@
-"""The paper's tables: rows, published figures, and the report that sets runs beside them."""
+"""The paper's tables: rows, published figures, and the report that puts runs next to them."""

@@ -13,9 +13,9 @@ from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine.run_config import RunConfig
 from fpn_plugin.engine.settings import (
     check_seed,
+    config_on_device,
     find_config_file,
     load_config,
-    settle_device,
 )
 
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -159,26 +159,22 @@ def test_a_seed_is_one_that_every_generator_takes():
 
 def test_the_cpu_is_taken_where_no_gpu_is_and_none_was_named(capsys):
     assert not torch.cuda.is_available()
-    cfg = load_config(MINI)
-    settle_device(cfg, named=False)
-    assert cfg.MODEL.DEVICE == "cpu"
+    assert config_on_device(MINI, []).MODEL.DEVICE == "cpu"
     assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_a_gpu_that_was_named_is_not_replaced():
     with pytest.raises(UserError, match="MODEL.DEVICE cuda asks for more GPUs than the 0"):
-        settle_device(load_config(MINI), named=True)
+        config_on_device(MINI, ["MODEL.DEVICE", "cuda"])
     with pytest.raises(UserError, match="--num-gpus 8"):
-        settle_device(load_config(MINI), named=False, num_gpus=8)
+        config_on_device(MINI, [], num_gpus=8)
 
 
 def test_the_config_that_a_run_leaves_behind_names_no_device(tmp_path):
     cfg = load_config(MINI)
     assert cfg.MODEL.DEVICE == "cuda"
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    cfg = load_config(str(tmp_path / "config.yaml"))
-    settle_device(cfg, named=False)
-    assert cfg.MODEL.DEVICE == "cpu"
+    assert config_on_device(str(tmp_path / "config.yaml"), []).MODEL.DEVICE == "cpu"
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
@@ -189,9 +185,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 
 def test_the_cpu_that_was_named_stays_quiet(capsys):
-    cfg = load_config(MINI, ["MODEL.DEVICE", "cpu"])
-    settle_device(cfg, named=True, num_gpus=2)
-    assert cfg.MODEL.DEVICE == "cpu"
+    assert config_on_device(MINI, ["MODEL.DEVICE", "cpu"], 2).MODEL.DEVICE == "cpu"
     assert capsys.readouterr().out == ""
 
 
