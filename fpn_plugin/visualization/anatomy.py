@@ -105,17 +105,17 @@ def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
     parts = anatomy.parts
     counts = [part.parameters for part in parts], [part.multiply_adds for part in parts]
     for offset, values, color, unit, prefix, divisor in (
-        (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", " M", 1e6),
-        (0.2, counts[1], CATEGORY_COLORS[1], "multiply-adds", " G", 1e9),
+        (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", "M", 1e6),
+        (0.2, counts[1], CATEGORY_COLORS[1], "multiply-adds", "G", 1e9),
     ):
         whole = max(sum(values), 1)
         rows = [row + offset for row in range(len(parts))]
         axes.barh(
             rows, [100 * v / whole for v in values], height=0.36, color=color,
-            label=f"{_short(whole / divisor)}{prefix}{'' if prefix == ' G' else ' '}{unit}",
+            label=f"{_short(whole / divisor)} {prefix} {unit}",
         )  # fmt: skip
         for row, value in zip(rows, values, strict=True):
-            text = f" {_short(value / divisor)}{prefix}"
+            text = f" {_short(value / divisor)} {prefix}"
             axes.text(100 * value / whole, row, text, va="center", fontsize=11, color=INK)
     axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=12)
     axes.invert_yaxis()
