@@ -169,8 +169,8 @@ def _text(
         _octaves_table(fit),
         "## Other input sizes",
         "The config as it is, with all lengths of INPUT.MIN_SIZE and MAX_SIZE multiplied, and with "
-        "only MAX_SIZE multiplied. The cost of a network's convolutions goes with the pixels. P2 and so "
-        f"on: objects {where}."
+        "only MAX_SIZE multiplied. The cost of a network's convolutions goes with the pixels. P2 "
+        f"and so on: objects {where}."
         if fit.rule.resizes
         else "INPUT.MIN_SIZE_TRAIN is 0, so images stay as they are and none is measured.",
         _input_sizes_table(fit),
