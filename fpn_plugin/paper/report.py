@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,10 +59,7 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
         metrics: the paper's column to the key in an outcome's metrics.
     """
     every = list(outcomes.values())
-
-    def spread(values: Sequence[float]) -> float:
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
+    spread = statistics.stdev if len(every) > 1 else lambda _: 0.0
     columns = {name: [o.metrics[key] for o in every] for name, key in metrics.items()}
     groups = {name: [o.groups[name] for o in every] for name in every[0].groups}
     return Summary(
@@ -85,7 +83,7 @@ def read_runs(report: Path, folders: Iterable[RunFolder]) -> dict[RunFolder, Out
         folders: the runs to look for.
 
     Raises:
-        UserError: it is no report, or one of its runs was made by another config or other code.
+        UserError: the file is not a report, or another config or other code made one of the runs.
     """
     try:
         recorded = json.loads(report.read_text())["runs"]
@@ -97,14 +95,12 @@ def read_runs(report: Path, folders: Iterable[RunFolder]) -> dict[RunFolder, Out
         entry = known.get((folder.run.name, folder.seed, folder.scale))
         if entry is None:
             continue
-        outcome = Outcome(**entry["outcome"])
-        differs = folder.differs(outcome.made_by)
-        if differs:
+        found[folder] = Outcome(**entry["outcome"])
+        if differs := folder.differs(found[folder].made_by):
             raise UserError(
                 f"{report}: {folder.run.name} seed {folder.seed} was made by {differs}; runs are "
                 "never mixed"
             )
-        found[folder] = outcome
     return found
 
 
@@ -122,9 +118,8 @@ def write_report(
         The path of report.md.
     """
     facts = _facts(folder.name)
-    parts = [f"# The paper's tables at {folder.name} scale", _MINI, _how_made(facts)]
-    if folder.name != "mini":
-        parts[1] = _PAPER
+    parts = [f"# The paper's tables at {folder.name} scale"]
+    parts += [_MINI if folder.name == "mini" else _PAPER, _how_made(facts)]
     by_run: dict[str, dict[int, Outcome]] = {}
     for run, outcome in outcomes.items():
         by_run.setdefault(run.run.name, {})[run.seed] = outcome
@@ -148,12 +143,7 @@ def write_report(
             for row in rows
         }
     content["runs"] = [
-        {
-            "run": run.run.name,
-            "seed": run.seed,
-            "scale": run.scale,
-            "outcome": asdict(outcome),
-        }
+        {"run": run.run.name, "seed": run.seed, "scale": run.scale, "outcome": asdict(outcome)}
         for run, outcome in outcomes.items()
     ]
     (folder / "report.json").write_text(json.dumps(content, indent=1))
@@ -164,6 +154,7 @@ def write_report(
 
 def _facts(scale: str) -> dict[str, str]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else f"{os.cpu_count()} CPU cores"
     return {
         "scale": scale,
         "date": datetime.date.today().isoformat(),
@@ -172,20 +163,16 @@ def _facts(scale: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "device": f"{gpus} x {torch.cuda.get_device_name(0)}"
-        if gpus
-        else f"{os.cpu_count()} CPU cores",
+        "device": device,
     }
 
 
 def _commit() -> str:
     """The checkout's commit, with "+" if the code that trains has changed since; else ""."""
-    root = Path(fpn_plugin.__file__).parent
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(Path(fpn_plugin.__file__).parent)]
+    head_of = [*git, "rev-parse", "--short=12", "HEAD"]
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
+        head = subprocess.run(head_of, capture_output=True, text=True, check=True)
         read = [*map(str, code_files()), "../configs"]
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *read])
     except (OSError, subprocess.CalledProcessError):
@@ -204,43 +191,29 @@ def _how_made(facts: dict[str, str]) -> str:
 
 
 def _section(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -> list[str]:
-    parts = [f"## Table {table.number}. {table.title}"]
-    if table.note:
-        parts.append(table.note)
+    parts = [f"## Table {table.number}. {table.title}", *filter(None, [table.note])]
     body = []
     for row in rows:
         here = summaries.get(row.key)
         cells = [row.title, ",".join(map(str, here.seeds)) if here else "-"]
         for name in table.metrics:
             cells += [_cell(name, row, summaries), _published_cell(name, row, table)]
-        cells += [
-            f"{here.seconds_per_iteration:.2f}" if here else "-",
-            f"{here.seconds_per_image:.3f}" if here else "-",
-        ]
-        body.append(cells)
-    headers = ["row", "seeds"]
-    for name in table.metrics:
-        headers += [name, f"{name} paper"]
-    headers += ["s/iteration", "s/image"]
-    parts.append(_markdown(body, headers))
+        cells += [f"{here.seconds_per_iteration:.2f}" if here else "-"]
+        body.append([*cells, f"{here.seconds_per_image:.3f}" if here else "-"])
+    columns = [column for name in table.metrics for column in (name, f"{name} paper")]
+    parts.append(_markdown(body, ["row", "seeds", *columns, "s/iteration", "s/image"]))
+    shown = [row for row in rows if row.key in summaries]
     groups = next((list(s.groups) for s in summaries.values() if s.groups), [])
     if groups:
         what = "AR1k" if table.task == "box_proposals" else "AP"
-        body = [
-            [row.title, *(_cell(group, row, summaries, groups=True) for group in groups)]
-            for row in rows
-            if row.key in summaries
-        ]
-        parts.append(f"{what} of each group of categories:")
-        parts.append(_markdown(body, ["row", *groups]))
-    logged = [row for row in rows if row.key in summaries and summaries[row.key].losses]
-    if logged:
-        parts.append("Total loss, mean over each eighth of the training:")
-        body = [[row.title, *(f"{x:.3f}" for x in summaries[row.key].losses)] for row in logged]
+        body = [[row.title, *(_cell(g, row, summaries, "groups") for g in groups)] for row in shown]
+        parts += [f"{what} of each group of categories:", _markdown(body, ["row", *groups])]
+    losses = {row.title: summaries[row.key].losses for row in shown}
+    body = [[title, *(f"{x:.3f}" for x in of_row)] for title, of_row in losses.items() if of_row]
+    if body:
         headers = ["row", *(f"{part}/{PARTS}" for part in range(1, PARTS + 1))]
-        parts.append(_markdown(body, headers))
-    words = _in_words(table, rows, summaries)
-    return [*parts, words] if words else parts
+        parts += ["Total loss, mean over each eighth of the training:", _markdown(body, headers)]
+    return [*parts, *_in_words(table, shown, summaries)]
 
 
 def _markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
@@ -258,58 +231,50 @@ def _difference(row: Row, value: float, reference: float | None) -> str:
     return f" ({value - reference:+.1f})"
 
 
-def _cell(name: str, row: Row, summaries: dict[str, Summary], groups: bool = False) -> str:
-    """Mean, spread and difference of a metric, or of a group of categories."""
+def _cell(name: str, row: Row, summaries: dict[str, Summary], of: str = "mean") -> str:
+    """Mean, spread and difference of a metric or, ``of`` "groups", of a group of categories."""
     here, reference = summaries.get(row.key), summaries.get(row.against or "")
     if here is None:
         return "-"
-    mean, spread = ("groups", "groups_spread") if groups else ("mean", "spread")
-    value = getattr(here, mean)[name]
-    text = mean_with_spread(value, getattr(here, spread)[name], len(here.seeds))
-    return text + _difference(row, value, reference and getattr(reference, mean)[name])
+    value = getattr(here, of)[name]
+    spread = (here.spread if of == "mean" else here.groups_spread)[name]
+    text = mean_with_spread(value, spread, len(here.seeds))
+    return text + _difference(row, value, reference and getattr(reference, of)[name])
 
 
 def _published_cell(name: str, row: Row, table: Table) -> str:
     if name not in row.published:
         return "-"
-    by_key = {other.key: other for other in table.rows}
-    reference = by_key[row.against].published.get(name) if row.against else None
-    return f"{row.published[name]:.1f}" + _difference(row, row.published[name], reference)
+    published = {other.key: other.published.get(name) for other in table.rows}
+    value = row.published[name]
+    return f"{value:.1f}" + _difference(row, value, published.get(row.against))
 
 
-def _in_words(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -> str:
+def _in_words(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -> Iterator[str]:
     """Whether pairs of rows have the paper's order by the main metric."""
-    both = [r for r in rows if r.key in summaries and table.main in r.published]
-    if len(both) < 2:
-        return ""
-    here = {row.key: summaries[row.key].mean[table.main] for row in both}
-    spread = {row.key: summaries[row.key].spread[table.main] for row in both}
-    paper = {row.key: row.published[table.main] for row in both}
-    agree, other = [], []
-    for a, b in itertools.combinations(both, 2):
-        same = (here[a.key] - here[b.key]) * (paper[a.key] - paper[b.key]) > 0
-        first, second = sorted((a, b), key=lambda row: -paper[row.key])
-        gap = here[second.key] - here[first.key]
-        noise = (spread[a.key] ** 2 + spread[b.key] ** 2) ** 0.5
+    paper = {row.key: row.published[table.main] for row in rows if table.main in row.published}
+    if len(paper) < 2:
+        return
+    here = {key: summaries[key].mean[table.main] for key in paper}
+    others = []
+    pairs = list(itertools.combinations(sorted(paper, key=paper.__getitem__, reverse=True), 2))
+    for first, second in pairs:
+        gap = here[second] - here[first]
+        if gap < 0 and paper[first] > paper[second]:
+            continue
+        noise = math.hypot(*(summaries[key].spread[table.main] for key in (first, second)))
         within = f", less than the seeds' spread of {noise:.1f}" if abs(gap) < noise else ""
-        if same:
-            agree.append(f"{first.key} over {second.key}")
-        else:
-            other.append(
-                f"{first.key} over {second.key} in the paper, here {gap:+.1f} the other way{within}"
-            )
+        others.append(f"{first} over {second} in the paper, here {gap:+.1f} the other way{within}")
 
     def order(figures: dict[str, float]) -> str:
         ranked = sorted(figures.items(), key=lambda item: -item[1])
         return " > ".join(f"{key} {value:.1f}" for key, value in ranked)
 
-    lines = [
-        f"By {table.main}, here: {order(here)}. Paper: {order(paper)}.",
-        f"{len(agree)} of {len(agree) + len(other)} pairs of rows have the paper's order.",
-    ]
-    if other:
-        lines.append(f"The others: {'; '.join(other)}.")
-    return " ".join(lines)
+    yield (
+        f"By {table.main}, here: {order(here)}. Paper: {order(paper)}. {len(pairs) - len(others)} "
+        f"of {len(pairs)} pairs of rows have the paper's order."
+        + (f" The others: {'; '.join(others)}." if others else "")
+    )
 
 
 def _chart(
@@ -317,39 +282,24 @@ def _chart(
 ) -> None:
     """Draws every metric of every row, this run's next to the paper's, each on its own axis."""
     shown = [row for row in rows if row.key in summaries or row.published]
-    places = range(len(shown))
-    figure = Figure(
-        figsize=(2.2 + 2.3 * len(table.metrics), 1.6 + 0.5 * len(shown)),
-        dpi=130,
-        layout="constrained",
-    )
+    size = (2.2 + 2.3 * len(table.metrics), 1.6 + 0.5 * len(shown))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     all_axes = figure.subplots(1, len(table.metrics), sharey=True, squeeze=False)[0]
     for axes, name in zip(all_axes, table.metrics, strict=True):
         here = [(i, summaries[r.key]) for i, r in enumerate(shown) if r.key in summaries]
         axes.errorbar(
-            [s.mean[name] for _, s in here],
-            [i - 0.13 for i, _ in here],
-            xerr=[s.spread[name] for _, s in here],
-            fmt="o",
-            color=_OURS,
-            capsize=3,
+            [s.mean[name] for _, s in here], [i - 0.13 for i, _ in here],
+            xerr=[s.spread[name] for _, s in here], fmt="o", color=_OURS, capsize=3,
             label=f"this run, {scale}",
-        )
-        paper = [(i, r.published[name]) for i, r in enumerate(shown) if name in r.published]
-        axes.plot(
-            [value for _, value in paper],
-            [i + 0.13 for i, _ in paper],
-            "D",
-            color=_THEIRS,
-            mfc="none",
-            label="paper, COCO",
-        )
+        )  # fmt: skip
+        paper = [(r.published[name], i + 0.13) for i, r in enumerate(shown) if name in r.published]
+        values, places = [value for value, _ in paper], [place for _, place in paper]
+        axes.plot(values, places, "D", color=_THEIRS, mfc="none", label="paper, COCO")
         axes.set_title(name, fontsize=11)
         axes.grid(axis="x", alpha=0.3)
         axes.margins(x=0.12)
-    all_axes[0].set_yticks(list(places), [row.title for row in shown])
+    all_axes[0].set_yticks(range(len(shown)), [row.title for row in shown])
     all_axes[0].invert_yaxis()
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(f"Table {table.number}. {table.title}", fontsize=12)
     figure.savefig(path)

@@ -64,11 +64,11 @@ def reproduce(
     _check_data(folders)
     run_tasks(tasks, at_once)
     found: dict[RunFolder, Outcome] = {}
+    looked_for = sorted({*seeds, *_SEEDS_LOOKED_FOR})
     for number, of_table in tables.items():
         for name in dict.fromkeys(row.run for row in of_table if row.run):
             of_run = [
-                RunFolder(RUNS[name], scale, seed, output, tuple(opts))
-                for seed in sorted({*seeds, *_SEEDS_LOOKED_FOR})
+                RunFolder(RUNS[name], scale, seed, output, tuple(opts)) for seed in looked_for
             ]
             found |= _outcomes(of_run, reports, TABLES[number].task)
     report = write_report(tables, found, output / scale)
@@ -96,14 +96,13 @@ def _outcomes(
     for report in reports:
         found |= read_runs(report, folders)
     for folder in folders:
-        if not folder.finished:
-            continue
-        try:
-            folder.check()
-        except UserError as error:  # those asked for were checked before they ran
-            print(f"not in the report: {error}")
-            continue
-        found[folder] = folder.outcome(task)
+        if folder.finished:
+            try:
+                folder.check()
+            except UserError as error:  # of another seed than those asked for
+                print(f"not in the report: {error}")
+            else:
+                found[folder] = folder.outcome(task)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import io
@@ -10,6 +9,7 @@ import json
 import statistics
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,30 @@ __all__ = ["PARTS", "Outcome", "RunFolder", "code_files", "code_version", "losse
 _MADE_BY = "made_by.json"
 _GROUPS = "groups.json"
 PARTS = 8  # of a training; their mean losses show whether it had converged
-_PROGRAMS = ("cli/train.py", "cli/dump_proposals.py")  # the processes that make a run
+# The processes that make a run.
+_PROGRAMS = ("fpn_plugin.cli.train", "fpn_plugin.cli.dump_proposals")
+
+
+class _OwnModules(ModuleFinder):
+    """Follows imports of this package and skips those of other packages."""
+
+    def find_module(self, name: str, path: Any, parent: Any = None) -> Any:
+        if path is None and name != "fpn_plugin":
+            raise ImportError(name)
+        return super().find_module(name, path, parent)
 
 
 def code_files() -> list[Path]:
     """The package's source files that a training or a dump of proposals imports, sorted.
 
-    Imports are followed from file to file, also those inside functions. Pictures are left out:
-    they change no result.
+    Imports inside functions count too. Pictures are left out: they change no result.
     """
     package = Path(fpn_plugin.__file__).parent
-    found: set[Path] = set()
-    waiting = [package / name for name in _PROGRAMS]
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.is_file():
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            base, names = package.parent, []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                base = path.parents[node.level - 1] if node.level else base
-                names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
-            for name in names:  # each part may be a module, a package or a name inside one
-                target = base.joinpath(*filter(None, name.split(".")))
-                for each in (target, *target.parents):
-                    if each == package or package in each.parents:
-                        waiting += [each.with_suffix(".py"), each / "__init__.py"]
-    pictures = package / "visualization"
-    return sorted(path for path in found if pictures not in path.parents)
+    finder = _OwnModules([str(package.parent)])
+    for program in _PROGRAMS:
+        finder.import_hook(program)
+    found = {Path(module.__file__) for module in finder.modules.values()}
+    return sorted(path for path in found if package / "visualization" not in path.parents)
 
 
 @functools.cache
@@ -157,7 +150,7 @@ class RunFolder:
         return self.path / "proposals" / f"{dataset}.pkl"
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run: every key of its config except the folder, the code, the versions."""
+        """What a run is made by: all keys of its config except OUTPUT_DIR, code and versions."""
         cfg = self.config()
         values = {key: value_at(cfg, key) for key in flat_keys(cfg) if key != "OUTPUT_DIR"}
         values = {key: v for key, v in values.items() if not isinstance(v, CfgNode)}
@@ -176,54 +169,48 @@ class RunFolder:
             UserError: names the folder and what differs.
         """
         note = self.path / _MADE_BY
-        if not note.is_file():
-            if any(self.path.glob("*")):
+        if note.is_file():
+            if differs := self.differs(json.loads(note.read_text())):
                 raise UserError(
-                    f"{self.path} holds files but no {_MADE_BY}: it is not a run of this command; "
-                    "remove it, or give another --output"
+                    f"{self.path} was made by {differs}: remove it, or give another --output; runs "
+                    "are never mixed"
                 )
-            return
-        differs = self.differs(json.loads(note.read_text()))
-        if differs:
+        elif any(self.path.glob("*")):
             raise UserError(
-                f"{self.path} was made by {differs}: remove it, or give another --output; runs are "
-                "never mixed"
+                f"{self.path} holds files but no {_MADE_BY}: it is not a run of this command; "
+                "remove it, or give another --output"
             )
 
     def differs(self, had: dict[str, Any]) -> str:
         """How another identity differs from this one in config and code; "" if it does not."""
-        wanted = self.identity()
+        there, now = had["config"], self.identity()["config"]
+        keys = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key)]
         differences = []
-        if had["config"] != wanted["config"]:
-            keys = sorted(set(had["config"]) | set(wanted["config"]))
-            differing = [k for k in keys if had["config"].get(k) != wanted["config"].get(k)]
-            shown = ", ".join(
-                f"{key} {had['config'].get(key)!r} there, {wanted['config'].get(key)!r} now"
-                for key in differing[:3]
-            )
-            differences.append(f"another config ({len(differing)} keys: {shown})")
-        if had["code"] != wanted["code"]:
-            differences.append(f"other code ({had['code']} there, {wanted['code']} now)")
+        if keys:
+            shown = (f"{key} {there.get(key)!r} there, {now.get(key)!r} now" for key in keys[:3])
+            differences.append(f"another config ({len(keys)} keys: {', '.join(shown)})")
+        if had["code"] != code_version():
+            differences.append(f"other code ({had['code']} there, {code_version()} now)")
         return " and ".join(differences)
 
     def claim(self) -> None:
-        """Makes the folder and notes what makes it."""
+        """Makes the folder, and writes down the config, code and versions of its run."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / _MADE_BY).is_file():
             (self.path / _MADE_BY).write_text(json.dumps(self.identity(), indent=1))
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained and evaluated to the end."""
+        """Whether the training and its evaluation are done."""
         return (self.path / "results.json").is_file()
 
     def tidy(self) -> None:
-        """Removes the checkpoints that a finished run would have been resumed from."""
+        """Removes the checkpoints for resuming, which a finished run does not need."""
         for checkpoint in self.path.glob("model_[0-9]*.pth"):
             checkpoint.unlink()
 
     def iteration(self) -> int:
-        """How many iterations of its training are done, by its log."""
+        """How many iterations of its training are done, as its metrics file says."""
         rows = loss_rows(self.path / "metrics.json")
         return int(rows[-1]["iteration"]) + 1 if rows else 0
 
@@ -266,52 +253,43 @@ def losses_by_part(rows: list[dict[str, float]], iterations: int) -> list[float]
     """
     parts: list[list[float]] = [[] for _ in range(PARTS)]
     for row in rows:
-        part = int(row["iteration"]) * PARTS // iterations
-        parts[part].append(row["total_loss"])
+        parts[int(row["iteration"]) * PARTS // iterations].append(row["total_loss"])
     return [statistics.mean(part) for part in parts] if all(parts) else []
 
 
 def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str, float]:
     """AP or AR@1000 of each supercategory of the mini dataset; empty for other data.
 
-    AP of a group is the mean of its categories' AP, as COCO's is of all. Proposals have
-    no categories: the recall of a group is Detectron2's over only the group's labels.
+    AP of a group is the mean of its categories' AP, as COCO's AP is the mean of all categories.
+    Proposals have no categories: the recall of a group is Detectron2's on the group's labels only.
     """
     if folder.scale != "mini":
         return {}
     [name] = folder.config().DATASETS.TEST
     with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO(MetadataCatalog.get(name).json_file)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for category in coco.loadCats(coco.getCatIds()):
-        groups.setdefault(category["supercategory"], []).append(category)
+    groups: dict[str, dict[int, str]] = {}  # names of categories by their ids
+    for category in coco.dataset["categories"]:
+        groups.setdefault(category["supercategory"], {})[category["id"]] = category["name"]
     if task == "bbox":
-        per_category = results[task]
+        ap = results[task]  # a category without detections has none
         return {
-            # A category without detections has no AP.
-            group: statistics.mean(
-                per_category.get(f"AP-{category['name']}", float("nan")) for category in categories
-            )
-            for group, categories in groups.items()
+            group: statistics.mean(ap.get(f"AP-{name}", float("nan")) for name in names.values())
+            for group, names in groups.items()
         }
     with (folder.path / "inference" / "box_proposals.pkl").open("rb") as file:
         saved = load_arrays(file)
     predictions = []
-    for image_id, boxes, logits in zip(
-        saved["ids"], saved["boxes"], saved["objectness_logits"], strict=True
-    ):
-        proposals = Instances((0, 0))
-        proposals.proposal_boxes = Boxes(torch.as_tensor(boxes))
+    columns = (saved[key] for key in ("ids", "boxes", "objectness_logits"))
+    for image_id, boxes, logits in zip(*columns, strict=True):
+        proposals = Instances((0, 0), proposal_boxes=Boxes(torch.as_tensor(boxes)))
         proposals.objectness_logits = torch.as_tensor(logits)
         predictions.append({"image_id": image_id, "proposals": proposals})
     recalls = {}
-    for group, categories in groups.items():
+    for group, names in groups.items():
+        labels = [a for a in coco.dataset["annotations"] if a["category_id"] in names]
         only = COCO()
-        ids = {category["id"] for category in categories}
-        only.dataset = {
-            **coco.dataset,
-            "annotations": [a for a in coco.dataset["annotations"] if a["category_id"] in ids],
-        }
+        only.dataset = {**coco.dataset, "annotations": labels}
         with redirect_stdout(io.StringIO()):
             only.createIndex()
         recalls[group] = 100 * float(_evaluate_box_proposals(predictions, only, limit=1000)["ar"])

@@ -63,45 +63,38 @@ class Task:
 
     def command(self, num_gpus: int) -> list[str]:
         """Its command line."""
-        gpus = ["--num-gpus", str(max(1, num_gpus)), "--dist-url", "auto"]
         path = self.folder.path
         if self.dump:
-            args = ["dump-proposals", "--config-file", str(path / "config.yaml"), *gpus]
+            args = ["dump-proposals", "--config-file", str(path / "config.yaml")]
             args += ["--splits", *self._datasets(), "--output", str(path / "proposals")]
-            args += ["MODEL.WEIGHTS", str(path / "model_final.pth")]
+            opts = ["MODEL.WEIGHTS", str(path / "model_final.pth")]
         else:
-            args = ["train", "--config-file", self.folder.config_name, "--resume", *gpus]
-            args += self.folder.all_opts()
+            args = ["train", "--config-file", self.folder.config_name, "--resume"]
+            opts = self.folder.all_opts()
+        args += ["--num-gpus", str(max(1, num_gpus)), "--dist-url", "auto", *opts]
         return [sys.executable, "-m", "fpn_plugin", *args]
 
 
 def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:
-    """Trainings of runs, and the dumps that other runs among them read, in order.
+    """Trainings of runs, and the dumps of proposals that other runs read, in order.
 
     Args:
         folders: runs, each after those it depends on.
     """
     read = {(f.run.proposals_from, f.seed) for f in folders}
-    trained: dict[tuple[str, int], Task] = {}
-    dumped: dict[tuple[str, int], Task] = {}
-    tasks = []
+    tasks: dict[tuple[str | None, int, bool], Task] = {}  # by run, seed and dump
     for folder in folders:
-        key = (folder.run.name, folder.seed)
-        after = []
-        if folder.run.proposals_from:
-            after.append(dumped[folder.run.proposals_from, folder.seed])
-        if folder.run.weights_from:
-            after.append(trained[folder.run.weights_from, folder.seed])
-        trained[key] = Task(folder, dump=False, after=tuple(after))
-        tasks.append(trained[key])
-        if key in read:
-            dumped[key] = Task(folder, dump=True, after=(trained[key],))
-            tasks.append(dumped[key])
-    return tasks
+        run, seed = folder.run, folder.seed
+        needed = ((run.proposals_from, seed, True), (run.weights_from, seed, False))
+        after = tuple(tasks[key] for key in needed if key[0])
+        training = tasks[run.name, seed, False] = Task(folder, dump=False, after=after)
+        if (run.name, seed) in read:
+            tasks[run.name, seed, True] = Task(folder, dump=True, after=(training,))
+    return list(tasks.values())
 
 
 def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
-    """Runs what is not done yet; a line shows which runs, how far, and the time left.
+    """Runs the tasks that are not done; a line shows which run, how far they are, the time left.
 
     Args:
         tasks: each after those it needs.
@@ -115,10 +108,9 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
     running: dict[Task, tuple[subprocess.Popen[bytes], int]] = {}
     lengths = {task: int(task.folder.config().SOLVER.MAX_ITER) for task in tasks if not task.dump}
     reached = {task: n if task.done else task.folder.iteration() for task, n in lengths.items()}
-    bar = tqdm(
-        total=sum(lengths.values()), initial=sum(reached.values()), unit="it", smoothing=0.02
-    )
-    # When terminated, it ends its processes: two must never share a run's folder.
+    total, initial = sum(lengths.values()), sum(reached.values())
+    bar = tqdm(total=total, initial=initial, unit="it", smoothing=0.02)
+    # SIGTERM also ends the processes below: two must never share a run's folder.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
@@ -126,7 +118,7 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
                 if not slots:
                     break
                 slot = slots.pop(0)
-                with _interrupts_after():  # else a started process could not be ended
+                with _interrupts_after():  # else a process that just started could not be ended
                     running[task] = (_start(task, slot, at_once), slot)
                 waiting.remove(task)
             for task, (process, _) in list(running.items()):
@@ -176,8 +168,7 @@ def _start(task: Task, slot: int, at_once: int) -> subprocess.Popen[bytes]:
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif at_once > 1:
-        threads = max(1, (os.cpu_count() or 1) // at_once)
-        environment["OMP_NUM_THREADS"] = str(threads)
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
     with task.log.open("ab") as log:
         return subprocess.Popen(
             task.command(len(gpus)), stdout=log, stderr=subprocess.STDOUT, env=environment

@@ -22,7 +22,7 @@ class Run:
     Attributes:
         name: of the run, its config and its folder.
         proposals_from: the run whose RPN's proposals it reads; None for an RPN.
-        weights_from: the run it starts from; None for the weights in its config.
+        weights_from: the run that it starts from; None for the weights in its config.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
         key: its name on the command line, for example ``"1c"``.
-        title: what the paper calls it.
+        title: the paper's name of it.
         run: the run of its figures; None if there are only published figures.
         published: the paper's figures by metric.
         against: key of the row that it is compared with; None for no comparison.
@@ -87,176 +87,104 @@ _RUNS = (
         for row in ("a_C4", "b_C5", "c_FPN", "d_bottom_up", "e_no_lateral", "f_P2")
     ),
     # Table 3: proposals of the same kind as the detector.
-    Run("table3_a_C4", proposals_from="table1_a_C4"),
-    Run("table3_b_C5", proposals_from="table1_b_C5"),
+    *(Run(f"table3_{row}", proposals_from=f"table1_{row}") for row in ("a_C4", "b_C5")),
     Run("table4_R_101_rpn"),
     Run("table4_R_101_FPN", proposals_from="table4_R_101_rpn"),
     # Table 5: 4-step training; steps 1 and 2 are the rows without sharing.
     Run("table5_R_50_step3_rpn", weights_from="table2_c_FPN"),
-    Run(
-        "table5_R_50_shared",
-        proposals_from="table5_R_50_step3_rpn",
-        weights_from="table5_R_50_step3_rpn",
-    ),
+    Run("table5_R_50_shared", "table5_R_50_step3_rpn", "table5_R_50_step3_rpn"),
     Run("table5_R_101_not_shared", proposals_from="table4_R_101_rpn"),
     Run("table5_R_101_step3_rpn", weights_from="table5_R_101_not_shared"),
-    Run(
-        "table5_R_101_shared",
-        proposals_from="table5_R_101_step3_rpn",
-        weights_from="table5_R_101_step3_rpn",
-    ),
+    Run("table5_R_101_shared", "table5_R_101_step3_rpn", "table5_R_101_step3_rpn"),
 )
 RUNS = {run.name: run for run in _RUNS}
 
 _AR = {
-    "AR100": "AR@100",
-    "AR1k": "AR@1000",
-    "AR1k s": "ARs@1000",
-    "AR1k m": "ARm@1000",
+    "AR100": "AR@100", "AR1k": "AR@1000", "AR1k s": "ARs@1000", "AR1k m": "ARm@1000",
     "AR1k l": "ARl@1000",
-}
-_AP = {"AP50": "AP50", "AP": "AP", "APs": "APs", "APm": "APm", "APl": "APl"}
+}  # fmt: skip
+_AP = {name: name for name in ("AP50", "AP", "APs", "APm", "APl")}
 
 
-def _ar(*figures: float) -> dict[str, float]:
-    return dict(zip(_AR, figures, strict=True))
+def _rows(
+    metrics: dict[str, str], against: str, *rows: tuple[str, str, str | None, tuple[float, ...]]
+) -> tuple[Row, ...]:
+    """Rows that are compared with the same one; figures are of the first metrics, in order."""
+    return tuple(
+        Row(key, title, run, dict(zip(metrics, figures, strict=False)), against)
+        for key, title, run, figures in rows
+    )
 
 
-def _ap(*figures: float) -> dict[str, float]:
-    return dict(zip(_AP, figures, strict=False))
-
-
+_TABLE_1 = _rows(
+    _AR,
+    "1c",
+    ("1a", "(a) C4", "table1_a_C4", (36.1, 48.3, 32.0, 58.7, 62.2)),
+    ("1b", "(b) C5", "table1_b_C5", (36.3, 44.9, 25.3, 55.5, 64.2)),
+    ("1c", "(c) FPN", "table1_c_FPN", (44.0, 56.3, 44.9, 63.4, 66.2)),
+    ("1c-unshared", "(c) FPN, heads not shared", "table1_c_FPN_unshared", ()),
+    ("1d", "(d) bottom-up pyramid", "table1_d_bottom_up", (37.4, 49.5, 30.5, 59.9, 68.0)),
+    ("1d-unshared", "(d) bottom-up pyramid, heads not shared", "table1_d_bottom_up_unshared", ()),
+    ("1e", "(e) top-down, w/o lateral", "table1_e_no_lateral", (34.5, 46.1, 26.5, 57.4, 64.7)),
+    ("1f", "(f) only finest level", "table1_f_P2", (38.4, 51.3, 35.1, 59.7, 67.6)),
+)
+_TABLE_2 = _rows(
+    _AP,
+    "2c",
+    ("2a", "(a) C4, conv5 head", "table2_a_C4", (54.7, 31.9, 15.7, 36.5, 45.5)),
+    ("2b", "(b) C5, 2fc head", "table2_b_C5", (52.9, 28.8, 11.9, 32.4, 43.4)),
+    ("2c", "(c) FPN", "table2_c_FPN", (56.9, 33.9, 17.8, 37.7, 45.8)),
+    ("2d", "(d) bottom-up pyramid", "table2_d_bottom_up", (44.9, 24.9, 10.9, 24.4, 38.5)),
+    ("2e", "(e) top-down, w/o lateral", "table2_e_no_lateral", (54.0, 31.3, 13.3, 35.2, 45.3)),
+    ("2f", "(f) only finest level", "table2_f_P2", (56.3, 33.4, 17.3, 37.3, 45.6)),
+)
+_TABLE_3 = _rows(
+    _AP,
+    "3c",
+    ("3-He", "(*) C4, of He et al.", None, (47.3, 26.3)),
+    ("3a", "(a) C4, conv5 head", "table3_a_C4", (53.1, 31.6, 13.2, 35.6, 47.1)),
+    ("3b", "(b) C5, 2fc head", "table3_b_C5", (51.7, 28.0, 9.6, 31.9, 43.1)),
+    ("3c", "(c) FPN", "table2_c_FPN", (56.9, 33.9, 17.8, 37.7, 45.8)),
+)
+_TABLE_5 = (
+    *_rows(
+        _AP,
+        "5-R50-no",
+        ("5-R50-no", "ResNet-50, not shared", "table2_c_FPN", (56.9, 33.9)),
+        ("5-R50-yes", "ResNet-50, shared", "table5_R_50_shared", (57.2, 34.3)),
+    ),
+    *_rows(
+        _AP,
+        "5-R101-no",
+        ("5-R101-no", "ResNet-101, not shared", "table5_R_101_not_shared", (58.0, 35.0)),
+        ("5-R101-yes", "ResNet-101, shared", "table5_R_101_shared", (58.2, 35.2)),
+    ),
+)
 _TABLES = (
     Table(
-        1,
-        "RPN: region proposals",
-        "box_proposals",
-        _AR,
-        "AR1k",
-        (
-            Row("1a", "(a) C4", "table1_a_C4", _ar(36.1, 48.3, 32.0, 58.7, 62.2), "1c"),
-            Row("1b", "(b) C5", "table1_b_C5", _ar(36.3, 44.9, 25.3, 55.5, 64.2), "1c"),
-            Row("1c", "(c) FPN", "table1_c_FPN", _ar(44.0, 56.3, 44.9, 63.4, 66.2), "1c"),
-            Row("1c-unshared", "(c) FPN, heads not shared", "table1_c_FPN_unshared", {}, "1c"),
-            Row(
-                "1d",
-                "(d) bottom-up pyramid",
-                "table1_d_bottom_up",
-                _ar(37.4, 49.5, 30.5, 59.9, 68.0),
-                "1c",
-            ),
-            Row(
-                "1d-unshared",
-                "(d) bottom-up pyramid, heads not shared",
-                "table1_d_bottom_up_unshared",
-                {},
-                "1c",
-            ),
-            Row(
-                "1e",
-                "(e) top-down, w/o lateral",
-                "table1_e_no_lateral",
-                _ar(34.5, 46.1, 26.5, 57.4, 64.7),
-                "1c",
-            ),
-            Row(
-                "1f",
-                "(f) only finest level",
-                "table1_f_P2",
-                _ar(38.4, 51.3, 35.1, 59.7, 67.6),
-                "1c",
-            ),
-        ),
+        1, "RPN: region proposals", "box_proposals", _AR, "AR1k", _TABLE_1,
         "The paper names the variants whose heads are not shared, without figures: (c) similar, "
         "(d) still degraded (section 5.1).",
     ),
+    Table(2, "Fast R-CNN on the fixed proposals of Table 1 (c)", "bbox", _AP, "AP", _TABLE_2),
     Table(
-        2,
-        "Fast R-CNN on the fixed proposals of Table 1 (c)",
-        "bbox",
-        _AP,
-        "AP",
-        (
-            Row("2a", "(a) C4, conv5 head", "table2_a_C4", _ap(54.7, 31.9, 15.7, 36.5, 45.5), "2c"),
-            Row("2b", "(b) C5, 2fc head", "table2_b_C5", _ap(52.9, 28.8, 11.9, 32.4, 43.4), "2c"),
-            Row("2c", "(c) FPN", "table2_c_FPN", _ap(56.9, 33.9, 17.8, 37.7, 45.8), "2c"),
-            Row(
-                "2d",
-                "(d) bottom-up pyramid",
-                "table2_d_bottom_up",
-                _ap(44.9, 24.9, 10.9, 24.4, 38.5),
-                "2c",
-            ),
-            Row(
-                "2e",
-                "(e) top-down, w/o lateral",
-                "table2_e_no_lateral",
-                _ap(54.0, 31.3, 13.3, 35.2, 45.3),
-                "2c",
-            ),
-            Row(
-                "2f",
-                "(f) only finest level",
-                "table2_f_P2",
-                _ap(56.3, 33.4, 17.3, 37.3, 45.6),
-                "2c",
-            ),
-        ),
-    ),
-    Table(
-        3,
-        "Faster R-CNN, proposals and detector of one kind, features not shared",
-        "bbox",
-        _AP,
-        "AP",
-        (
-            Row("3-He", "(*) C4, of He et al.", None, {"AP50": 47.3, "AP": 26.3}, "3c"),
-            Row("3a", "(a) C4, conv5 head", "table3_a_C4", _ap(53.1, 31.6, 13.2, 35.6, 47.1), "3c"),
-            Row("3b", "(b) C5, 2fc head", "table3_b_C5", _ap(51.7, 28.0, 9.6, 31.9, 43.1), "3c"),
-            Row("3c", "(c) FPN", "table2_c_FPN", _ap(56.9, 33.9, 17.8, 37.7, 45.8), "3c"),
-        ),
+        3, "Faster R-CNN, proposals and detector of one kind, features not shared", "bbox", _AP,
+        "AP", _TABLE_3,
         "Row (c) is the run of Table 2 (c): its proposals come from its own kind of RPN.",
     ),
     Table(
-        4,
-        "ResNet-101, Fast R-CNN step twice as long",
-        "bbox",
-        _AP,
-        "AP",
+        4, "ResNet-101, Fast R-CNN step twice as long", "bbox", _AP, "AP",
         (Row("4", "Faster R-CNN on FPN", "table4_R_101_FPN", {"AP": 35.6}),),
         "The paper's table is on test-dev (AP 36.2) and test-std (35.8), whose labels are not "
         "public; 35.6 is its figure on minival.",
     ),
     Table(
-        5,
-        "Features shared by RPN and Fast R-CNN (4-step training)",
-        "bbox",
-        {"AP50": "AP50", "AP": "AP"},
-        "AP",
-        (
-            Row("5-R50-no", "ResNet-50, not shared", "table2_c_FPN", _ap(56.9, 33.9), "5-R50-no"),
-            Row(
-                "5-R50-yes", "ResNet-50, shared", "table5_R_50_shared", _ap(57.2, 34.3), "5-R50-no"
-            ),
-            Row(
-                "5-R101-no",
-                "ResNet-101, not shared",
-                "table5_R_101_not_shared",
-                _ap(58.0, 35.0),
-                "5-R101-no",
-            ),
-            Row(
-                "5-R101-yes",
-                "ResNet-101, shared",
-                "table5_R_101_shared",
-                _ap(58.2, 35.2),
-                "5-R101-no",
-            ),
-        ),
+        5, "Features shared by RPN and Fast R-CNN (4-step training)", "bbox",
+        {"AP50": "AP50", "AP": "AP"}, "AP", _TABLE_5,
         "Differences are to the same network without sharing. Published seconds an image, on one "
         "M40, with sharing: 0.148 (ResNet-50) and 0.172 (ResNet-101).",
     ),
-)
+)  # fmt: skip
 TABLES = {table.number: table for table in _TABLES}
 
 
@@ -274,11 +202,9 @@ def select_rows(names: Iterable[str]) -> dict[int, list[Row]]:
     rows = {row.key: row for table in _TABLES for row in table.rows}
     for name in names:
         short = name.lower().removeprefix("table")
-        keys = {
-            key for key, row in rows.items() if short in (key.lower(), key[0]) or name == row.run
-        }
+        keys = {k for k, row in rows.items() if short in (k.lower(), k[0]) or name == row.run}
         if not keys:
-            tables = ", ".join(str(number) for number in TABLES)
+            tables = ", ".join(map(str, TABLES))
             raise UserError(f"no table or row {name!r}; tables: {tables}; rows: {', '.join(rows)}")
         wanted |= keys
     chosen = {table.number: [row for row in table.rows if row.key in wanted] for table in _TABLES}
@@ -290,12 +216,11 @@ def needed_runs(rows: Iterable[Row]) -> list[Run]:
     ordered: dict[str, Run] = {}
 
     def visit(name: str | None) -> None:
-        if name is None or name in ordered:
-            return
-        run = RUNS[name]
-        visit(run.proposals_from)
-        visit(run.weights_from)
-        ordered[name] = run
+        if name and name not in ordered:
+            run = RUNS[name]
+            visit(run.proposals_from)
+            visit(run.weights_from)
+            ordered[name] = run
 
     for row in rows:
         visit(row.run)
