@@ -8,41 +8,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from .problems import Problem, shortened
-from .requirements import Needs, needs_problem
-from .shapes import NUMBER, Size, box_problem, covers_no_pixel, keypoint_problem, mask_problem
+from .requirements import Needs, empty_mask_problem, needs_problem
+from .shapes import NUMBER, Size, box_problem, keypoint_problem, mask_problem
 
-__all__ = [
-    "Known", "annotation_problems", "empty_mask_problem", "first_with", "has_id", "id_problems",
-]  # fmt: skip
+__all__ = ["Known", "annotation_problems", "first_with", "has_id", "id_problems"]
 
 Id = int | str
 
 
 @dataclass(frozen=True)
 class Known:
-    """What annotations refer to, and are asked for.
+    """What annotations refer to, and what a model asks of them."""
 
-    Args:
-        sizes: width and height by image id; None where an image's own record has none.
-        categories: ids.
-        first: index of the first annotation that has an id.
-        needs: what the model asks of them.
-    """
-
-    sizes: dict[Id, Size | None]
+    sizes: dict[Id, Size | None]  # by image id; None if the image's record has none
     categories: set[Id]
-    first: dict[Id, int]
+    first: dict[Id, int]  # index of the first annotation that has an id
     needs: Needs
 
 
 def has_id(record: Any) -> bool:
     """Whether a record has an id that is a number or text."""
-    # type, because JSON's true is an int to isinstance.
+    # By type: to isinstance JSON's true is an int.
     return isinstance(record, dict) and type(record.get("id")) in (int, str)
 
 
 def first_with(records: Sequence[Any], key: str) -> dict[Id, int]:
-    """Index of the first record that has a value, by value; only numbers and text."""
+    """Index of the first record that has a value of a key, by value; only numbers and text."""
     found: dict[Id, int] = {}
     for index in range(len(records) - 1, -1, -1):
         record = records[index]
@@ -63,10 +54,10 @@ def id_problems(
 
     Args:
         part: "images", "annotations" or "categories".
-        index: of the record in it.
+        index: of the record in that list.
         record: anything.
-        first: see :func:`first_with`.
-        types: by key.
+        first: index of the first record by id.
+        types: expected, by key.
     """
     where = f"{part}[{index}]"
     if not has_id(record):
@@ -85,33 +76,8 @@ def id_problems(
             yield Problem("value", f"{where} (id {shortened(given)})", message)
 
 
-def empty_mask_problem(record: dict[str, Any], size: Size | None, needs: Needs) -> tuple[str, str]:
-    """Whether a mask that is trained on as a bitmap has no pixel.
-
-    Args:
-        record: an annotation.
-        size: width and height of its image, if they are known.
-        needs: what the model asks.
-
-    Returns:
-        As :func:`fpn_plugin.data.shapes.box_problem`.
-    """
-    mask = record.get("segmentation")
-    asked = needs.masks == "bitmask" and needs.training and record.get("iscrowd") != 1
-    drawn = asked and mask and size is not None and mask_problem(mask, size) == ("", "")
-    if drawn and covers_no_pixel(mask, size):
-        return "mask_empty", f"segmentation is {shortened(mask)}, which covers no pixel"
-    return "", ""
-
-
 def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Problem]:
-    """What is wrong with an annotation.
-
-    Args:
-        index: of it in the file.
-        record: anything.
-        known: what it refers to.
-    """
+    """What is wrong with the annotation of an index, which may be anything."""
     types = {"id": int, "area": NUMBER, "iscrowd": int}
     yield from id_problems("annotations", index, record, known.first, types)
     if not has_id(record):

@@ -25,11 +25,11 @@ _CROP_SIZES = {
 
 
 def check_augmentations(cfg: CfgNode, *, training: bool) -> None:
-    """Refuses values under INPUT that no image could be prepared by.
+    """Refuses values under INPUT with which no image can be prepared.
 
     Args:
         cfg: the config.
-        training: whether images are trained on as well as evaluated.
+        training: whether it is trained, not only evaluated.
 
     Raises:
         UserError: names the key and what it takes.
@@ -51,7 +51,7 @@ def check_resizing(cfg: CfgNode, *, training: bool) -> None:
 
     Args:
         cfg: the config.
-        training: whether its keys for training are meant, or those for evaluation.
+        training: whether to check the keys for training, or those for evaluation.
 
     Raises:
         UserError: names the key and what it takes.

@@ -1,4 +1,4 @@
-"""Boxes written in another way than COCO's: recognised by what all of them have in common."""
+"""Boxes that are written in another way than COCO's, recognised by what all have in common."""
 
 from __future__ import annotations
 
@@ -26,27 +26,22 @@ _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "[centre x, centre y, width, height]": _of_centres,
 }
 _COCO, _CORNERS, _CENTRES = _TURNS
-# Of real corners three in four reach out of the image when read as width and height, as do the
-# centres of objects near a border. Fewer boxes, or a smaller share, say nothing.
+# How many boxes and which share must reach out of the image if they are read as COCO's. Of real
+# corners three in four do, and of centres those of objects near a border.
 _LEAST = {_CORNERS: (3, 0.2), _CENTRES: (5, 0.05)}
 _NEARLY_ALL = 0.99
 SLACK = 0.05  # by which fractions may reach out of 0 to 1
 
 
 class BoxLayout(NamedTuple):
-    """How boxes are written.
+    """How boxes are written."""
 
-    Args:
-        normalised: whether they are fractions of the image's width and height, not pixels.
-        values: what the four numbers are.
-    """
-
-    normalised: bool
-    values: str
+    normalised: bool  # as fractions of the image's width and height, not pixels
+    values: str  # what the four numbers are
 
     @property
     def kind(self) -> str:
-        """The kind of the problem, one of :data:`fpn_plugin.data.problems.KINDS`; "" for COCO's."""
+        """One of :data:`fpn_plugin.data.problems.KINDS`; "" for COCO's layout."""
         if self.normalised:
             return "boxes_normalised"
         return {_CORNERS: "boxes_corners", _CENTRES: "boxes_centres"}.get(self.values, "")
@@ -77,11 +72,11 @@ def box_layout(boxes: np.ndarray, sizes: np.ndarray) -> BoxLayout:
         sizes: ``(N, 2)``, width and height in pixels of each one's image.
 
     Returns:
-        COCO's layout unless nearly all boxes speak for another one.
+        COCO's layout, unless nearly all boxes fit another one.
     """
     if not len(boxes) or not (boxes[:, 2:] > 0).any():
         return COCO_LAYOUT
-    # In pixels all would lie within the first one.
+    # In pixels, all boxes would lie within the first pixel.
     fractions = boxes.min() >= -SLACK and boxes.max() <= 1 + SLACK and sizes.min() > 2
     fractions = bool(fractions and boxes[:, :2].max() < 1)
     reach_out = ~_fits(BoxLayout(fractions, _COCO), boxes, sizes)
@@ -94,7 +89,7 @@ def box_layout(boxes: np.ndarray, sizes: np.ndarray) -> BoxLayout:
 
 
 def _fits(layout: BoxLayout, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether each box lies in its image if it is written so."""
+    """Whether each box lies in its image if it has this layout."""
     turned = layout.turned(boxes, sizes)
     ends = turned[:, :2] + turned[:, 2:]
     inside = (turned[:, :2] >= -ROUNDING) & (ends <= sizes + ROUNDING) & (turned[:, 2:] >= 0)

@@ -1,4 +1,4 @@
-"""Classes by name: datasets number their categories as a model numbers its classes."""
+"""Numbers the categories of datasets as a model numbers its classes, by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["class_order", "follow_classes"]
 
 
 def class_order(name: str) -> list[str] | None:
-    """Names of a dataset's categories in the order of its class numbers; None: not known.
+    """Names of a dataset's categories in the order of its class numbers; None if not known.
 
     Args:
-        name: of a dataset, which need not be registered.
+        name: of a dataset, registered or not.
     """
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else {}
     known = metadata.get("thing_classes")
@@ -34,10 +34,10 @@ def class_order(name: str) -> list[str] | None:
 
 
 def follow_classes(names: Iterable[str], classes: Sequence[str], whose: str) -> None:
-    """Has datasets number their categories as a model does: those of one name are one class.
+    """Makes datasets number their categories as a model does.
 
-    Detectron2 numbers the categories of a JSON in the order of their ids. If the ids of another
-    JSON give another order, the same class would have another number.
+    Detectron2 numbers the categories of a JSON in the order of their ids. If ids of another JSON
+    give another order, the same class has another number.
 
     Args:
         names: of registered datasets.
@@ -85,5 +85,5 @@ def _check_names(name: str, own: Sequence[str], classes: Sequence[str], whose: s
     if twice:
         raise UserError(
             f"dataset {name!r} has its categories in another order than {whose}, and several are "
-            f"named {twice[0]!r}: they cannot be told apart by name"
+            f"named {twice[0]!r}: give them different names"
         )

@@ -1,4 +1,4 @@
-"""A user's own COCO-format data, checked and registered without writing code."""
+"""Registers and checks a user's own COCO-format data."""
 
 from __future__ import annotations
 
@@ -24,22 +24,14 @@ from .reading import digest_of
 from .requirements import Needs
 
 __all__ = [
-    "check_classes",
-    "check_datasets",
-    "check_proposal_files",
-    "check_records",
-    "current_json",
-    "given_json",
-    "is_reread",
-    "number_classes",
-    "number_of_classes",
-    "register_datasets",
+    "check_classes", "check_datasets", "check_proposal_files", "check_records", "current_json",
+    "given_json", "is_reread", "number_classes", "number_of_classes", "register_datasets",
     "registered_specs",
-]
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 _ANY_USE = Needs(training=False)
-# What metadata has of a JSON, and has of it if described_by_json is there.
+# Metadata that come from a JSON; those of keypoints only if described_by_json is there.
 _CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id", "classes_of_model")
 _KEYPOINTS = (
     "keypoint_names", "keypoint_connection_rules", "keypoint_flip_map", "described_by_json",
@@ -49,17 +41,17 @@ _KEYPOINTS = (
 def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
     """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
 
-    What their JSONs lack and can be computed is filled in, in a copy that is registered in their
+    A JSON that lacks values that can be computed is repaired in a copy, which is registered in its
     place; see :mod:`fpn_plugin.data.repairs`.
 
     Args:
-        specs: for example ``"cells=data/cells.json:data/images"``. A name that is registered
-            already with the same files keeps them; if they have changed they are read anew.
-        checked: whether the records are checked elsewhere, by :func:`check_records`.
+        specs: for example ``"cells=data/cells.json:data/images"``. A name may be registered already
+            with the same files; they are read anew if they have changed.
+        checked: whether :func:`check_records` checks the records later.
 
     Raises:
-        UserError: a spec of another form, a name that is taken, a JSON or folder that is not
-            there, a JSON that is not COCO.
+        UserError: a spec has another form, a name is taken, a JSON or folder is not there, or a
+            JSON is not COCO.
     """
     for spec in specs:
         name, json_file, images = _parts(spec)
@@ -84,12 +76,10 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
 
 
 def registered_specs(specs: Iterable[str]) -> list[str]:
-    """What ``--dataset`` would have to give for datasets to be as they are registered here.
-
-    For processes that are started: they take the JSONs that have been mended here.
+    """The specs with which a started process registers the JSONs that were repaired here.
 
     Args:
-        specs: that :func:`register_datasets` was given, and :func:`check_records` has seen.
+        specs: that :func:`register_datasets` was given, and :func:`check_records` has checked.
     """
     names = [_parts(spec)[0] for spec in specs]
     known = [MetadataCatalog.get(name) for name in names]
@@ -105,20 +95,20 @@ def _parts(spec: str) -> tuple[str, str, str]:
 
 
 def given_json(name: str) -> str:
-    """The JSON that a dataset in COCO format was registered with, whether or not it was mended."""
+    """The JSON that a dataset in COCO format was registered with, repaired or not."""
     known = MetadataCatalog.get(name)
     return known.get("given_json_file") or known.json_file
 
 
 def _renew(name: str, **values: Any) -> None:
-    """Gives metadata other values, which Detectron2 does not let be set; None takes one away."""
+    """Changes metadata, which Detectron2 does not allow; None removes a value."""
     known = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog.list() else {}
     kept = {key: value for key, value in {**known, **values}.items() if value is not None}
     MetadataCatalog.get(name).set(**kept)
 
 
 def _take(name: str, coco: CheckedCoco) -> None:
-    """Lets a registered dataset be what its JSON was read to be."""
+    """Gives a registered dataset what was read of its JSON."""
     known, json_file = MetadataCatalog.get(name), given_json(name)
     digest, classes = known.get("json_digest"), known.get("thing_classes")
     if digest == coco.digest:
@@ -128,7 +118,7 @@ def _take(name: str, coco: CheckedCoco) -> None:
     if coco.mended and not is_reread(name):
         raise UserError(
             f"{json_file}: {coco.mended[0]}. Dataset {name!r} is read by a function of its own, so "
-            f"that this cannot be mended: {CONVERT}"
+            f"that this cannot be repaired: {CONVERT}"
         )
     values = {"json_digest": coco.digest, "given_json_file": json_file}
     values["json_file"] = _written(coco, json_file) if coco.mended else json_file
@@ -139,24 +129,18 @@ def _take(name: str, coco: CheckedCoco) -> None:
 
 
 def number_classes(name: str, classes: Sequence[str]) -> None:
-    """Has a dataset number its categories in another order than that of their ids.
-
-    Args:
-        name: of a dataset that :func:`is_reread`.
-        classes: names of its categories in that order.
-    """
-    classes = list(classes)
-    _renew(name, thing_classes=classes, classes_of_model=classes)
+    """Numbers the categories of a dataset that :func:`is_reread` in this order, not that of ids."""
+    _renew(name, thing_classes=list(classes), classes_of_model=list(classes))
 
 
 def _of_no_json(name: str) -> dict[str, None]:
-    """What metadata has of a JSON, as :func:`_renew` takes it away."""
+    """Metadata that come from a JSON, as :func:`_renew` removes them."""
     known = MetadataCatalog.get(name)
     return dict.fromkeys((*_CLASSES, *(_KEYPOINTS if known.get("described_by_json") else ())))
 
 
 def is_reread(name: str) -> bool:
-    """Whether a dataset is read from the JSON that its metadata names; makes it so if it can."""
+    """Whether a dataset is read by :func:`_load`; replaces Detectron2's own function by it."""
     function = DatasetCatalog[name]
     if getattr(function, "func", None) is _load:
         return True
@@ -168,12 +152,12 @@ def is_reread(name: str) -> bool:
 
 
 def _load(name: str) -> list[dict[str, Any]]:
-    """Detectron2's records of a dataset, of its JSON as it is now."""
+    """Detectron2's records of a dataset, from its JSON as it is now."""
     json_file, known = current_json(name), MetadataCatalog.get(name)
     classes = known.get("classes_of_model")
     if classes is None:
         return load_coco_json(json_file, known.image_root, name)
-    # Loaded under another name, whose metadata has the order of the ids.
+    # Loaded under another name, whose metadata get the order of the ids.
     as_it_is = f"{name}, in the order of its ids"
     try:
         records = load_coco_json(json_file, known.image_root, as_it_is)
@@ -184,20 +168,15 @@ def _load(name: str) -> list[dict[str, Any]]:
     for record in records:
         for annotation in record["annotations"]:
             annotation["category_id"] = order[annotation["category_id"]]
-    known.thing_dataset_id_to_contiguous_id = {
-        category: order[number] for category, number in numbers.items()
-    }
+    known.thing_dataset_id_to_contiguous_id = {id_: order[n] for id_, n in numbers.items()}
     return records
 
 
 def current_json(name: str) -> str:
-    """The JSON of a registered dataset as it is now: read anew if it has changed on disk.
-
-    Args:
-        name: of a dataset in COCO format.
+    """The JSON of a registered dataset in COCO format, read anew if it has changed on disk.
 
     Raises:
-        UserError: it has changed to what cannot be used.
+        UserError: it has changed and cannot be used.
     """
     known = MetadataCatalog.get(name)
     given, digest = given_json(name), known.get("json_digest")
@@ -208,12 +187,11 @@ def current_json(name: str) -> str:
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory:
-    """For mended JSONs, as long as this process lives."""
+    """For repaired JSONs, as long as this process runs."""
     return tempfile.TemporaryDirectory(prefix="fpn-plugin-")
 
 
 def _written(coco: CheckedCoco, json_file: str) -> str:
-    """Path of a mended JSON."""
     path = Path(_folder().name, f"{Path(json_file).stem}-{coco.digest[:16]}.json")
     path.write_text(json.dumps(coco.content), encoding="utf-8")
     return str(path)
@@ -228,7 +206,7 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
         registers: whether the command takes --dataset.
 
     Raises:
-        UserError: says which, and how to make it be there.
+        UserError: names the dataset, and what to do.
     """
     for name in names:
         if name not in DatasetCatalog.list():
@@ -238,8 +216,7 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
                 f"{near_names(name, DatasetCatalog.list())}{own}"
             )
         json_file = MetadataCatalog.get(name).get("json_file")
-        made_on_demand = name in MINI_NAMES
-        if json_file and not made_on_demand and not Path(json_file).is_file():
+        if json_file and name not in MINI_NAMES and not Path(json_file).is_file():
             raise UserError(
                 f"{key} names dataset {name!r}, but {json_file} is not there: put it there, or "
                 "set DETECTRON2_DATASETS to the folder that holds it"
@@ -249,29 +226,23 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:
     """The config key of a model's number of classes, and its value.
 
-    Args:
-        cfg: the config; its META_ARCHITECTURE decides.
-
-    Returns:
-        Both, or ``("", None)`` for a model without classes, as one that gives only proposals.
+    A model without classes, which gives only proposals, has ``("", None)``.
     """
-    return {
-        "GeneralizedRCNN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
-        "PanopticFPN": ("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES),
-        "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES),
-    }.get(cfg.MODEL.META_ARCHITECTURE, ("", None))
+    part = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    name = part.get(cfg.MODEL.META_ARCHITECTURE)
+    return (f"MODEL.{name}.NUM_CLASSES", cfg.MODEL[name].NUM_CLASSES) if name else ("", None)
 
 
 def check_classes(names: Iterable[str], key: str, classes: int | None) -> None:
     """Refuses datasets with another number of categories than the model has classes.
 
     Args:
-        names: of datasets that :func:`check_records` has seen.
+        names: of datasets that :func:`check_records` has checked.
         key: the config key of the number of classes, for the message.
         classes: of the model; None for one without.
 
     Raises:
-        UserError: says which, and what to set the key to.
+        UserError: names the dataset, and the key's value for it.
     """
     for name in names:
         known = MetadataCatalog.get(name).get("thing_classes")
@@ -285,9 +256,8 @@ def check_classes(names: Iterable[str], key: str, classes: int | None) -> None:
 def check_records(names: Iterable[str], needs: Needs) -> None:
     """Refuses datasets with a record that could not be trained on or evaluated.
 
-    Looks at every record of those in COCO format, and whether its image is there; images are not
-    opened (fpn-plugin check does that). What can be mended is, as in
-    :func:`register_datasets`.
+    Checks every record of datasets in COCO format, and whether its image is there. Images are not
+    opened; ``fpn-plugin check`` does that. Repairs as :func:`register_datasets` does.
 
     Args:
         names: of registered datasets.
@@ -307,7 +277,7 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:
     """Refuses training on proposals without a file of them for each dataset.
 
-    Files that are here are read, as those of DATASETS.TEST are needed only once training is over.
+    Local files are read: those of DATASETS.TEST are needed only when training is over.
 
     Args:
         names: of the datasets.
@@ -315,7 +285,7 @@ def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -
         key: the config key that names the files, for the message.
 
     Raises:
-        UserError: says which is not there or is no file of proposals, and what makes it.
+        UserError: names what is not there or is no file of proposals, and what makes it.
     """
     if len(files) != len(names):
         raise UserError(
@@ -323,13 +293,14 @@ def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -
             f"{list(names)}; it has {len(files)}"
         )
     for name, file in zip(names, files, strict=True):
-        if "://" not in file and not Path(file).is_file():
+        if "://" in file:
+            continue
+        if not Path(file).is_file():
             raise UserError(
-                f"{key} names {file!r}, which is not there. Made from a trained RPN by: "
+                f"{key} names {file!r}, which is not there. Make it from a trained RPN with: "
                 f"fpn-plugin dump-proposals --config-file RPN_RUN/config.yaml --splits {name} "
                 f"--output {Path(file).parent} MODEL.WEIGHTS RPN_RUN/model_final.pth  ; "
                 "fpn-plugin reproduce does it by itself"
             )
-        if "://" not in file:
-            with open(file, "rb") as opened:
-                read_proposals(opened)
+        with open(file, "rb") as opened:
+            read_proposals(opened)

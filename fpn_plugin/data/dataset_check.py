@@ -1,8 +1,7 @@
-"""Checking COCO-format data: the first problem as an error, or all of them as a report."""
+"""Checks COCO-format data: the first problem as an error, or all of them as a report."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from fpn_plugin.errors import UserError
 
 from .exports import converted, name_in_folder
 from .image_files import image_problem
-from .problems import CONVERT, KINDS, Problem, Report
+from .problems import CONVERT, KINDS, Contents, Problem, Report
 from .reading import no_garbage_collection, read_json
 from .records import coco_problems, declared_size, image_record
 from .repairs import mended
@@ -30,33 +29,21 @@ __all__ = ["CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "rea
 
 @dataclass(frozen=True)
 class CheckedCoco:
-    """A COCO JSON in which nothing is refused.
+    """A COCO JSON in which nothing is refused."""
 
-    Args:
-        content: of it, mended.
-        mended: what was done to the content, so that the file is not to be used itself.
-        classes: names of the categories in the order of their ids, as Detectron2 numbers them.
-        digest: of the file.
-    """
-
-    content: dict[str, Any]
-    mended: list[Problem]
-    classes: list[str]
-    digest: str
+    content: dict[str, Any]  # repaired
+    mended: list[Problem]  # what was repaired in it; then the file itself is not to be used
+    classes: list[str]  # names of the categories by id, as Detectron2 numbers them
+    digest: str  # of the file
 
 
-def check_coco(
-    json_file: str,
-    images: str | None = None,
-    *,
-    needs: Needs = BOXES,
-) -> list[str]:
+def check_coco(json_file: str, images: str | None = None, *, needs: Needs = BOXES) -> list[str]:
     """Refuses a JSON that could not be trained on or evaluated as COCO instances.
 
     Args:
         json_file: path of the annotation file.
-        images: folder of its images, each of which must be there then; None does not look. Of ""
-            file names may lead anywhere.
+        images: folder in which each image must be; None does not look, and with "" file names may
+            lead anywhere.
         needs: what the model asks of the data.
 
     Returns:
@@ -69,39 +56,20 @@ def check_coco(
 
 
 def read_coco(
-    json_file: str,
-    images: str | None = None,
-    *,
-    needs: Needs = BOXES,
-    files: bool = True,
+    json_file: str, images: str | None = None, *, needs: Needs = BOXES, files: bool = True
 ) -> CheckedCoco:
-    """Reads a JSON, mends what can be, and refuses what cannot be trained on or evaluated.
+    """:func:`check_coco`, which repairs what it can first, and logs once what it repairs.
 
-    What is mended or left out is logged, once.
-
-    Args:
-        json_file: path of the annotation file.
-        images: folder of its images, "" and None as in :func:`check_coco`.
-        needs: what the model asks of the data.
-        files: whether each image must be there.
-
-    Raises:
-        UserError: names the file and the first record that is refused.
+    ``files`` says whether each image must be there.
     """
     all_problems = f"fpn-plugin check {json_file} {images or 'IMAGES'} lists all"
-    content, changes, digest = read_json(json_file)
     report = Report(10)
-    with _bar(content, json_file) as bar, no_garbage_collection():
-        changes += mended(content, images)
-        within = images != ""
-        found = coco_problems(
-            content, bar.update, needs=needs, file_names=within, contents=report.contents
-        )
-        for problem in itertools.chain(changes, found):
-            report.add(problem)
-            if problem.refused:
-                reason = f": {problem}" if problem.record else f" {problem}"
-                raise UserError(f"{json_file}{reason} ({all_problems})")
+    content, changes, digest = read_json(json_file)
+    for problem in _problems(json_file, content, changes, images, needs, report.contents):
+        report.add(problem)
+        if problem.refused:
+            reason = f": {problem}" if problem.record else f" {problem}"
+            raise UserError(f"{json_file}{reason} ({all_problems})")
     if images is not None and files:
         for record in content["images"]:
             path = os.path.join(images, record["file_name"])
@@ -109,7 +77,7 @@ def read_coco(
                 hint = _elsewhere(images, record["file_name"])
                 raise UserError(f"{json_file}: image {record['id']!r}: no file {path!r}{hint}")
     for kind in report.kinds(refused=False):
-        # All changes to all records are reported, and the first of single records.
+        # All repairs are reported, and of other kinds the first record.
         shown = report.kept[kind][: None if kind == "filled_in" else 1]
         reason = f"{kind} ({report.counts[kind]}), {KINDS[kind].meaning}: "
         reason += f"{'; '.join(map(str, shown))} ({all_problems})"
@@ -118,8 +86,28 @@ def read_coco(
     return CheckedCoco(content, changes, [category["name"] for category in categories], digest)
 
 
+def _problems(
+    json_file: str,
+    content: Any,
+    changes: list[Problem],
+    images: str | None,
+    needs: Needs,
+    contents: Contents,
+) -> Iterator[Problem]:
+    """Repairs the content of a JSON: its repairs, which are added to ``changes``, and problems."""
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    total = len(annotations) if isinstance(annotations, list) else 0
+    bar = tqdm(total=total, desc=Path(json_file).name, unit="annotation", delay=2)
+    with bar, no_garbage_collection():
+        changes += mended(content, images)
+        yield from changes
+        yield from coco_problems(
+            content, bar.update, needs=needs, file_names=images != "", contents=contents
+        )
+
+
 def _elsewhere(images: str, name: str) -> str:
-    """A hint for an image that is not there under its name but under one that is near."""
+    """A hint for an image that is there under another name."""
     found = name_in_folder(images, name)
     return "" if found is None else f", but {found!r} is there: {CONVERT}"
 
@@ -127,13 +115,13 @@ def _elsewhere(images: str, name: str) -> str:
 def convert_dataset(
     json_file: str, images: str, output: str, *, no_crowds: bool = False
 ) -> list[str]:
-    """Writes a JSON anew without the mistakes of annotation tools that can be recognised for sure.
+    """Writes a JSON anew without the mistakes of annotation tools that are certain.
 
     Args:
         json_file: path of the annotation file.
         images: folder of its images.
-        output: path of the new one.
-        no_crowds: whether to take all annotations for single objects, as CVAT's brush means them.
+        output: path of the new JSON.
+        no_crowds: whether all annotations are single objects, as CVAT's brush means them.
 
     Returns:
         What was changed, a line for each kind of change.
@@ -164,13 +152,13 @@ def check_dataset(
     needs: Needs = BOXES,
     threads: int = 4,
 ) -> Report:
-    """Finds whatever is wrong with COCO-format data.
+    """Finds all that is wrong with COCO-format data.
 
     Args:
         json_file: path of the annotation file.
         images: folder of its images.
-        look: "decode" to read all images, "headers" to look at their headers, which have sizes and
-            kinds but not that a file is cut off, or "none".
+        look: "decode" to read all images; "headers" to read only their sizes and kinds, which does
+            not find files that are cut off; or "none".
         keep: problems of a kind to keep; None for all.
         needs: what the model asks of the data.
         threads: images read at a time.
@@ -183,13 +171,10 @@ def check_dataset(
     content, changes, _ = read_json(json_file)
     report = Report(keep)
     refused_names: set[str] = set()
-    with _bar(content, json_file) as bar, no_garbage_collection():
-        changes += mended(content, images)
-        found = coco_problems(content, bar.update, needs=needs, contents=report.contents)
-        for problem in itertools.chain(changes, found):
-            report.add(problem)
-            if problem.kind == "file_name":
-                refused_names.add(problem.record)
+    for problem in _problems(json_file, content, changes, images, needs, report.contents):
+        report.add(problem)
+        if problem.kind == "file_name":
+            refused_names.add(problem.record)
     if look != "none" and isinstance(content, dict) and isinstance(content.get("images"), list):
         for problem in _image_file_problems(
             content["images"], images, look, threads, refused_names, needs.image_format
@@ -226,9 +211,3 @@ def _image_file_problems(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _bar(content: Any, json_file: str) -> tqdm:
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    total = len(annotations) if isinstance(annotations, list) else 0
-    return tqdm(total=total, desc=Path(json_file).name, unit="annotation", delay=2)

@@ -1,4 +1,4 @@
-"""The records of datasets, read as Detectron2 reads them, with proposals that run no code."""
+"""The records of datasets, as Detectron2 reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["config_arguments", "dataset_records"]
 def dataset_records(
     names: str | Sequence[str], *, proposal_files: Sequence[str] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """Detectron2's get_detection_dataset_dicts, with files of proposals read without running code.
+    """Detectron2's get_detection_dataset_dicts, which runs no code of files of proposals.
 
     Args:
         names: of registered datasets.

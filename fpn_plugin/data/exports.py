@@ -1,4 +1,4 @@
-"""What annotation tools export that nobody means to train on: recognised, and written anew."""
+"""Mistakes in the exports of annotation tools, which ``fpn-plugin check --convert`` corrects."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ __all__ = ["converted", "name_in_folder"]
 
 
 def name_in_folder(images: str, name: str) -> str | None:
-    """The file that a name of an image seems to mean, relative to the folder; None if none.
+    """The file in a folder that an image's name seems to mean, relative to the folder, or None.
 
-    Args:
-        images: the folder.
-        name: is escaped as in a URL, of another system, or has folders before it that are not
-            there.
+    The name may be escaped as in a URL, be of another system, or have more folders before it.
     """
     for plain in (name.replace("\\", "/"), unquote(name).replace("\\", "/")):
         parts = plain.split("/")
@@ -31,12 +28,12 @@ def name_in_folder(images: str, name: str) -> str | None:
 
 
 def converted(content: Any, images: str | None, *, no_crowds: bool) -> Iterator[str]:
-    """Writes a JSON that has been mended otherwise, as :func:`.repairs.mended` must not unasked.
+    """Corrects what :func:`.repairs.mended` must not change without being asked.
 
     Args:
-        content: is changed.
+        content: of a JSON that is repaired; is changed.
         images: folder of its images; None if it is not known.
-        no_crowds: whether to take all annotations for single objects.
+        no_crowds: whether all annotations are single objects.
 
     Yields:
         What was changed, a line for each kind of change.

@@ -20,7 +20,7 @@ __all__ = ["GivenImage", "free_name", "images_in", "images_of_dataset"]
 
 @dataclass(frozen=True)
 class GivenImage:
-    """An image; ``annotations`` are those of its dataset, None without a dataset."""
+    """An image, and its annotations if it is of a dataset."""
 
     path: Path
     annotations: list[dict[str, Any]] | None = None
@@ -31,7 +31,7 @@ def images_in(paths: Sequence[str], argument: str) -> list[GivenImage]:
 
     Args:
         paths: of files and folders.
-        argument: what the user gave them by, for messages.
+        argument: that the user gave them with, for messages.
 
     Raises:
         UserError: a path does not exist, or a folder has no images.
@@ -56,13 +56,13 @@ def images_of_dataset(name: str, argument: str) -> list[GivenImage]:
 
     Args:
         name: of the dataset.
-        argument: what the user gave it by, for messages.
+        argument: that the user gave it with, for messages.
 
     Raises:
         UserError: the dataset does not exist, or has records that could not be evaluated.
     """
     check_datasets([name], argument)
-    # It may be registered without a check, with files outside of its folder.
+    # It may be registered without a check, and have files outside of its folder.
     check_records([name], Needs(training=False))
     return [
         GivenImage(Path(record["file_name"]), record.get("annotations", []))
@@ -71,7 +71,7 @@ def images_of_dataset(name: str, argument: str) -> list[GivenImage]:
 
 
 def free_name(stem: str, taken: set[str]) -> str:
-    """A name for an image's output; images of one name get numbers. It is added to ``taken``."""
+    """The name, with a number if it is taken, for the output of an image; is added to ``taken``."""
     number, name = 1, stem
     while name in taken:
         number += 1

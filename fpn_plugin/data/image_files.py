@@ -1,4 +1,4 @@
-"""The rules for image files, and what Pillow says of files that break them."""
+"""The rules for image files."""
 
 from __future__ import annotations
 
@@ -8,39 +8,36 @@ from pathlib import Path
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from .shapes import Size
+from .shapes import Found, Size
 
 __all__ = ["UNREADABLE", "image_problem", "shown_size", "why_unreadable"]
 
 # What Pillow raises on files that are missing, cut off, damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-# For EPS Pillow starts Ghostscript, for WMF what Windows has; others may hold an image of these.
+# Others are refused: for EPS Pillow starts Ghostscript, for WMF a program of Windows, and some may
+# hold an image of these formats.
 _FORMATS = (
     "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _DEEP = ("I", "F")
-# Modes of files without more than this, and values of INPUT.FORMAT that keep no more, or alpha too.
+# Modes of files that hold gray or colours, and values of INPUT.FORMAT that keep gray, or alpha.
 _GRAY, _COLOURS = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")
 _OF_GRAY, _WITH_ALPHA = ("L", "LA"), ("LA", "RGBA")
 
 
 def image_problem(
     path: str | Path, size: Size | None, *, decode: bool, image_format: str = "BGR"
-) -> tuple[str, str]:
+) -> Found:
     """What is wrong with an image file.
 
     Args:
         path: of the file.
-        size: width and height that its record states, if any; those of the image turned as its
-            EXIF says, as Detectron2 turns it.
-        decode: whether to read all of it; otherwise its header is.
-        image_format: INPUT.FORMAT, which it is read in.
-
-    Returns:
-        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and the
-        message; two empty strings if there is none.
+        size: that its record states, if any, of the image turned as its EXIF says: Detectron2 turns
+            images.
+        decode: whether to read all of it, not only its header.
+        image_format: INPUT.FORMAT, in which it is read.
     """
     if not os.path.isfile(path):
         return "image_missing", "is not there"
@@ -69,7 +66,7 @@ def image_problem(
     if transparent and image_format not in _WITH_ALPHA:
         return "image_converted", f"is {mode}, read as {image_format} without its alpha"
     if frames > 1:
-        return "image_converted", f"is read for the first of its {frames} frames alone"
+        return "image_converted", f"has {frames} frames, of which only the first is read"
     if mode not in _GRAY and image_format in _OF_GRAY:
         return "image_converted", f"is {mode}, read as {image_format}: colours become gray"
     if mode not in (*_GRAY, *_COLOURS, image_format):
@@ -92,7 +89,7 @@ def _shown_size(image: Image.Image) -> Size:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What Pillow said, in one line."""
+    """Pillow's error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Reading images, with the name of the one that cannot be read."""
+"""The mapper of training and evaluation; every error names the image that it is about."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import (
-    SizeMismatchError,
-    annotations_to_instances,
-    read_image,
-)
+from detectron2.data.detection_utils import SizeMismatchError, annotations_to_instances, read_image
 from detectron2.structures import BoxMode
 
 from fpn_plugin.errors import UserError
 
 from .image_files import UNREADABLE, image_problem, why_unreadable
 from .keypoints import swapped_keypoints
-from .shapes import Size, box_problem, covers_no_pixel, mask_problem
+from .shapes import Size, box_problem, is_empty_mask
 
 __all__ = ["ReadableImageMapper", "read_image_or_say"]
 
@@ -31,15 +27,15 @@ _CHECK = "fpn-plugin check finds such images beforehand"
 class ReadableImageMapper(DatasetMapper):
     """DatasetMapper that names a record it cannot map, and scales whole-numbered boxes exactly.
 
-    Those have an image that cannot be read, for which Pillow would start another program (EPS),
-    that Detectron2 would read wrongly (more than 8 bits a pixel) or that has another size than
-    declared, or annotations that do not fit together.
+    It refuses an image that cannot be read, for which Pillow would start another program (EPS),
+    that Detectron2 would read wrongly (more than 8 bits a pixel), or that has another size than
+    its record. It also refuses annotations that do not fit together.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """What a config says; see :class:`detectron2.data.DatasetMapper`."""
-        # Detectron2 asks the training's datasets for the keypoints' names, even to evaluate.
+        """See :class:`detectron2.data.DatasetMapper`."""
+        # Detectron2 asks the training's datasets for the names of keypoints, even to evaluate.
         boxes = copy.deepcopy(cfg)
         if isinstance(boxes, CfgNode):
             boxes.defrost()
@@ -54,7 +50,7 @@ class ReadableImageMapper(DatasetMapper):
         """Maps a record; see :class:`detectron2.data.DatasetMapper`.
 
         Raises:
-            UserError: its image cannot be read, or the dataset states another size for it, or its
+            UserError: its image cannot be read or has another size than the dataset says, or its
                 annotations cannot be used.
         """
         path = dataset_dict["file_name"]
@@ -62,9 +58,8 @@ class ReadableImageMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             _refuse_by_header(dataset_dict["sem_seg_file_name"])
         try:
-            mapped = super().__call__(
-                self._prepared(dataset_dict) if self.is_train else dataset_dict
-            )
+            record = self._prepared(dataset_dict) if self.is_train else dataset_dict
+            mapped = super().__call__(record)
         except UserError:
             raise
         except SizeMismatchError as error:
@@ -85,7 +80,7 @@ class ReadableImageMapper(DatasetMapper):
                 f"cropping images with polygon masks (INPUT.CROP) needs {error.name}: pip install "
                 f"{error.name}"
             ) from error
-        if mapped["image"].dtype == torch.float64:  # of INPUT.FORMAT YUV-BT.601
+        if mapped["image"].dtype == torch.float64:  # INPUT.FORMAT is YUV-BT.601
             mapped["image"] = mapped["image"].float()
         return mapped
 
@@ -95,12 +90,12 @@ class ReadableImageMapper(DatasetMapper):
         if any(record.get("iscrowd", 0) == 0 for record in dataset_dict["annotations"]):
             super()._transform_annotations(dataset_dict, transforms, image_shape)
             return
-        # Detectron2 takes boxes anew from masks, which no objects do not have.
+        # Without objects there are no masks, from which Detectron2 computes boxes after a crop.
         del dataset_dict["annotations"]
         dataset_dict["instances"] = annotations_to_instances([], image_shape)
 
     def _prepared(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """A record of the annotations that are trained on, their boxes and polygons in floats."""
+        """The record with the annotations that are trained on, boxes and polygons as floats."""
         if "annotations" not in dataset_dict:
             return dataset_dict
         bitmasks = self.use_instance_mask and self.instance_mask_format == "bitmask"
@@ -114,24 +109,22 @@ class ReadableImageMapper(DatasetMapper):
 
 
 def _is_nothing(annotation: dict[str, Any], size: Size, bitmasks: bool) -> bool:
-    """Whether training leaves an annotation out as it has no extent in its image.
+    """Whether training leaves an annotation out because it has no extent in its image.
 
-    fpn-plugin check says so by the same rules. Detectron2 would look at the resized box or
-    mask, and then rounding or the drawn scale decides.
+    The rules are those of ``fpn-plugin check``. Detectron2 would look at the resized box or mask,
+    for which rounding or the scale that is drawn would decide.
     """
-    box, mask = annotation.get("bbox"), annotation.get("segmentation")
+    box = annotation.get("bbox")
     in_coco = type(box) is list and annotation.get("bbox_mode") == BoxMode.XYWH_ABS
     if in_coco and box_problem(box, size)[0] in ("box_empty", "box_outside"):
         return True
-    usable = bitmasks and mask and mask_problem(mask, size) == ("", "")
-    return bool(usable) and covers_no_pixel(mask, size)
+    return bitmasks and is_empty_mask(annotation.get("segmentation"), size)
 
 
 def _in_floats(given: dict[str, Any]) -> dict[str, Any]:
     """An annotation whose box and polygons are floats.
 
-    Detectron2 resizes those of integers in integer arithmetic: all that lies behind the point of
-    the resized coordinates, up to a pixel, would be cut off.
+    Detectron2 resizes integers in integer arithmetic, which cuts off up to a pixel.
     """
     annotation = dict(given)
     if isinstance(annotation.get("bbox"), list):
@@ -161,7 +154,7 @@ def read_image_or_say(path: str | Path, image_format: str = "BGR") -> np.ndarray
 
 
 def _refuse_by_header(path: str | Path) -> None:
-    """Refuses what Detectron2 would read wrongly in silence, or with another program."""
+    """Refuses an image that Detectron2 would read wrongly, or with another program."""
     kind, message = image_problem(path, None, decode=False)
     if kind == "image_depth":
         raise UserError(f"image {str(path)!r} {message}")

@@ -1,4 +1,4 @@
-"""How an image is read for a config, given to its model, and shown: one place for every tool."""
+"""Images of a config: read from files, as input of its model, and in colours for pictures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ from fpn_plugin.errors import UserError, near_names
 from .mapper import read_image_or_say
 
 __all__ = [
-    "IMAGE_FORMATS",
-    "channels_first",
-    "check_channels",
-    "read_picture",
-    "resized_picture",
+    "IMAGE_FORMATS", "channels_first", "check_channels", "read_picture", "resized_picture",
     "rgb_of",
-]
+]  # fmt: skip
 
 IMAGE_FORMATS = {
     "BGR": 3, "RGB": 3, "L": 1, "RGBA": 4, "LA": 2, "CMYK": 4, "HSV": 3, "LAB": 3, "RGBX": 4,
@@ -38,16 +34,16 @@ def check_channels(
     std: Sequence[float],
     keys: tuple[str, str, str] = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
 ) -> None:
-    """Refuses a format that no image can be read in, and means of other channels than its own.
+    """Refuses a format in which no image can be read, and means for another number of channels.
 
     Args:
-        image_format: as images are read in.
-        mean: a value for each channel. One channel may have several: it is given to each of them.
-        std: likewise.
+        image_format: in which images are read.
+        mean: a value for each channel. A single channel may have several, and is repeated.
+        std: a value for each of these.
         keys: the names of the three.
 
     Raises:
-        UserError: says which key, and what it is expected to be.
+        UserError: names the key, and what is expected.
     """
     if image_format not in IMAGE_FORMATS:
         raise UserError(f"{keys[0]} is {image_format!r}: {near_names(image_format, IMAGE_FORMATS)}")
@@ -65,15 +61,14 @@ def check_channels(
 
 
 def picture_format(cfg: CfgNode) -> str:
-    """BGR for models of colours, as Detectron2's DefaultPredictor takes them; INPUT.FORMAT for
-    others.
-    """
+    """BGR for colours, as Detectron2's DefaultPredictor takes them, or another INPUT.FORMAT."""
     return "BGR" if cfg.INPUT.FORMAT in ("BGR", "RGB") else cfg.INPUT.FORMAT
 
 
 def read_picture(cfg: CfgNode, path: str | Path) -> np.ndarray:
-    """An image file as tools take it: uint8 ``(H, W, C)``, turned as its EXIF says; BGR, or the
-    channels of another INPUT.FORMAT. YUV-BT.601 is float64.
+    """Reads an image file as ``(H, W, C)``, turned as its EXIF says.
+
+    Channels are BGR, or those of another INPUT.FORMAT. Values are uint8; of YUV-BT.601, float64.
 
     Raises:
         UserError: it cannot be read.
@@ -82,10 +77,10 @@ def read_picture(cfg: CfgNode, path: str | Path) -> np.ndarray:
 
 
 def resized_picture(cfg: CfgNode, picture: np.ndarray) -> tuple[np.ndarray, T.Transform]:
-    """A picture at the size at which the config tests, and what resized it.
+    """A picture resized as the config tests, and the transform.
 
     Raises:
-        UserError: it has other channels than :func:`read_picture` gives it.
+        UserError: it has not the channels of :func:`read_picture`.
     """
     expected = IMAGE_FORMATS[picture_format(cfg)]
     if picture.ndim != 3 or picture.shape[2] != expected:
@@ -99,12 +94,12 @@ def resized_picture(cfg: CfgNode, picture: np.ndarray) -> tuple[np.ndarray, T.Tr
 
 
 def channels_first(cfg: CfgNode, picture: np.ndarray) -> Tensor:
-    """A picture as the config's model takes it: float32 ``(C, H, W)`` in INPUT.FORMAT."""
+    """A picture as input of the config's model: float32 ``(C, H, W)`` in INPUT.FORMAT."""
     pixels = picture[:, :, ::-1] if cfg.INPUT.FORMAT == "RGB" else picture
     return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
 
 
 def rgb_of(cfg: CfgNode, picture: np.ndarray) -> np.ndarray:
-    """A picture to look at: uint8 RGB ``(H, W, 3)``, gray for one channel, without alpha."""
+    """A picture for display: uint8 RGB ``(H, W, 3)``, gray for one channel, without alpha."""
     rgb = convert_image_to_rgb(picture, picture_format(cfg))
     return np.ascontiguousarray(rgb.clip(0, 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What can be wrong with COCO-format data: its kinds, single problems, and counts of them."""
+"""What can be wrong with COCO-format data: kinds of problems, problems, and reports of them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from typing import Any
 __all__ = ["CONVERT", "KINDS", "Contents", "Kind", "Problem", "Report", "shortened"]
 
 
-CONVERT = "fpn-plugin check JSON IMAGES --convert NEW.json writes it right"
+CONVERT = "fpn-plugin check JSON IMAGES --convert NEW.json writes it correctly"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem.
+    """A kind of problem."""
 
-    Args:
-        refused: whether training refuses data that has it. Otherwise it trains, as ``meaning``
-            says.
-        meaning: what is wrong and, if it is not refused, what becomes of it.
-        left_out: whether training leaves the annotation out.
-    """
-
-    refused: bool
-    meaning: str
-    left_out: bool = False
+    refused: bool  # whether training refuses data that has it
+    meaning: str  # what is wrong and, if it is not refused, what happens to it
+    left_out: bool = False  # whether training leaves the annotation out
 
 
 KINDS = {
@@ -54,41 +47,33 @@ KINDS = {
     "image_depth": Kind(True, "more than 8 bits a pixel, which would be clipped at 255"),
     "image_other_size": Kind(True, "the image has another size than the JSON says"),
     "boxes_centres": Kind(
-        False,
-        "the boxes look like centres with width and height; they are read as corner, width, height",
+        False, "the boxes look like centre, width, height; they are read as corner, width, height"
     ),
     "filled_in": Kind(False, "a value was missing or of another type, and could be computed"),
     "renumbered": Kind(False, "annotation ids that COCO's evaluation cannot take were replaced"),
-    "crowd": Kind(
-        False, "iscrowd is 1; training leaves it out, evaluation ignores what is found there", True
-    ),
+    "crowd": Kind(False, "iscrowd is 1; training leaves it out, evaluation ignores it", True),
     "box_empty": Kind(
-        False, "bbox has no area; training leaves it out, evaluation cannot find it", True
+        False, "bbox has no area; training leaves it out, evaluation misses it", True
     ),
     "box_outside": Kind(
-        False, "bbox is outside the image; training leaves it out, evaluation cannot find it", True
+        False, "bbox is outside the image; training leaves it out, evaluation misses it", True
     ),
     "box_reaches_out": Kind(False, "bbox reaches out of the image; training cuts it at the border"),
     "segmentation_unusable": Kind(
-        False, "no polygon of three points; Detectron2 leaves the annotation out", True
+        False, "no polygon of three points; training leaves it out", True
     ),
     "mask_empty": Kind(False, "the mask has no pixel; training leaves the annotation out", True),
     "keypoints_invisible": Kind(
-        False, "an image without enough visible keypoints; training leaves it out"
+        False, "an image with too few visible keypoints; training leaves it out"
     ),
     "nothing_to_find": Kind(False, "there are no annotations; evaluation gives no AP"),
     "category_root": Kind(
-        False,
-        "a category that no annotation has and that seems to be the others' parent; it "
-        "counts as a class",
+        False, "a category without annotations, perhaps the others' parent; it counts as a class"
     ),
     "file_name_twice": Kind(False, "several images have one file"),
-    "category_name_twice": Kind(
-        False, "several categories have one name; results hide all but one"
-    ),
+    "category_name_twice": Kind(False, "several categories have one name; results show only one"),
     "keypoint_flips": Kind(
-        False,
-        "which keypoints a mirrored image swaps is not known; training refuses to mirror them",
+        False, "which keypoints a mirrored image swaps is not known; training refuses to mirror"
     ),
     "skeleton": Kind(False, "a skeleton that joins no keypoints; pictures leave it out"),
     "image_converted": Kind(False, "read in INPUT.FORMAT, which loses something"),
@@ -96,24 +81,18 @@ KINDS = {
 
 
 def shortened(value: Any) -> str:
-    """A value as it is shown in messages: one line; the middle of a long one is left out."""
+    """A value in one line, for messages; the middle of a long one is left out."""
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-30:]}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a record.
+    """Something that is wrong with a record."""
 
-    Args:
-        kind: one of :data:`KINDS`.
-        record: the record's name, for example ``"annotation 12"``; "" for the whole file.
-        message: what is wrong with it, in one line.
-    """
-
-    kind: str
-    record: str
-    message: str
+    kind: str  # one of KINDS
+    record: str  # for example "annotation 12"; "" for the whole file
+    message: str  # what is wrong, in one line
 
     @property
     def refused(self) -> bool:
@@ -121,37 +100,25 @@ class Problem:
         return KINDS[self.kind].refused
 
     def __str__(self) -> str:
-        """The record and what is wrong with it."""
+        """The record and the message."""
         return f"{self.record}: {self.message}" if self.record else self.message
 
 
 @dataclass
 class Contents:
-    """What a dataset holds, counted.
-
-    Args:
-        images: in its JSON.
-        boxes: its annotations.
-        classes: its categories.
-        trained_on: annotations that reach a training; 0 for data to evaluate on.
-    """
+    """How many records a dataset has."""
 
     images: int = 0
     boxes: int = 0
     classes: int = 0
-    trained_on: int = 0
+    trained_on: int = 0  # annotations that reach a training; 0 for data to evaluate on
 
 
 @dataclass
 class Report:
-    """Problems by kind: how many, and the first of them.
+    """Problems by kind: how many, and the first of them."""
 
-    Args:
-        keep: problems of a kind to keep; None for all.
-        contents: what was read.
-    """
-
-    keep: int | None = 3
+    keep: int | None = 3  # of a kind; None for all
     contents: Contents = field(default_factory=Contents)
     counts: dict[str, int] = field(default_factory=dict)
     kept: dict[str, list[Problem]] = field(default_factory=dict)
@@ -168,7 +135,7 @@ class Report:
         return [kind for kind in KINDS if kind in self.counts and KINDS[kind].refused == refused]
 
     def text(self, examples: int) -> str:
-        """The problems as lines to read: by kind with counts and the first examples."""
+        """The problems as text: kinds with counts and the first examples."""
         lines = []
         for refused, title in ((True, "refused"), (False, "warnings")):
             for kind in self.kinds(refused=refused):
@@ -187,13 +154,8 @@ class Report:
             "counts": dict(self.counts),
             "contents": asdict(self.contents),
             "problems": [
-                {
-                    "kind": problem.kind,
-                    "refused": problem.refused,
-                    "record": problem.record,
-                    "told": problem.message,
-                }
+                {"kind": kind, "refused": p.refused, "record": p.record, "told": p.message}
                 for kind in KINDS
-                for problem in self.kept.get(kind, [])
+                for p in self.kept.get(kind, [])
             ],
         }

@@ -1,4 +1,4 @@
-"""Files of proposals, read without running code, which Detectron2's unpickling does."""
+"""Files of proposals. Detectron2's unpickling may run code of a file; reading here does not."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["read_proposals", "with_proposals"]
 
 _OLDER_NAMES = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron1's
 _MADE_BY = "fpn-plugin dump-proposals makes such files"
-_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # those that Detectron2 can convert of boxes
+_MODES = (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)  # that Detectron2 can convert
 _LARGEST = np.finfo(np.float32).max
 
 
 def read_proposals(file: IO[bytes], encoding: str = "latin1") -> dict[str, Any]:
-    """What a file of proposals holds, in Detectron2's names.
+    """The content of a file of proposals, with Detectron2's keys.
 
     Args:
         file: opened for reading bytes.
         encoding: of Python 2's text.
 
     Raises:
-        UserError: it holds more than arrays, is no pickle, or the proposals of an image are not
+        UserError: it is no pickle, has more than arrays, or the proposals of an image are not
             finite boxes with a finite logit each.
     """
     name = getattr(file, "name", "of proposals")
@@ -53,7 +53,9 @@ def _problems(content: Any) -> Iterator[str]:
         return
     parts = ("ids", "boxes", "objectness_logits")
     for part in parts:
-        if not _is_row(content.get(part)):
+        rows = content.get(part)
+        listed = isinstance(rows, list | tuple)
+        if not listed and not (isinstance(rows, np.ndarray) and rows.ndim > 0):
             yield f"it has no list {part!r}"
             return
     counts = [len(content[part]) for part in parts]
@@ -78,12 +80,8 @@ def _problems(content: Any) -> Iterator[str]:
             yield f"image {str(image)[:40]!r} has {message}"
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
-
-
 def _problem_of(boxes: Any, logits: Any) -> str:
-    """What is wrong with an image's proposals; "" where nothing is."""
+    """What is wrong with an image's proposals; "" if nothing is."""
     for what, values in (("boxes", boxes), ("logits", logits)):
         if not isinstance(values, np.ndarray):
             return f"{what} of type {type(values).__name__}, expected an array"
@@ -100,7 +98,7 @@ def _problem_of(boxes: Any, logits: Any) -> str:
 
 
 def with_proposals(records: Sequence[dict[str, Any]], file: str) -> list[dict[str, Any]]:
-    """Records of a dataset with the proposals that Detectron2's mapper reads of them.
+    """Records of a dataset with the proposals that Detectron2's mapper reads.
 
     Args:
         records: in Detectron2's form.
@@ -123,10 +121,9 @@ def with_proposals(records: Sequence[dict[str, Any]], file: str) -> list[dict[st
             )
         logits = content["objectness_logits"][index]
         best_first = logits.argsort()[::-1]
-        values = {
+        proposed.append(record | {
             "proposal_boxes": content["boxes"][index][best_first],
             "proposal_objectness_logits": logits[best_first],
             "proposal_bbox_mode": mode,
-        }
-        proposed.append({**record, **values})
+        })  # fmt: skip
     return proposed

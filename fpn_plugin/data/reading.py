@@ -1,4 +1,4 @@
-"""Reading a COCO JSON record by record, so that its text is never in memory as a whole."""
+"""Reads a COCO JSON record by record, so that its text is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def read_json(
     json_file: str,
     annotations: Callable[[Iterator[Any], dict[str, Any]], Any] | None = None,
 ) -> tuple[Any, list[Problem], str]:
-    """What a JSON file holds, what is wrong with its encoding, and its digest.
+    """The content of a JSON file, what is wrong with its encoding, and its digest.
 
     Args:
         json_file: path of the file.
-        annotations: takes the records of the list "annotations", and what stands before it in the
-            file. Its result stands for the list in the content. None keeps the records.
+        annotations: is called with the records of the list "annotations" and the content before it
+            in the file. Its result replaces the list. None keeps the records.
 
     Raises:
         UserError: the file is not there or not JSON.
@@ -64,7 +64,7 @@ def read_json(
                         content[key] = list(stream.items(kept=True))
             except UserError:
                 raise
-            except ValueError:  # json reads what is no object, and says where a file is not JSON
+            except ValueError:  # json reads other values, and says where a file is not JSON
                 file.seek(0)
                 content = json.loads(file.read())
     except OSError as error:
@@ -79,7 +79,7 @@ def read_json(
 
 
 def digest_of(json_file: str) -> str:
-    """Of a file's bytes; "" if it cannot be read."""
+    """The digest of a file's bytes; "" if it cannot be read."""
     try:
         return hashlib.blake2b(Path(json_file).read_bytes()).hexdigest()
     except OSError:
@@ -88,7 +88,7 @@ def digest_of(json_file: str) -> str:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Within it, the collector does not walk over millions of records again and again."""
+    """Stops the collector, which would visit millions of records again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -101,15 +101,14 @@ def no_garbage_collection() -> Iterator[None]:
 class JsonStream:
     """The parts of a JSON object, in the order of the file.
 
-    Each record is decoded by the standard library's decoder and may be dropped before the next is
-    read; what is kept is a window of text.
+    The standard library's decoder decodes one record at a time. Only a window of text is kept.
 
     Args:
         file: open for reading bytes.
-        on_read: called after each read with the number of bytes.
+        on_read: is called after each read with the number of bytes.
 
     Attributes:
-        encoding: that of the text: UTF-8, -16 or -32.
+        encoding: of the text: UTF-8, -16 or -32.
         digest: of the bytes that were read.
 
     Example::
@@ -125,14 +124,14 @@ class JsonStream:
     ) -> None:
         self._file, self._on_read = file, on_read
         self.encoding, self.digest = json.detect_encoding(file.peek(4)), hashlib.blake2b()
-        # Halves of characters pass, as they do in json.
+        # Surrogates pass, as they do in json.
         self._decoder = codecs.getincrementaldecoder(self.encoding)("surrogatepass")
         self._text, self._at, self._ended = "", 0, False
         self._tried: str | None = None
 
     def keys(self) -> Iterator[str]:
-        """Each key of the object; its value is read by :meth:`items` or :meth:`value`, or skipped
-        when the next key is asked for.
+        """Each key of the object. :meth:`items` or :meth:`value` read its value; the next key skips
+        it.
 
         Raises:
             ValueError: the text is not JSON, or not an object.
@@ -154,16 +153,15 @@ class JsonStream:
             raise ValueError(f"expected the end, found {self._text[self._at :][:20]!r}")
 
     def at_list(self) -> bool:
-        """Whether the present key's value is a list."""
+        """Whether the current key's value is a list."""
         return self._peek() == "["
 
     def items(self, *, kept: bool = False) -> Iterator[Any]:
-        """The items of the list that is the present key's value.
+        """The items of the list that is the current key's value.
 
         Args:
-            kept: whether they all stay in memory. They are decoded many at once then, so that they
-                share the strings of their keys; those that are dropped one by one stay in the
-                processor's cache.
+            kept: whether all stay in memory. Then many are decoded at once, which share the strings
+                of their keys. Items that are dropped one by one stay in the processor's cache.
 
         Raises:
             ValueError: the text is not JSON, or the value is not a list.
@@ -177,14 +175,14 @@ class JsonStream:
                 yield from self._records()
             yield self.value()
             comma = _COMMA.match(self._text, self._at)
-            if comma and comma.end() < len(self._text):  # as a rule, and at a third of the time
+            if comma and comma.end() < len(self._text):  # most often, and in a third of the time
                 self._at = comma.end()
             elif not self._next_is(","):
                 break
         self._take("]")
 
     def _records(self) -> list[Any]:
-        """The list's objects that are in the window, but the last; none if they have been tried."""
+        """The list's objects in the window, without the last; none if a window is tried again."""
         text, at = self._text, self._at
         begins = _FIRST_KEY.match(text, at)
         if text is self._tried or begins is None:
@@ -218,7 +216,7 @@ class JsonStream:
                 if self._ended:
                     raise
             else:
-                # A number at the end of the window may go on beyond it: of 0.5, "0." reads as 0.
+                # A number at the end of the window may continue: of 0.5, "0." reads as 0.
                 if text[end : end + 1] in _FOLLOWS or self._ended:
                     self._at = end
                     return value
@@ -243,7 +241,7 @@ class JsonStream:
             raise ValueError(f"expected {character!r}, found {self._text[self._at :][:20]!r}")
 
     def _read(self) -> None:
-        # As much again as is there: a long value is then decoded a few times, not many.
+        # As much again as is there, so that a long value is decoded only a few times.
         rest = self._text[self._at :]
         more = self._file.read(max(_BYTES, len(rest)))
         self.digest.update(more)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .annotations import Known, annotation_problems, first_with, has_id, id_problems
 from .fast_checks import may_break_a_rule
-from .keypoint_names import category_keypoint_problems
+from .keypoints import category_keypoint_problems
 from .problems import CONVERT, KINDS, Contents, Problem, shortened
 from .requirements import BOXES, Needs
 from .shapes import MOST_PIXELS, Size, is_dropped
@@ -34,17 +34,14 @@ def coco_problems(
     file_names: bool = True,
     contents: Contents | None = None,
 ) -> Iterator[Problem]:
-    """Whatever is wrong with a COCO JSON; every record is looked at.
+    """All that is wrong with a COCO JSON: problems of the file, categories, images, annotations.
 
     Args:
         content: of the file, as json gives it.
-        advance: called with the number of annotations that were looked at since the last call.
+        advance: is called with the number of annotations that were checked since the last call.
         needs: what the model asks of it.
         file_names: whether file names must stay within a folder.
-        contents: is given what was counted.
-
-    Yields:
-        Problems of the file, then of its categories, images and annotations.
+        contents: receives the counts.
     """
     if not isinstance(content, dict):
         message = f"it holds a {type(content).__name__}, not an object with {', '.join(_PARTS)}"
@@ -63,7 +60,7 @@ def coco_problems(
     yield from _category_problems(content["categories"])
     root = root_category(content)
     if root is not None:
-        message = "no annotation has it, and it counts as a class (Roboflow writes such)"
+        message = "no annotation has it, and it counts as a class (Roboflow writes such categories)"
         where = f"category {shortened(root['id'])}"
         yield Problem("category_root", where, f"{shortened(root['name'])}: {message}: {CONVERT}")
     yield from category_keypoint_problems(content["categories"], needs)
@@ -117,7 +114,10 @@ def _uses(
 def _invisible(
     images: Sequence[Any], annotations: Sequence[Any], least: int, left_out: dict[int, str]
 ) -> Iterator[Problem]:
-    """Images that Detectron2 leaves out as they show fewer keypoints; adds what is marked there."""
+    """Images that Detectron2 leaves out because they show fewer keypoints than ``least``.
+
+    Their annotations are added to ``left_out``.
+    """
     visible: Counter[Any] = Counter()
     of_image: dict[Any, list[int]] = {}
     for index, record in enumerate(annotations):
@@ -135,7 +135,7 @@ def _invisible(
 
 
 def visible_keypoints(record: dict[str, Any]) -> int:
-    """How many keypoints of an annotation count for its image to be trained on, crowds' too."""
+    """How many keypoints of an annotation, crowds' too, count for its image to be trained on."""
     keypoints = record.get("keypoints")
     if type(keypoints) is not list or is_dropped(record.get("segmentation")):
         return 0
@@ -151,32 +151,27 @@ def records_of(content: Any, part: str) -> list[dict[str, Any]]:
 def root_category(content: Any) -> dict[str, Any] | None:
     """The empty category that Roboflow puts above all others; None if there is none."""
     categories, annotations = records_of(content, "categories"), records_of(content, "annotations")
-    roots = [category for category in categories if _is_root(category)]
+    named = [c for c in categories if has_id(c) and type(c.get("name")) is str]
+    roots = [category for category in named if category.get("supercategory") == "none"]
     if len(roots) != 1 or len(categories) < 2 or not annotations:
         return None
-    [root] = roots
-    used = any(record.get("category_id") == root["id"] for record in annotations)
-    return None if used else root
-
-
-def _is_root(category: dict[str, Any]) -> bool:
-    named = has_id(category) and type(category.get("name")) is str
-    return named and category.get("supercategory") == "none"
+    used = any(record.get("category_id") == roots[0]["id"] for record in annotations)
+    return None if used else roots[0]
 
 
 def declared_size(record: dict[str, Any]) -> Size | None:
-    """Width and height of an image's record; None if it has none that an image could have."""
+    """Width and height of an image's record; None if no image could have them."""
     width, height = record.get("width"), record.get("height")
     return (width, height) if _is_side(width) and _is_side(height) else None
 
 
-def image_record(index: int, record: dict[str, Any]) -> str:
-    """How an image's record is named in messages."""
-    return f"images[{index}] (id {shortened(record.get('id'))})"
-
-
 def _is_side(value: Any) -> bool:
     return type(value) is int and 0 < value < MOST_PIXELS
+
+
+def image_record(index: int, record: dict[str, Any]) -> str:
+    """The name of an image's record in messages."""
+    return f"images[{index}] (id {shortened(record.get('id'))})"
 
 
 def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
@@ -196,10 +191,10 @@ def _category_problems(records: Sequence[Any]) -> Iterator[Problem]:
 
 
 def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> Iterator[Problem]:
-    """What is wrong with the records of images.
+    """What is wrong with a JSON's images.
 
     Args:
-        records: a JSON's images.
+        records: the images.
         max_size: longest side that they are resized to, in pixels.
         file_names: whether file names must stay within a folder.
     """
@@ -217,16 +212,12 @@ def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> I
         for key in ("width", "height"):
             side = record.get(key)
             if type(side) is int and not _is_side(side):
-                message = (
-                    f"{key!r} is {shortened(side)}, expected pixels from 1 to {MOST_PIXELS - 1}"
-                )
-                yield Problem("value", where, message)
+                message = f"{key!r} is {shortened(side)}, expected pixels from 1 to"
+                yield Problem("value", where, f"{message} {MOST_PIXELS - 1}")
         size = declared_size(record)
         if size is not None and max(size) > 2 * max_size * min(size):
-            message = (
-                f"{size[0]} x {size[1]} pixels, resized to a longest side of {max_size}, is 0 wide"
-            )
-            yield Problem("image_thin", where, message)
+            message = f"{size[0]} x {size[1]} pixels, resized to a longest side of {max_size}, is"
+            yield Problem("image_thin", where, f"{message} 0 wide")
         name = record.get("file_name")
         if type(name) is str:
             if file_names:
@@ -236,9 +227,8 @@ def image_problems(records: Sequence[Any], max_size: int, file_names: bool) -> I
 
 
 def file_name_problems(where: str, name: str) -> Iterator[Problem]:
-    """What is wrong with the path of an image.
-
-    It must stay in the image folder: a JSON from elsewhere does not choose which files are read.
+    """What is wrong with an image's path, which must stay in the folder: a JSON from someone else
+    does not choose which files are read.
     """
     message = f"file_name is {shortened(name)}"
     try:
@@ -253,7 +243,5 @@ def file_name_problems(where: str, name: str) -> Iterator[Problem]:
     if ".." in path:
         leads_out = leads_out or os.path.normpath(path).replace("\\", "/").split("/")[0] == ".."
     if leads_out:
-        expected = f"expected a path relative to that folder; if the file is in it, {CONVERT}"
-        yield Problem(
-            "file_name", where, f"{message}, which leads out of the image folder; {expected}"
-        )
+        message += ", which leads out of the image folder; expected a path relative to that folder"
+        yield Problem("file_name", where, f"{message}; if the file is in it, {CONVERT}")

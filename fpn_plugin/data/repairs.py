@@ -1,4 +1,4 @@
-"""What a COCO JSON lacks and can be computed from the rest of it, or from its images."""
+"""Repairs of a COCO JSON: what it lacks and can be computed from the rest or the images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from .shapes import (
     Size,
     are_pixels,
     box_problem,
+    compressed,
     is_polygon,
     keypoint_problem,
     mask_problem,
-)
+)  # fmt: skip
 
 __all__ = ["mended", "mended_annotation", "other_id", "same_objects"]
 
@@ -45,22 +46,22 @@ _NUMBERS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def mended(content: Any, images: str | None, *, converting: bool = False) -> Iterator[Problem]:
-    """Fills in what a COCO JSON lacks, and turns boxes that are written in another way.
+    """Fills in what a COCO JSON lacks, and converts boxes that are written in another way.
 
-    What cannot be mended stays, for :func:`fpn_plugin.data.records.coco_problems` to find.
+    What cannot be repaired stays, for :func:`fpn_plugin.data.records.coco_problems` to find.
 
     Args:
         content: of the file, as json gives it; is changed.
         images: folder of its images; None if it is not known.
-        converting: whether to turn boxes as well that only look as if they are written otherwise.
+        converting: whether to convert also boxes whose layout is not certain.
 
     Yields:
-        What was changed, a problem for each kind of change.
+        A problem for each kind of change.
     """
     parts = {part: records_of(content, part) for part in _NUMBERS}
     for part, records in parts.items():
         for key, types in _NUMBERS[part].items():
-            message = f"{key!r} is not written as a number, but stands for one"
+            message = f"{key!r} is a number in another form"
             yield from _reported(part, message, _read_numbers(records, key, types))
     annotations = parts["annotations"]
     if images is not None:
@@ -80,7 +81,7 @@ def mended(content: Any, images: str | None, *, converting: bool = False) -> Ite
     strangers = [r for r in annotations if size_of(r) is None]
     changed = _put(strangers, "image_id", lambda record: other_id(record.get("image_id"), sizes))
     yield from _reported("annotations", message, changed)
-    message = "'bbox' is not written as numbers, but stands for them"
+    message = "'bbox' has numbers in another form"
     yield from _reported("annotations", message, _read_boxes(annotations))
     yield from filled("bbox", lambda r: _box_of_mask(r, size_of(r)), "that of the mask")
     yield from _turned(annotations, size_of, converting)
@@ -91,11 +92,7 @@ def mended(content: Any, images: str | None, *, converting: bool = False) -> Ite
 
 
 def mended_annotation(record: Any) -> Any:
-    """An annotation read by itself: numbers as numbers, and a box from its mask if it has none.
-
-    Args:
-        record: anything; is changed.
-    """
+    """Repairs an annotation that is read by itself, which may be anything; it is changed."""
     if type(record) is dict:
         for key, types in _NUMBERS["annotations"].items():
             _read_numbers([record], key, types)
@@ -116,7 +113,7 @@ def _reported(part: str, message: str, changed: Sequence[Record]) -> Iterator[Pr
 
 
 def _put(records: Sequence[Record], key: str, value: Callable[[Record], Any]) -> list[Record]:
-    """Gives records the value that can be had for a key, None if none; returns those changed."""
+    """Gives records a value for a key unless it is None; returns those changed."""
     changed = []
     for record in records:
         given = value(record)
@@ -127,7 +124,7 @@ def _put(records: Sequence[Record], key: str, value: Callable[[Record], Any]) ->
 
 
 def _number(value: Any) -> Any:
-    """The number that text or a float stands for: a whole one as int; None if it is none."""
+    """The number of a text or a float, as int if it is whole; None if there is none."""
     if type(value) is str and _WRITTEN.fullmatch(value.strip()):
         value = float(value)
     if type(value) is not float or not math.isfinite(value):
@@ -173,7 +170,7 @@ def _read_sizes(records: Sequence[Record], images: str) -> list[Record]:
 
 
 def other_id(given: Any, known: Container[Any]) -> int | str | None:
-    """The known id that a number stands for which is written as text, or the reverse."""
+    """The known id that is the same number in text, or the same text as a number."""
     if type(given) not in (int, str) or given in known:
         return None
     other = str(given) if type(given) is int else _number(given)
@@ -181,18 +178,15 @@ def other_id(given: Any, known: Container[Any]) -> int | str | None:
 
 
 def _polygons(mask: Any, size: Size | None) -> list[np.ndarray] | None:
-    """Polygons that Detectron2 uses of a mask, ``(points, 2)`` each; None if it is not of any."""
+    """Polygons of a mask that Detectron2 uses, ``(points, 2)`` each; None if there are none."""
     if type(mask) is not list or mask_problem(mask, size)[0]:
         return None
     return [np.array(p, float).reshape(-1, 2) for p in mask if is_polygon(p)] or None
 
 
 def _runs(mask: Any, size: Size | None) -> dict[str, Any] | None:
-    """A mask's compressed run-length encoding; None if it is none."""
-    if type(mask) is not dict or mask_problem(mask, size)[0]:
-        return None
-    compressed = type(mask["counts"]) is not list
-    return mask if compressed else coco_mask.frPyObjects(mask, *mask["size"])
+    """The compressed run-length encoding of a mask; None if it has none."""
+    return compressed(mask) if type(mask) is dict and not mask_problem(mask, size)[0] else None
 
 
 def _box_of_mask(record: Record, size: Size | None) -> list[float] | None:
@@ -228,7 +222,7 @@ def _num_keypoints(record: Record) -> int | None:
 def _turned(
     annotations: Sequence[Record], size_of: Callable[[Record], Size | None], converting: bool
 ) -> Iterator[Problem]:
-    """Says if boxes are written in another way than COCO's; turns those that are surely so."""
+    """Reports boxes that are written in another way than COCO's; converts them if it is certain."""
     boxed = [r for r in annotations if type(r.get("bbox")) is list and len(r["bbox"]) == 4]
     if not _are_numbers([*chain.from_iterable(record["bbox"] for record in boxed)]):
         boxed = [record for record in boxed if _are_numbers(record["bbox"])]
@@ -247,19 +241,19 @@ def _turned(
     for record, box, size in zip(used, turned, sizes.tolist(), strict=True):
         area, (_, _, width, height) = record.get("area"), record["bbox"]
         if type(area) in NUMBER and math.isclose(area, width * height):
-            del record["area"]  # was computed of the box as it was
+            del record["area"]  # was computed from the old box
         record["bbox"] = box
         if layout.normalised:
             _scale_mask(record, size)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
-    """Whether all are finite numbers of a size that numpy takes."""
+    """Whether all are finite numbers that numpy can hold."""
     return bool(values) and {*map(type, values)} <= {int, float} and are_pixels(values, None)
 
 
 def _scale_mask(record: Record, size: Sequence[float]) -> None:
-    """Turns polygons and keypoints from fractions of the image into pixels, if they are such."""
+    """Converts polygons and keypoints that are fractions of the image to pixels."""
     mask, keypoints = record.get("segmentation"), record.get("keypoints")
     polygons = _polygons(mask, None)
     if polygons is not None and np.abs(np.concatenate(polygons)).max() <= 1 + SLACK:
@@ -272,9 +266,9 @@ def _scale_mask(record: Record, size: Sequence[float]) -> None:
 
 
 def _renumbered(annotations: Sequence[Record]) -> Iterator[Problem]:
-    """Numbers annotations from 1 on if some of their ids cannot be evaluated with.
+    """Numbers annotations from 1 on if evaluation cannot use some of their ids.
 
-    An object that is there twice keeps one id: which of the two is to go is not ours to say.
+    The records of an object that is there twice keep one id, so that they are refused.
     """
     again = same_objects(annotations)
     once = [record for record in annotations if id(record) not in again]
@@ -287,21 +281,12 @@ def _renumbered(annotations: Sequence[Record]) -> Iterator[Problem]:
     for record in annotations:
         if id(record) in again:
             record["id"] = again[id(record)]["id"]
-    message = (
-        "ids are missing, no numbers, below 1 or there twice; annotations are numbered from 1 on"
-    )
-    yield Problem("renumbered", "annotations", f"{message}, in the order of the file")
+    message = "ids are missing, no numbers, below 1 or there twice; annotations are numbered from"
+    yield Problem("renumbered", "annotations", f"{message} 1 on, in the order of the file")
 
 
 def same_objects(annotations: Sequence[Record]) -> dict[int, Record]:
-    """The first record of each object that is there again, with its id and values.
-
-    Args:
-        annotations: of a JSON.
-
-    Returns:
-        By Python's ``id`` of each record that repeats another.
-    """
+    """The first record of each object that is there again, by Python's ``id`` of the repetition."""
     ids = Counter(r["id"] for r in annotations if type(r.get("id")) in (int, str))
     first: dict[str, Record] = {}
     again = {}

@@ -8,9 +8,9 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from .problems import shortened
-from .shapes import is_polygon
+from .shapes import Found, Size, is_empty_mask, is_polygon
 
-__all__ = ["BOXES", "Needs", "needs_problem"]
+__all__ = ["BOXES", "Needs", "empty_mask_problem", "needs_problem"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,12 @@ class Needs:
 
     Args:
         max_size: longest side that images are resized to, in pixels.
-        masks: "polygon" or "bitmask", the format that a model with masks is trained in; "" for a
-            model without.
+        masks: INPUT.MASK_FORMAT of a model with masks, "polygon" or "bitmask"; "" for one without.
         keypoints: of each object; 0 for a model without.
-        training: whether the data is trained on; otherwise it is evaluated, where annotations
-            may be missing altogether, but those of a model with masks must all have one.
-        visible: keypoints that an image must show to be trained on, by a model with keypoints.
-        image_format: INPUT.FORMAT, which images are read in.
+        training: whether the data is trained on. If it is evaluated, there may be no annotations,
+            but each must have a mask for a model with masks.
+        visible: keypoints that an image must show to be trained on, for a model with keypoints.
+        image_format: INPUT.FORMAT, in which images are read.
     """
 
     max_size: int = 1333
@@ -52,24 +51,13 @@ class Needs:
 BOXES = Needs()  # what every detector asks
 
 
-def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
-    """What an annotation lacks for a model.
-
-    Args:
-        record: the annotation.
-        needs: what the model asks.
-
-    Returns:
-        The kind of the problem (see :data:`fpn_plugin.data.problems.KINDS`) and the
-        message; two empty strings if there is none.
-    """
+def needs_problem(record: dict[str, Any], needs: Needs) -> Found:
+    """What an annotation lacks for a model."""
     if needs.training and record.get("iscrowd") == 1:
         return "", ""  # not trained on
     mask, keypoints = record.get("segmentation"), record.get("keypoints")
     if needs.masks and not mask:
-        message = (
-            "has no segmentation, and the model has masks (MODEL.MASK_ON; lazy: its mask_head)"
-        )
+        message = "has no segmentation, and the model has masks (MODEL.MASK_ON; lazy: mask_head)"
         return "mask_missing", message
     if needs.masks == "polygon" and needs.training and type(mask) is dict:
         message = "segmentation is an RLE, and the model trains on polygons: set INPUT.MASK_FORMAT"
@@ -86,4 +74,13 @@ def needs_problem(record: dict[str, Any], needs: Needs) -> tuple[str, str]:
             return "keypoints_missing", message
         if not needs.training and type(record.get("num_keypoints")) is not int:
             return "keypoints_missing", "has no 'num_keypoints', which COCO's evaluation reads"
+    return "", ""
+
+
+def empty_mask_problem(record: dict[str, Any], size: Size | None, needs: Needs) -> Found:
+    """Whether the mask of an annotation has no pixel and is trained on as a bitmap."""
+    mask = record.get("segmentation")
+    trained_on = needs.masks == "bitmask" and needs.training and record.get("iscrowd") != 1
+    if trained_on and is_empty_mask(mask, size):
+        return "mask_empty", f"segmentation is {shortened(mask)}, which covers no pixel"
     return "", ""

@@ -12,47 +12,31 @@ from pycocotools import mask as coco_mask
 from .problems import shortened
 
 __all__ = [
-    "MOST_PIXELS",
-    "NO_EXTENT",
-    "NUMBER",
-    "ROUNDING",
-    "Size",
-    "are_pixels",
-    "box_problem",
-    "box_rules",
-    "covers_no_pixel",
-    "is_dropped",
-    "is_polygon",
-    "keypoint_problem",
+    "MOST_PIXELS", "NO_EXTENT", "NUMBER", "ROUNDING", "Found", "Size", "are_pixels", "box_problem",
+    "box_rules", "compressed", "is_dropped", "is_empty_mask", "is_polygon", "keypoint_problem",
     "mask_problem",
-]
+]  # fmt: skip
 
 NUMBER = (int, float)
-# Thinner boxes than this have no extent left in float32 pixels, and Detectron2 drops them.
+# Detectron2 drops thinner boxes: nothing of them is left in float32 pixels.
 NO_EXTENT = 1e-3
-# Annotation tools round; what reaches out by no more pixels is not worth telling.
+# Annotation tools round: what reaches out by no more pixels is not reported.
 ROUNDING = 1.0
 MOST_PIXELS = 2**21  # of an image's side
 _NOTHING = ("", "")
+_XYWH = "[x, y, width, height]"
 
-# A kind of problem and its message; empty if there is none.
 Found = tuple[str, str]
+"""A kind of :data:`fpn_plugin.data.problems.KINDS` and a message; two "" if nothing is wrong."""
 Size = tuple[int, int]
+"""Width and height of an image, in pixels."""
 
 
 def box_rules(x: Any, y: Any, width: Any, height: Any, across: Any, down: Any) -> dict[str, Any]:
-    """Which rules boxes break; of numbers, or of arrays of one shape.
+    """Which rules boxes break, by kind of problem; a box has the first of its problems.
 
-    Args:
-        x: left side, in pixels.
-        y: upper side.
-        width: of the box.
-        height: of the box.
-        across: width of the image.
-        down: height of the image.
-
-    Returns:
-        Whether each box breaks a rule, by the kind of problem. A box has the first of them.
+    Args are numbers or arrays of one shape, in pixels. The image is ``across`` wide and ``down``
+    high.
     """
     right, bottom = x + width, y + height
     return {
@@ -69,33 +53,23 @@ def box_rules(x: Any, y: Any, width: Any, height: Any, across: Any, down: Any) -
 
 
 def box_problem(box: Any, size: Size | None) -> Found:
-    """What is wrong with a box.
-
-    Args:
-        box: XYWH in pixels of the image.
-        size: width and height of the image, if they are known.
-
-    Returns:
-        The kind of the problem and its message; two empty strings if there is none.
-    """
-    message = f"bbox is {shortened(box)}"
+    """What is wrong with a box [x, y, width, height]; the size is None if it is not known."""
     if type(box) is not list or len(box) != 4 or any(type(v) not in NUMBER for v in box):
-        return "box_malformed", f"{message}, expected [x, y, width, height] in pixels"
+        return "box_malformed", f"bbox is {shortened(box)}, expected {_XYWH} in pixels"
     try:
         broken = box_rules(*map(float, box), *(size or (math.inf, math.inf)))
     except OverflowError:  # an integer of hundreds of digits
         broken = {"box_not_finite": True}
     kinds = broken if size else ("box_not_finite", "box_negative", "box_empty")
     kind = next((kind for kind in kinds if broken.get(kind)), "")
-    if kind == "box_not_finite":
-        message += ", expected [x, y, width, height] in pixels"
-    elif kind == "box_negative":
-        message += (
-            ", whose width or height is negative; expected [x, y, width, height], not corners"
-        )
-    elif size:
-        message += f" in an image of {size[0]} x {size[1]} pixels"
-    return (kind, message) if kind else _NOTHING
+    if not kind:
+        return _NOTHING
+    where = f" in an image of {size[0]} x {size[1]} pixels" if size else ""
+    reason = {
+        "box_not_finite": f", expected {_XYWH} in pixels",
+        "box_negative": f", whose width or height is negative; expected {_XYWH}, not corners",
+    }.get(kind, where)
+    return kind, f"bbox is {shortened(box)}{reason}"
 
 
 def mask_problem(given: Any, size: Size | None) -> Found:
@@ -104,42 +78,39 @@ def mask_problem(given: Any, size: Size | None) -> Found:
     Args:
         given: polygons ``[[x, y, ...], ...]`` in pixels, or a run-length encoding
             ``{"size": [height, width], "counts": ...}``; None or [] if there is no mask.
-        size: width and height of the image, if they are known.
-
-    Returns:
-        As :func:`box_problem`.
+        size: of the image; None if it is not known.
     """
     if given is None or given == []:
         return _NOTHING
     if type(given) is dict:
         return _rle_problem(given, size)
-    message = f"segmentation is {shortened(given)}"
-    if type(given) is not list or any(type(polygon) is not list for polygon in given):
-        return "segmentation", f"{message}, expected [[x, y, ...], ...] or an RLE"
+    if type(given) is not list or set(map(type, given)) != {list}:
+        message = f"segmentation is {shortened(given)}, expected [[x, y, ...], ...] or an RLE"
+        return "segmentation", message
     for polygon in given:
         # Coordinates far outside would be drawn edge by edge, pixel by pixel.
         if polygon and not are_pixels(polygon, size):
-            where = f"in an image of {size[0]} x {size[1]}" if size else ""
-            return (
-                "segmentation",
-                f"{message}, which is not all near or inside {where or 'an image'}",
-            )
-    return ("segmentation_unusable", message) if is_dropped(given) else _NOTHING
+            where = f"in an image of {size[0]} x {size[1]}" if size else "an image"
+            message = f"segmentation is {shortened(given)}, which is not all near or inside {where}"
+            return "segmentation", message
+    if is_dropped(given):
+        return "segmentation_unusable", f"segmentation is {shortened(given)}"
+    return _NOTHING
 
 
-def covers_no_pixel(given: Any, size: Size) -> bool:
-    """Whether a mask has no pixel at its image's own size.
-
-    Args:
-        given: polygons or a run-length encoding in which :func:`mask_problem` finds nothing.
-        size: width and height of the image.
-    """
+def is_empty_mask(given: Any, size: Size | None) -> bool:
+    """Whether a segmentation without a problem has no pixel at its image's own size."""
+    if not given or size is None or mask_problem(given, size) != _NOTHING:
+        return False
     if type(given) is dict:
-        compressed = type(given["counts"]) is not list
-        runs = given if compressed else coco_mask.frPyObjects(given, *given["size"])
-        return not coco_mask.area(runs)
+        return not coco_mask.area(compressed(given))
     polygons = [polygon for polygon in given if is_polygon(polygon)]
     return not any(coco_mask.area(coco_mask.frPyObjects(polygons, size[1], size[0])))
+
+
+def compressed(runs: dict[str, Any]) -> dict[str, Any]:
+    """A run-length encoding without a problem, as pycocotools reads it."""
+    return coco_mask.frPyObjects(runs, *runs["size"]) if type(runs["counts"]) is list else runs
 
 
 def is_polygon(given: Sequence[Any]) -> bool:
@@ -148,7 +119,7 @@ def is_polygon(given: Sequence[Any]) -> bool:
 
 
 def is_dropped(given: Any) -> bool:
-    """Whether a segmentation is of polygons, but none that Detectron2 takes."""
+    """Whether a segmentation has polygons, but none that Detectron2 takes."""
     if type(given) is not list or not given:
         return False
     return not any(type(polygon) is list and is_polygon(polygon) for polygon in given)
@@ -162,7 +133,7 @@ def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
         fits = all(type(count) is int and count >= 0 for count in counts)
         fits = fits and sum(counts) == shape[0] * shape[1]
     elif fits:
-        # pycocotools hands out uninitialised memory where runs end early.
+        # pycocotools gives uninitialised memory if runs end early.
         fits = type(counts) is str and _pixels_of(counts) == shape[0] * shape[1]
     if fits:
         return _NOTHING
@@ -174,9 +145,9 @@ def _rle_problem(given: dict[Any, Any], size: Size | None) -> Found:
 def _pixels_of(counts: str) -> int:
     """How many pixels the runs of a compressed RLE cover; -1 if it is none.
 
-    The format is pycocotools': groups of 5 bits, the lowest first, in characters from "0" on,
-    whose sixth bit says that the number goes on; from the third run on, the difference from the
-    run before the last.
+    The format is pycocotools': groups of 5 bits, the lowest first, in characters from "0" on. The
+    sixth bit says that the number goes on. From the fourth run on, a number is the difference from
+    the run before the last.
     """
     try:
         groups = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
@@ -200,15 +171,7 @@ def _pixels_of(counts: str) -> int:
 
 
 def keypoint_problem(given: Any, size: Size | None) -> Found:
-    """What is wrong with keypoints.
-
-    Args:
-        given: ``[x, y, visible, ...]``, in pixels; None or [] if there are none.
-        size: width and height of the image, if they are known.
-
-    Returns:
-        As :func:`box_problem`.
-    """
+    """What is wrong with keypoints ``[x, y, visible, ...]`` in pixels; None or [] if none."""
     if given is None or given == []:
         return _NOTHING
     if type(given) is list and len(given) % 3 == 0 and are_pixels(given, size):
@@ -218,12 +181,7 @@ def keypoint_problem(given: Any, size: Size | None) -> Found:
 
 
 def are_pixels(values: Sequence[Any], size: Size | None) -> bool:
-    """Whether all are finite numbers, no farther from the image than its longer side.
-
-    Args:
-        values: at least one.
-        size: width and height of the image, if they are known.
-    """
+    """Whether all of one value or more are finite, and no farther out than the longer side."""
     farthest = 2 * max(size) if size else 2 * MOST_PIXELS
     try:
         # A sum is the fastest way to find a NaN, which compares with nothing.

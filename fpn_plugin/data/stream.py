@@ -18,23 +18,23 @@ from fpn_plugin.utils.seeding import seeded
 
 __all__ = ["TrainStream", "train_stream"]
 
-# What a sampler of Detectron2's has drawn when it is made.
+# What Detectron2's samplers draw when they are made.
 _DRAWN = ("_seed", "_seed_subset", "_indexes_subset")
 
 
 class TrainStream:
-    """Detectron2's training loader in an order that can be entered at any batch.
+    """Detectron2's training loader, which can begin at any batch.
 
-    The same datasets, mapper, sampler, grouping by aspect ratio and worker processes; but which
-    images a batch has, and their augmentation, depend only on seed and position: not on how many
-    workers there are, nor on what was drawn before.
+    Datasets, mapper, sampler, grouping by aspect ratio and worker processes are the same. The
+    images of a batch and their augmentation depend only on seed and position, not on the number of
+    workers or on what was drawn before.
 
     Args:
         loader: of :func:`detectron2.data.build_detection_train_loader`.
 
     Attributes:
         seed: of the augmentation.
-        start: the batch to begin with, of this process; read when iteration begins.
+        start: this process's first batch; read when iteration begins.
     """
 
     def __init__(self, loader: DataLoader | AspectRatioGroupedDataset) -> None:
@@ -61,25 +61,24 @@ class TrainStream:
             batch_size=None if self._grouped else self.batch_size,
             sampler=_Positions(self),
             collate_fn=self._collate,
-            # Without one of its own, it would draw from the generator that training draws from.
+            # Its own, because the default is the generator that training draws from.
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
         yield from AspectRatioGroupedDataset(loader, self.batch_size) if self._grouped else loader
 
     def state_dict(self) -> dict[str, Any]:
-        """What the sampler drew when it was made; the iteration says where the stream is."""
+        """What the sampler drew when it was made; the position follows from the iteration."""
         return {name: value for name, value in vars(self.sampler).items() if name in _DRAWN}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what another sampler of the same kind drew."""
+        """Loads what another sampler of the same kind drew."""
         vars(self.sampler).update({k: v for k, v in state.items() if k in _DRAWN})
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """Position over all processes, and index in the dataset, of each image from ``start`` on.
 
-        Grouped images come in the order of their arrival; those that an earlier batch left over
-        come first.
+        Images that are grouped come as they arrive, after those that earlier batches left over.
         """
         rank, processes = comm.get_rank(), comm.get_world_size()
         stream = ((at * processes + rank, index) for at, index in enumerate(self.sampler))
@@ -88,7 +87,7 @@ class TrainStream:
         return itertools.chain(self._left_over(stream), stream)
 
     def _left_over(self, stream: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Takes from the stream what the batches before ``start`` took; what they did not use."""
+        """Reads what the batches before ``start`` read; returns what they did not use."""
         records = self.dataset._dataset
         wide: dict[int, bool] = {}
         waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
@@ -114,7 +113,7 @@ class _Positions(Sampler):
 
 
 class _Seeded(Dataset):
-    """A dataset whose items are drawn with generators that their position seeds."""
+    """A dataset whose items are made with generators seeded by their position."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
@@ -132,8 +131,8 @@ def train_stream(loader: Any) -> Any:
     """A :class:`TrainStream` of a loader, or the loader itself if it is not Detectron2's.
 
     Args:
-        loader: the training loader; one of another make is message in the log, because a run that
-            is resumed reads it from its beginning.
+        loader: the training loader. Another kind is logged, because a resumed run reads it from
+            its beginning.
     """
     inner = loader.dataset if isinstance(loader, AspectRatioGroupedDataset) else loader
     mapped = isinstance(inner, DataLoader) and isinstance(inner.dataset, ToIterableDataset)

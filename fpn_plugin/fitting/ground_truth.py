@@ -15,13 +15,13 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from fpn_plugin.data import Needs, check_datasets, current_json
-from fpn_plugin.data.annotations import empty_mask_problem, has_id
+from fpn_plugin.data.annotations import has_id
 from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
 from fpn_plugin.data.problems import CONVERT, KINDS, shortened
 from fpn_plugin.data.reading import read_json
 from fpn_plugin.data.records import declared_size, image_problems, records_of, visible_keypoints
 from fpn_plugin.data.repairs import mended, mended_annotation, other_id
-from fpn_plugin.data.requirements import BOXES
+from fpn_plugin.data.requirements import BOXES, empty_mask_problem
 from fpn_plugin.data.shapes import Size, box_rules, is_dropped
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets

@@ -152,7 +152,7 @@ def test_names_that_are_there_twice_are_not_matched(tmp_path):
     content = in_order()
     content["categories"][0]["name"] = "dog"
     register_datasets([write(tmp_path, "twice", content)])
-    with pytest.raises(UserError, match="several are named 'dog': they cannot be told apart"):
+    with pytest.raises(UserError, match="several are named 'dog': give them different names"):
         follow_classes(["twice"], ["bee", "cat", "dog", "dog"], "the model")
     follow_classes(["twice"], ["dog", "bee", "cat", "dog"], "the model")  # the same order
 

@@ -27,7 +27,7 @@ from fpn_plugin.data import (
     register_datasets,
     swapped_keypoints,
 )
-from fpn_plugin.data.keypoint_names import mirrored_order
+from fpn_plugin.data.keypoints import mirrored_order
 from fpn_plugin.engine.inference import keypoint_layout
 from fpn_plugin.engine.run import YacsRun
 from fpn_plugin.engine.trainer import FPNTrainer
@@ -413,7 +413,7 @@ def test_check_dataset_says_what_training_does(tmp_path, capsys, change, status,
     [
         ("dataloader.evaluator.kpt_oks_sigmas=[0.1,0.1]", "has 2 numbers, and the model has 3"),
         ("dataloader.train.mapper.augmentations.1.vertical=true", "images are mirrored vertically"),
-        ("dataloader.train.dataset.names=[nameless]", "'nameless' does not tell which keypoints"),
+        ("dataloader.train.dataset.names=[nameless]", "'nameless' does not say which keypoints"),
         ("", None),
     ],
 )
