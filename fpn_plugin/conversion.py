@@ -1,9 +1,9 @@
-"""Weights of other libraries' FPN detectors into this plugin's names and back: torchvision, mmdet.
+"""Weights of torchvision's and mmdetection's FPN detectors in this plugin's names, and back.
 
-Faster and Mask R-CNN on a ResNet; of torchvision's also Keypoint R-CNN and RetinaNet. Anything else
-is refused by the name of what has no counterpart. :data:`CONFIG_KEYS` says what a config must have
-to compute what the original does: its input, its strides, its pooling. What still differs are
-torchvision's anchors, which it rounds to whole pixels.
+Faster and Mask R-CNN on a ResNet are converted, and torchvision's Keypoint R-CNN and RetinaNet. A
+parameter of anything else is refused by its name. :data:`CONFIG_KEYS` are what a config must say to
+compute what the original does: input, strides, pooling. The anchors still differ: torchvision
+rounds them to whole pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -21,10 +20,11 @@ from detectron2.modeling import build_model
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .config import value_at
 from .engine.build_errors import explained_build_errors
 from .engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from .engine.settings import load_config
-from .errors import UserError
+from .errors import UserError, first_line
 
 __all__ = [
     "CONFIG_KEYS",
@@ -58,7 +58,7 @@ CONFIG_KEYS = {
     ],
     "mmdet": _PYTORCH_STYLE,
 }  # fmt: skip
-# What either library's pyramid does, and no choice of weights can change.
+# What the pyramids of both libraries do, whatever their weights.
 _SAME_PYRAMID = [
     "MODEL.FPN.COARSEST_OUTPUT_CONV", "True",
     "MODEL.FPN.TOP_DOWN", "True",
@@ -66,8 +66,8 @@ _SAME_PYRAMID = [
     "MODEL.FPN.FUSE_TYPE", "sum",
     "MODEL.RESNETS.RES5_DILATION", "1",
 ]  # fmt: skip
-# What a config must say for its weights to compute the same there. mmdetection's configs say
-# themselves what its input is, and where a stage strides.
+# What a config must say so that its weights compute the same in the library. mmdetection's own
+# configs state its input and where a stage strides.
 _HELD_BY = {
     "torchvision": [
         *CONFIG_KEYS["torchvision"],
@@ -79,7 +79,7 @@ _HELD_BY = {
     ],
     "mmdet": _SAME_PYRAMID,
 }  # fmt: skip
-# What keys begin with that are read only by a model that has such a head.
+# Beginnings of keys that only some models read, and whether a model does.
 _READ_WITH = {
     "MODEL.FPN.CANONICAL": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
     "MODEL.ROI_BOX_HEAD": lambda model: model.META_ARCHITECTURE == "GeneralizedRCNN",
@@ -88,36 +88,29 @@ _READ_WITH = {
 }
 _BN_EPS = 1e-5  # of Detectron2's frozen batch norm
 
-# What ends a parameter's name; a rule's pattern is all that stands before it.
+# The end of a parameter's name; a rule's pattern is all that stands before it.
 _PART = "(?P<part>weight|bias|running_mean|running_var)"
-Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
-
-
-def _shifted(template: str, group: int, by: int) -> Callable[[re.Match[str]], str]:
-    """A replacement in which one group is a number that the two libraries count from elsewhere."""
-
-    def replace(match: re.Match[str]) -> str:
-        numbers = {f"n{group}": int(match[group]) + by}
-        return match.expand(template).format(**numbers)
-
-    return replace
-
-
-def _halved(template: str) -> Callable[[re.Match[str]], str]:
-    """A replacement for one of convolutions that are numbered with the ReLUs between them."""
-    return lambda match: template.format(int(match[1]) // 2)
+# A pattern, and the library's name: a template of the pattern's groups. In braces is what stands
+# for the number n of the first group.
+Rules = Sequence[tuple[str, str]]
+_NUMBERS: dict[str, Callable[[int], int]] = {
+    "n-1": lambda n: n - 1,
+    "n+5": lambda n: n + 5,
+    "n/2": lambda n: n // 2,  # Detectron2 numbers convolutions with the ReLUs between them
+    "2n-2": lambda n: 2 * n - 2,  # torchvision does
+}
 
 
 def _resnet(body: str) -> Rules:
     block = r"backbone\.bottom_up\.res(\d)\.(\d+)\."
-    theirs = body + r".layer{n1}.\2."
+    theirs = body + r".layer{n-1}.\2."
     return (
         (r"backbone\.bottom_up\.stem\.conv1\.norm\.", f"{body}.bn1."),
         (r"backbone\.bottom_up\.stem\.conv1\.", f"{body}.conv1."),
-        (block + r"shortcut\.norm\.", _shifted(theirs + "downsample.1.", 1, -1)),
-        (block + r"shortcut\.", _shifted(theirs + "downsample.0.", 1, -1)),
-        (block + r"conv(\d)\.norm\.", _shifted(theirs + r"bn\3.", 1, -1)),
-        (block + r"conv(\d)\.", _shifted(theirs + r"conv\3.", 1, -1)),
+        (block + r"shortcut\.norm\.", theirs + "downsample.1."),
+        (block + r"shortcut\.", theirs + "downsample.0."),
+        (block + r"conv(\d)\.norm\.", theirs + r"bn\3."),
+        (block + r"conv(\d)\.", theirs + r"conv\3."),
     )
 
 
@@ -128,21 +121,17 @@ _TORCHVISION: Rules = (
     (r"backbone\.top_block\.(p[67])\.", r"backbone.fpn.extra_blocks.\1."),
     (r"head\.cls_score\.", "head.classification_head.cls_logits."),
     (r"head\.bbox_pred\.", "head.regression_head.bbox_reg."),
-    (r"head\.cls_subnet\.(\d)\.", _halved("head.classification_head.conv.{}.0.")),
-    (r"head\.bbox_subnet\.(\d)\.", _halved("head.regression_head.conv.{}.0.")),
+    (r"head\.cls_subnet\.(\d)\.", "head.classification_head.conv.{n/2}.0."),
+    (r"head\.bbox_subnet\.(\d)\.", "head.regression_head.conv.{n/2}.0."),
     (r"proposal_generator\.rpn_head\.conv\.", "rpn.head.conv.0.0."),
     (r"proposal_generator\.rpn_head\.objectness_logits\.", "rpn.head.cls_logits."),
     (r"proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.head.bbox_pred."),
-    (r"roi_heads\.box_head\.fc([12])\.", _shifted("roi_heads.box_head.fc{n1}.", 1, 5)),
+    (r"roi_heads\.box_head\.fc([12])\.", "roi_heads.box_head.fc{n+5}."),
     (r"roi_heads\.box_predictor\.(cls_score|bbox_pred)\.", r"roi_heads.box_predictor.\1."),
-    (r"roi_heads\.mask_head\.mask_fcn(\d)\.", _shifted("roi_heads.mask_head.{n1}.0.", 1, -1)),
+    (r"roi_heads\.mask_head\.mask_fcn(\d)\.", "roi_heads.mask_head.{n-1}.0."),
     (r"roi_heads\.mask_head\.deconv\.", "roi_heads.mask_predictor.conv5_mask."),
     (r"roi_heads\.mask_head\.predictor\.", "roi_heads.mask_predictor.mask_fcn_logits."),
-    # A convolution and a ReLU in turn, numbered from 0.
-    (
-        r"roi_heads\.keypoint_head\.conv_fcn(\d)\.",
-        lambda match: f"roi_heads.keypoint_head.{2 * int(match[1]) - 2}.",
-    ),
+    (r"roi_heads\.keypoint_head\.conv_fcn(\d)\.", "roi_heads.keypoint_head.{2n-2}."),
     (r"roi_heads\.keypoint_head\.score_lowres\.", "roi_heads.keypoint_predictor.kps_score_lowres."),
 )
 _MMDET: Rules = (
@@ -152,13 +141,10 @@ _MMDET: Rules = (
     (r"proposal_generator\.rpn_head\.conv\.", "rpn_head.rpn_conv."),
     (r"proposal_generator\.rpn_head\.objectness_logits\.", "rpn_head.rpn_cls."),
     (r"proposal_generator\.rpn_head\.anchor_deltas\.", "rpn_head.rpn_reg."),
-    (r"roi_heads\.box_head\.fc(\d)\.", _shifted("roi_head.bbox_head.shared_fcs.{n1}.", 1, -1)),
+    (r"roi_heads\.box_head\.fc(\d)\.", "roi_head.bbox_head.shared_fcs.{n-1}."),
     (r"roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
     (r"roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
-    (
-        r"roi_heads\.mask_head\.mask_fcn(\d)\.",
-        _shifted("roi_head.mask_head.convs.{n1}.conv.", 1, -1),
-    ),
+    (r"roi_heads\.mask_head\.mask_fcn(\d)\.", "roi_head.mask_head.convs.{n-1}.conv."),
     (r"roi_heads\.mask_head\.deconv\.", "roi_head.mask_head.upsample."),
     (r"roi_heads\.mask_head\.predictor\.", "roi_head.mask_head.conv_logits."),
 )
@@ -168,7 +154,7 @@ _CONVERTED = {
     "mmdet": "Faster and Mask R-CNN",
 }
 
-# Predictors have rows by class: torchvision's first row is the background's, Detectron2's last.
+# Predictors have rows by class. The background's is torchvision's first and Detectron2's last.
 _BY_CLASS = (
     "roi_heads.box_predictor.cls_score.",
     "roi_heads.box_predictor.bbox_pred.",
@@ -178,50 +164,50 @@ _NOT_CONVERTED = ("num_batches_tracked", "pixel_mean", "pixel_std")
 
 
 def library_name(key: str, library: str, finest: int = 2) -> str:
-    """The name that a library has for a parameter of this plugin's models.
+    """A library's name for a parameter of this plugin's models.
 
     Args:
-        key: of the parameter.
+        key: the parameter's name here.
         library: one of :data:`LIBRARIES`.
-        finest: the pyramid's finest level, from which both libraries count from 0.
+        finest: the pyramid's finest level, which is number 0 in both libraries.
 
     Raises:
-        UserError: what this project converts of the library has nothing like it.
+        UserError: the library's models that are converted have no such parameter.
     """
     counted = re.sub(
         r"^(backbone\.fpn_(?:lateral|output))(\d)",
         lambda match: f"{match[1]}{int(match[2]) - finest}",
         key,
     )
-    for pattern, replacement in LIBRARIES[library]:
-        match = re.fullmatch(pattern + _PART, counted)
-        if match:
-            before = replacement(match) if callable(replacement) else match.expand(replacement)
-            return before + match["part"]
-    raise UserError(
-        f"{key} has no counterpart in {library}: {_CONVERTED[library]} are converted, on a ResNet "
-        "with batch norm under a pyramid without norms"
-    )
+    found = ((re.fullmatch(p + _PART, counted), template) for p, template in LIBRARIES[library])
+    match, template = next((pair for pair in found if pair[0]), (None, ""))
+    if match is None:
+        raise UserError(
+            f"{key} has no counterpart in {library}: {_CONVERTED[library]} are converted, on a "
+            "ResNet with batch norm under a pyramid without norms"
+        )
+    name = match.expand(template + r"\g<part>")
+    return re.sub(r"{(.+?)}", lambda number: str(_NUMBERS[number[1]](int(match[1]))), name)
 
 
 def from_library(
     state: dict[str, Tensor], cfg: CfgNode, library: str, bn_eps: float = _BN_EPS
 ) -> dict[str, Tensor]:
-    """A library's detector as a state dict for a config's model.
+    """Converts a library's state dict for a config's model.
 
     Args:
         state: the library's.
-        cfg: of the model, whose names and shapes it must have; see :data:`CONFIG_KEYS`.
+        cfg: of the model; see :data:`CONFIG_KEYS`.
         library: one of :data:`LIBRARIES`.
-        bn_eps: what the original adds to its batch norms' variance, put into the variance where
-            it is another than here. torchvision's COCO_V1 weights were made with 0.
+        bn_eps: what the original adds to the variance of its batch norms. The difference to
+            Detectron2's is added to the variance. torchvision's COCO_V1 weights were made with 0.
 
     Returns:
-        Every parameter and buffer of the model, in its order. Where torchvision has COCO's 91
-        category numbers and the model COCO's 80 categories, the 80 are taken.
+        Every parameter and buffer of the model, in its order. Of torchvision's 91 COCO category
+        numbers, a model of COCO's 80 categories gets the 80.
 
     Raises:
-        UserError: something is missing, has another shape, or has no place in the model.
+        UserError: a tensor is missing, has another shape, or has no place in the model.
     """
     wanted = _wanted(cfg)
     finest = _finest(wanted)
@@ -236,9 +222,7 @@ def from_library(
                 "config of their kind and depth?"
             )
         used.add(name)
-        tensor = state[name]
-        rows = _class_rows(key, tensor, shape, library)
-        tensor = tensor if rows is None else tensor[rows]
+        tensor = state[name][_class_rows(key, state[name], shape, library)]
         if tensor.shape != shape:
             raise UserError(
                 f"{name} is {tuple(tensor.shape)}, the model's {key} {tuple(shape)}: is the config "
@@ -259,20 +243,20 @@ def from_library(
 def to_library(
     state: dict[str, Tensor], library: str, into: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A state dict of this plugin's models in a library's names.
+    """Converts a state dict of this plugin's models for a library.
 
     Args:
         state: of a model.
         library: one of :data:`LIBRARIES`.
-        into: a state dict of the library's, for its layout, and for what this plugin's models do
-            not have: the rows of torchvision's background box and of category numbers that COCO
-            does not use. Without it, those rows are zero and categories numbered without gaps.
+        into: a state dict of the library. It gives the layout, and the rows that this plugin's
+            models do not have: of torchvision's background box, and of category numbers that COCO
+            does not use. Without it, those rows are zero, and categories have no gaps.
 
     Raises:
-        UserError: a tensor has no counterpart in the library, or does not fit ``into``; the
-            library's pyramid has a convolution that the model has not; ``into`` has more.
+        UserError: the library has no such tensor, a tensor does not fit ``into`` or lacks for it,
+            or the model lacks a convolution of the library's pyramid.
     """
-    converted: dict[str, Tensor] = {} if into is None else {k: v.clone() for k, v in into.items()}
+    converted = {key: value.clone() for key, value in (into or {}).items()}
     finest = _finest(state)
     filled: set[str] = set()
     for key, tensor in state.items():
@@ -286,22 +270,19 @@ def to_library(
                 "or SyncBN"
             )
         name = _present(name, converted) or name
-        if into is not None and name not in converted:
-            raise UserError(f"{library}'s layout has no {name}, which {key} would become")
-        full = converted.get(name)
-        if full is None:
+        if into is None:
             full = _with_background(key, tensor, library)
+        elif name in converted:
+            full = converted[name].to(tensor)
+        else:
+            raise UserError(f"{library}'s layout has no {name}, which {key} would become")
         rows = _class_rows(key, full, tensor.shape, library)
-        place = full if rows is None else full[rows]
-        if place.shape != tensor.shape:
+        if full[rows].shape != tensor.shape:
             raise UserError(
                 f"{key} is {tuple(tensor.shape)} and does not fit {name} of {tuple(full.shape)} in "
                 f"{library}'s layout: is it of this depth, width and number of classes?"
             )
-        if rows is None:
-            full = tensor.clone()
-        else:
-            full[rows] = tensor
+        full[rows] = tensor
         converted[name] = full
         filled.add(name)
     _check_pyramid(state, library)
@@ -315,7 +296,7 @@ def to_library(
 
 
 def _check_pyramid(state: dict[str, Tensor], library: str) -> None:
-    """Refuses pyramids that lack a convolution which both libraries' have at every level."""
+    """Refuses a pyramid without a convolution that both libraries have at every level."""
     levels = _levels(state)
     for kind, key in (("lateral", "LATERAL"), ("output", "COARSEST_OUTPUT_CONV")):
         for level in levels:
@@ -328,10 +309,10 @@ def _check_pyramid(state: dict[str, Tensor], library: str) -> None:
 
 
 def check_config(cfg: CfgNode, library: str) -> None:
-    """Refuses a config whose model, with the same weights, is another function in the library.
+    """Refuses a config whose weights would compute something else in the library.
 
     Raises:
-        UserError: names the first key, what it says and what it would have to say.
+        UserError: names the first such key, its value and the value that the library needs.
     """
     held = cfg.clone()
     held.defrost()
@@ -339,7 +320,7 @@ def check_config(cfg: CfgNode, library: str) -> None:
     for key in _HELD_BY[library][::2]:
         if any(key.startswith(what) and not read(cfg.MODEL) for what, read in _READ_WITH.items()):
             continue
-        says, expected = _value(cfg, key), _value(held, key)
+        says, expected = value_at(cfg, key), value_at(held, key)
         if says != expected:
             raise UserError(
                 f"the config's {key} is {says!r}, and {library} computes what {expected!r} means: "
@@ -347,14 +328,8 @@ def check_config(cfg: CfgNode, library: str) -> None:
             )
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _finest(keys: Iterable[str]) -> int:
-    """The finest level that parameters of these names are of."""
+    """The finest level of a pyramid, by the names of its parameters."""
     return min(_levels(keys), default=2)
 
 
@@ -365,11 +340,11 @@ def _levels(keys: Iterable[str]) -> list[int]:
 
 
 def _wanted(cfg: CfgNode) -> dict[str, torch.Size]:
-    """Names and shapes of a config's model, without making its values."""
+    """Names and shapes of the tensors of a config's model, built on the meta device."""
     if cfg.MODEL.FPN.BOTTOM_UP != "build_resnet_backbone":
         raise UserError(
-            f"MODEL.FPN.BOTTOM_UP is {cfg.MODEL.FPN.BOTTOM_UP!r}; weights are converted of models "
-            "on build_resnet_backbone alone"
+            f"MODEL.FPN.BOTTOM_UP is {cfg.MODEL.FPN.BOTTOM_UP!r}; only weights of models on "
+            "build_resnet_backbone are converted"
         )
     cfg = cfg.clone()
     cfg.defrost()
@@ -380,38 +355,41 @@ def _wanted(cfg: CfgNode) -> dict[str, torch.Size]:
 
 
 def _present(name: str, state: dict[str, Tensor]) -> str | None:
-    """The name as a state dict has it: torchvision's older layout lacks some ``.0``."""
+    """The name in a state dict, or None: torchvision's older layout lacks some ``.0``."""
     older = re.sub(r"(inner_blocks\.\d|layer_blocks\.\d)\.0\.", r"\1.", name)
     older = re.sub(r"^rpn\.head\.conv\.0\.0\.", "rpn.head.conv.", older)
     return next((n for n in (name, older) if n in state), None)
 
 
-def _class_rows(key: str, full: Tensor, shape: torch.Size, library: str) -> list[int] | None:
-    """Rows of a library's predictor that are this plugin's, in its order; None where all are."""
-    if library == "torchvision" and key.startswith(("head.cls_score.", "head.bbox_pred.")):
-        return _dense_rows(full.shape[0], shape[0], scores="cls_score" in key)
-    if library != "torchvision" or not key.startswith(_BY_CLASS):
-        return None
-    per_class = 4 if "bbox_pred" in key else 1
+def _class_rows(key: str, full: Tensor, shape: torch.Size, library: str) -> list[int] | slice:
+    """Rows of a library's predictor in this plugin's order; all rows of other tensors.
+
+    All rows also if the classes do not fit: the caller compares shapes.
+    """
     scores = "cls_score" in key
+    if library == "torchvision" and key.startswith(("head.cls_score.", "head.bbox_pred.")):
+        return _dense_rows(full.shape[0], shape[0], scores=scores)
+    if library != "torchvision" or not key.startswith(_BY_CLASS):
+        return slice(None)
+    per_class = 4 if "bbox_pred" in key else 1
     classes = shape[0] // per_class - (1 if scores else 0)
     numbers = _class_numbers(full.shape[0] // per_class - 1, classes)
     if numbers is None:
-        return None  # the shapes will be found to differ
+        return slice(None)
     order = [*numbers, 0] if scores else numbers
     return [number * per_class + i for number in order for i in range(per_class)]
 
 
 def _class_numbers(given: int, classes: int) -> list[int] | None:
-    """Torchvision's numbers, from 1 on, of a model's classes."""
+    """Numbers of a model's classes in torchvision, from 1 on; None if it has other classes."""
     if (given, classes) == (90, 80):
         return sorted(MetadataCatalog.get("coco_2017_val").thing_dataset_id_to_contiguous_id)
     return list(range(1, classes + 1)) if given == classes else None
 
 
-def _dense_rows(given: int, wanted: int, *, scores: bool) -> list[int] | None:
-    """Rows of RetinaNet's predictors. Of a cell's nine anchors torchvision has the three scales
-    of a ratio side by side, Detectron2 the three ratios of a scale.
+def _dense_rows(given: int, wanted: int, *, scores: bool) -> list[int] | slice:
+    """Rows of RetinaNet's predictors; of a cell's nine anchors, torchvision's run over scales first
+    and Detectron2's over ratios first.
     """
     anchors = [ratio * 3 + scale for scale in range(3) for ratio in range(3)]
     if scores:
@@ -420,12 +398,12 @@ def _dense_rows(given: int, wanted: int, *, scores: bool) -> list[int] | None:
     else:
         numbers, each = list(range(4)), 4
     if numbers is None or given % 9 or wanted % 9:
-        return None
+        return slice(None)
     return [anchor * each + number for anchor in anchors for number in numbers]
 
 
 def _with_background(key: str, tensor: Tensor, library: str) -> Tensor:
-    """A tensor of zeros of the library's shape."""
+    """A tensor of zeros of the library's shape, which has rows for the background."""
     rows = tensor.shape[0]
     if library == "torchvision" and key.startswith("head.cls_score."):
         rows += 9  # one for each anchor
@@ -447,7 +425,7 @@ def write_from_library(
     Args:
         state: the library's.
         library: one of :data:`LIBRARIES`.
-        config_file: of the model; :data:`CONFIG_KEYS` are set in it.
+        config_file: of the model, to which :data:`CONFIG_KEYS` are added.
         opts: config keys and values for it.
         output: the file, .pth or .safetensors; the config is written next to it.
         bn_eps: see :func:`from_library`.
@@ -482,13 +460,13 @@ def write_for_library(
     Args:
         state: of a model.
         library: one of :data:`LIBRARIES`.
-        config_file: that the model was trained from.
+        config_file: of the model's training.
         opts: config keys and values for it.
         output: the file, .pth or .safetensors.
         into: see :func:`to_library`.
 
     Raises:
-        UserError: the weights are not of the config, the library's model computes something else,
+        UserError: the weights are not the config's, would compute something else in the library,
             or the file cannot be written.
     """
     cfg = load_config(config_file, opts)
@@ -500,7 +478,7 @@ def write_for_library(
 
 
 def _check_made_by(cfg: CfgNode, state: dict[str, Tensor], config_file: str) -> None:
-    """Refuses a config that is not of these weights: what it says would say nothing of them."""
+    """Refuses a config whose model has other names or shapes than the weights."""
     wanted = _wanted(cfg)
     given = {k: v.shape for k, v in state.items() if not k.endswith(_NOT_CONVERTED)}
     for key in [*wanted, *given]:
@@ -517,17 +495,15 @@ def _explained_writing(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot write --output {output}: {reason}") from error
+        raise UserError(f"cannot write --output {output}: {first_line(error)}") from error
 
 
 def _top_block_keys(state: dict[str, Tensor]) -> list[str]:
-    """The config keys that say what a torchvision RetinaNet's P6 reads: P5, or C5."""
+    """The config key that says what a torchvision RetinaNet's P6 reads: P5, or C5."""
     p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
     if p6 is None:
         return []
-    on_level = p6.shape[0] == p6.shape[1]
-    return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if on_level else "p6p7_c5"]
+    return ["MODEL.FPN.TOP_BLOCK", "p6p7_p5" if p6.shape[0] == p6.shape[1] else "p6p7_c5"]
 
 
 def read_weights(path: str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
@@ -535,7 +511,7 @@ def read_weights(path: str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
 
     Args:
         path: of the file.
-        trust_pickle: read more than tensors, which runs code that is in the file.
+        trust_pickle: also read what is not a tensor, which runs code that is in the file.
 
     Raises:
         UserError: the file cannot be read, or has no tensors.
