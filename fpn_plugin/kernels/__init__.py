@@ -1,7 +1,6 @@
-"""What runs faster than its parts: RoIAlign over a pyramid and non-maximum suppression.
+"""Fast operators: RoIAlign over a pyramid and non-maximum suppression.
 
-Kernels for GPUs are written in Triton, each next to plain torch that computes the same on every
-device.
+Those for GPUs are written in Triton, next to plain torch that computes the same on every device.
 """
 
 from .nms import nms_fixpoint, nms_mask

@@ -26,14 +26,14 @@ def triton_runs(tensor: Tensor) -> bool:
 def triton_or_plain(
     tensor: Tensor, kernel: Callable[[], Result], plain: Callable[[], Result]
 ) -> Result:
-    """What a Triton kernel computes, or the same by plain torch.
+    """Runs a Triton kernel, or plain torch that computes the same.
 
-    A kernel that cannot be run (no Triton, no compiler, a GPU too old) is said once, in one line,
-    and no other is tried on that device. Running out of memory is no such failure, nor is one while
+    A kernel that cannot run (no Triton, no compiler, a GPU too old) gives one warning of one line,
+    and no other is tried on that device. Other errors pass: too little memory, and any error while
     a CUDA graph is captured.
 
     Args:
-        tensor: on the device in question.
+        tensor: on the device.
         kernel: imports and launches the kernel.
         plain: computes the same without Triton.
     """
@@ -48,7 +48,7 @@ def triton_or_plain(
         raise
     except Exception as error:  # compilers fail in many ways
         if torch.cuda.is_current_stream_capturing():
-            raise  # what fails may be the capture
+            raise  # the capture may be what fails
         _failed.add(str(tensor.device))
         warnings.warn(
             f"Triton kernels do not run on {tensor.device}, plain torch is used, which is slower "

@@ -21,19 +21,19 @@ def nms_mask(
 ) -> tuple[Tensor, Tensor]:
     """Which boxes greedy suppression keeps, of B lists at once.
 
-    In order of its list a box is kept unless it overlaps one that is kept already by more than
-    ``threshold``: torchvision's ``nms``, in the arithmetic of its operator for CPUs. Nothing waits
-    for a GPU, and all shapes are fixed, so that it may stand in a CUDA graph.
+    A box is kept unless a box before it in its list is kept and overlaps it by more than
+    ``threshold``. This is torchvision's ``nms``, in the arithmetic of its operator for CPUs.
+    Nothing waits for a GPU, and all shapes are fixed, so that a CUDA graph can contain it.
 
     Args:
         boxes: float32 ``(B, K, 4)`` XYXY, each list in order of falling score.
-        valid: bool ``(B, K)``: which boxes there are; others are not kept and suppress none.
+        valid: bool ``(B, K)``; boxes that are not valid are not kept and suppress none.
         threshold: largest intersection over union that two kept boxes may have.
         groups: int ``(B, K)``: only boxes of one group suppress each other; None for one group.
 
     Returns:
-        Bool ``(B, K)``, the boxes kept; and bool ``(B,)``, whether that is exact. It always is
-        but for :func:`nms_fixpoint`, which does where Triton does not run.
+        Bool ``(B, K)``, the boxes kept; and bool ``(B,)``, whether that is exact. Only
+        :func:`nms_fixpoint`, which is used on a GPU without Triton, may not be.
     """
     if boxes.device.type == "cpu":
         return _one_by_one(boxes, valid, threshold, groups)
@@ -52,27 +52,14 @@ def nms_mask(
 
 @torch.no_grad()
 def nms_fixpoint(
-    boxes: Tensor,
-    valid: Tensor,
-    threshold: float,
-    groups: Tensor | None = None,
-    rounds: int = 24,
+    boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None = None, rounds: int = 24
 ) -> tuple[Tensor, Tensor]:
-    """:func:`nms_mask` in plain torch, on any device: a fixpoint, looked for in a few rounds.
+    """:func:`nms_mask` in plain torch, on any device: a fixpoint, searched in at most ``rounds``.
 
-    Greedy suppression keeps the one set of which this is true: a box is in it if no box before
-    it that overlaps it is. Begun with all boxes, after n rounds each is right whose chain of
-    suppressors is no longer than n; a round that changes nothing has found the set.
-
-    Args:
-        boxes: see :func:`nms_mask`.
-        valid: see there.
-        threshold: see there.
-        groups: see there.
-        rounds: how many at most.
-
-    Returns:
-        As there; False where the last round still changed something.
+    Greedy suppression keeps the only set with this property: a box is in it if no earlier box of
+    the set overlaps it. The search begins with all boxes. After n rounds, a box is right if its
+    chain of suppressors is no longer than n. A round without change has found the set; if the last
+    one changes something, the result is not exact.
     """
     x0, y0, x1, y1 = boxes.float().unbind(2)
     area = (x1 - x0) * (y1 - y0)
@@ -82,7 +69,7 @@ def nms_fixpoint(
     overlap = common / (_pairs(torch.add, area) - common) > rounded_down(threshold)
     if groups is not None:
         overlap &= _pairs(torch.eq, groups)
-    # [.., i, j]: box j, before box i, suppresses it. In half precision, if counts are not needed.
+    # [.., i, j]: box j, before box i, suppresses it. Half precision: sums need not be exact.
     dtype = torch.float16 if boxes.is_cuda else torch.float32
     suppresses = overlap.tril(-1).to(dtype)
     keep = before = valid
@@ -93,9 +80,9 @@ def nms_fixpoint(
 
 
 def rounded_down(threshold: float) -> float:
-    """The largest float32 that is no larger: an overlap is above the one if it is above the other.
+    """The largest float32 that is no larger than the threshold.
 
-    torchvision compares overlaps, float32, with the threshold in float64.
+    torchvision compares float32 overlaps with a float64 threshold; this one gives the same results.
     """
     nearest = np.float32(threshold)
     if float(nearest) > threshold:
@@ -104,14 +91,14 @@ def rounded_down(threshold: float) -> float:
 
 
 def _pairs(function: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
-    """A function of each two values of a list: ``(B, K, K)``."""
+    """A function of all pairs of values of a list: ``(B, K, K)``."""
     return function(values[:, :, None], values[:, None, :])
 
 
 def _one_by_one(
     boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """By torchvision's operator for CPUs, which is the fastest there: list after list."""
+    """The fastest way on a CPU: torchvision's operator, list after list."""
     keep = torch.zeros_like(valid)
     falling = -torch.arange(valid.shape[1], dtype=torch.float32)
     for row in range(len(valid)):

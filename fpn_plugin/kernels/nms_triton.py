@@ -13,13 +13,13 @@ _WORD = 64  # boxes whose overlaps with one are the bits of an int64
 
 
 def nms_mask(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None) -> Tensor:
-    """The first result of :func:`.nms.nms_mask`, exact however long chains of suppression are."""
+    """The first result of :func:`.nms.nms_mask`, always exact."""
     lists, length = valid.shape
     keep = torch.empty_like(valid, memory_format=torch.contiguous_format)
     if keep.numel() == 0:
         return keep
     blocks = triton.cdiv(length, _WORD)
-    # [.., i, k]: which of boxes 64 k ... 64 k + 63, so far as they come after box i, overlap it.
+    # [.., i, k]: which of boxes 64 k ... 64 k + 63 come after box i and overlap it.
     words = torch.empty((lists, blocks * _WORD, blocks), dtype=torch.int64, device=boxes.device)
     boxes = boxes.float().contiguous()
     grouped = groups is not None
@@ -95,7 +95,7 @@ def _overlaps(
 
 @triton.jit(do_not_specialize=["length", "blocks"])
 def _scan(words, valid, keep, length, blocks, WORD: tl.constexpr, MOST: tl.constexpr):
-    """Goes through one list, 64 boxes at a time; the bits of ``gone`` are the suppressed."""
+    """Scans one list, 64 boxes at a time; the bits of ``gone`` are the suppressed boxes."""
     at = tl.program_id(0).to(tl.int64)
     words += at * blocks * WORD * blocks
     valid += at * length
@@ -106,15 +106,15 @@ def _scan(words, valid, keep, length, blocks, WORD: tl.constexpr, MOST: tl.const
     own = tl.load(words + lane * blocks)
     for k in range(0, blocks):
         i = k * WORD + lane
-        # Which box of the next 64 overlaps which of them, asked for before it is needed.
+        # Which box of the next 64 overlaps which of them; loaded before it is needed.
         later = tl.load(
             words + (i + WORD) * blocks + k + 1, mask=lane * 0 + k + 1 < blocks, other=0
         )
         hidden = tl.sum(tl.where(block == k, gone, 0), axis=0)
         alive = tl.load(valid + i, mask=i < length, other=0) != 0
         alive = alive & (((hidden >> lane) & 1) == 0)
-        # kept = alive and not suppressed by one that is kept: true of one set only, the greedy
-        # one's. After n rounds its first n boxes are right, after a round without change all.
+        # kept = alive and not suppressed by a kept box: true of the greedy set only. After n
+        # rounds the first n boxes are right, after a round without change all.
         kept = alive
         before = tl.sum(lane.to(tl.int64) * 0, axis=0)
         hidden = tl.reduce(tl.where(kept, own, 0), 0, _or)

@@ -35,8 +35,8 @@ def select_proposals(
 ) -> Proposals:
     """Detectron2's ``find_top_rpn_proposals`` from its second step on, with fixed shapes.
 
-    Boxes are clipped to their image; small ones and those that are not finite are left out;
-    suppression is greedy within a level; the best of all levels remain. Values and order are
+    Boxes are clipped to their image. Small boxes and those that are not finite are left out.
+    Suppression is greedy within a level. The best of all levels remain. Values and order are
     Detectron2's, also for equal scores. Nothing waits for a GPU.
 
     Args:

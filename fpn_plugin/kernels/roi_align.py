@@ -30,11 +30,11 @@ def pyramid_roi_align(
 ) -> Tensor:
     """:func:`torchvision.ops.roi_align` of each box on its level.
 
-    On a GPU one kernel launch reads maps of float32, float16 or bfloat16 where they are, channels
-    last or not, and computes in float32; nothing waits for the device, so that it may stand in a
-    CUDA graph. Its backward pass is one launch too and, as torchvision's, adds in any order: with
-    :func:`torch.use_deterministic_algorithms` torchvision's deterministic way is taken. On a CPU
-    see :mod:`.roi_align_cpu`. Elsewhere, without Triton, and in float64 it is
+    On a GPU one kernel launch reads maps of float32, float16 or bfloat16 without a copy, channels
+    last or not, and computes in float32. Nothing waits for the device, so that a CUDA graph can
+    contain it. The backward pass is one launch too and, as torchvision's, adds in any order. With
+    :func:`torch.use_deterministic_algorithms` torchvision's deterministic operator is used. On a
+    CPU see :mod:`.roi_align_cpu`. On other devices, without Triton, and in float64 it is
     :func:`pyramid_roi_align_by_level`.
 
     Args:
@@ -49,7 +49,7 @@ def pyramid_roi_align(
         aligned: whether cell centres lie at half pixels (ROIAlignV2).
 
     Returns:
-        ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last where the maps are. A
+        ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last if the maps are. A
         box with a coordinate that is not finite gives NaN. Only the maps get gradients.
     """
     arguments = (scales, output_size, sampling_ratio, aligned)
@@ -66,7 +66,12 @@ def pyramid_roi_align(
         return plain()
     if levels[0].is_cuda:
         return triton_or_plain(levels[0], kernel, plain)
-    return _on_cpu(levels, rois, level_of, *arguments) if torch.isfinite(rois).all() else plain()
+    if not torch.isfinite(rois).all():
+        return plain()
+    exact = torch.promote_types(levels[0].dtype, torch.float32)
+    maps = [level.to(exact) for level in levels]
+    pooled = roi_align_cpu.pyramid_roi_align(maps, rois.to(exact), level_of.long(), *arguments)
+    return pooled.to(levels[0].dtype)
 
 
 def pays(levels: Sequence[Tensor], boxes: int) -> bool:
@@ -87,8 +92,8 @@ def pays(levels: Sequence[Tensor], boxes: int) -> bool:
         return False
     if all(level.is_contiguous(memory_format=torch.channels_last) for level in levels):
         return True
-    # Maps in the usual layout are copied first, which takes as long per 500 to 1,000 cells as
-    # torchvision's operator takes for a box.
+    # Other maps are copied first. For 500 to 1,000 cells that takes as long as torchvision's
+    # operator takes for a box.
     return boxes * 500 >= sum(level[:, 0].numel() for level in levels)
 
 
@@ -103,8 +108,8 @@ def pyramid_roi_align_by_level(
 ) -> Tensor:
     """:func:`pyramid_roi_align` by torchvision's operator, level after level, on any device.
 
-    Boxes of other levels are made empty, not left out: shapes do not depend on the boxes, and
-    nothing waits for a device.
+    Boxes of other levels are made empty, so that shapes do not depend on the boxes and nothing
+    waits for a device.
     """
     exact = torch.promote_types(levels[0].dtype, torch.float32)
     rois = rois.to(exact)
@@ -121,25 +126,3 @@ def pyramid_roi_align_by_level(
         of_level = roi_align(level.to(exact), boxes, output_size, scale, sampling_ratio, aligned)
         pooled = torch.where(here[:, :, None, None], of_level, pooled)
     return pooled.masked_fill(~finite[:, :, None, None], torch.nan).to(levels[0].dtype)
-
-
-def _on_cpu(
-    levels: Sequence[Tensor],
-    rois: Tensor,
-    level_of: Tensor,
-    scales: Sequence[float],
-    output_size: tuple[int, int],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    exact = torch.promote_types(levels[0].dtype, torch.float32)
-    pooled = roi_align_cpu.pyramid_roi_align(
-        [level.to(exact) for level in levels],
-        rois.to(exact),
-        level_of.long(),
-        output_size,
-        scales,
-        sampling_ratio,
-        aligned,
-    )
-    return pooled.to(levels[0].dtype)

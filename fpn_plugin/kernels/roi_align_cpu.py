@@ -21,33 +21,21 @@ def pyramid_roi_align(
     features: Sequence[Tensor],
     rois: Tensor,
     levels: Tensor,
-    output_size: tuple[int, int],
     scales: Sequence[float],
+    output_size: tuple[int, int],
     sampling_ratio: int = 0,
     aligned: bool = True,
 ) -> Tensor:
-    """:func:`torchvision.ops.roi_align` of each box on its level, for tensors on the CPU.
+    """:func:`.roi_align.pyramid_roi_align` for tensors on the CPU.
 
     RoIAlign averages bilinear samples, so an output cell is a weighted sum of feature cells, and
     samples share cells: g x g of them read (g + 1) x (g + 1) cells, not 4 g g. Each weight is a
-    product of one factor per axis. What remains is to sum rows of a ``(cells, C)`` table, which
-    ``embedding_bag`` does with vector instructions on all threads; the gradient is the same sum
-    with the roles of cells and output cells exchanged.
+    product of one factor per axis. ``embedding_bag`` then sums rows of a ``(cells, C)`` table with
+    vector instructions on all threads. The gradient is the same sum with cells and output cells
+    exchanged.
 
-    Args:
-        features: one ``(N, C, H, W)`` map per level, float32 or float64; channels-last maps are
-            read where they are, others are copied.
-        rois: ``(M, 5)`` of the same dtype: image index and XYXY in pixels of the network's input.
-        levels: int64 ``(M,)``, indices into ``features``.
-        output_size: height and width of the output, in cells.
-        scales: feature cells per pixel, of each level.
-        sampling_ratio: samples per output cell and axis, 0 for as many as there are feature
-            cells.
-        aligned: whether cell centres lie at half pixels (ROIAlignV2).
-
-    Returns:
-        ``(M, C, *output_size)``, torchvision's values but for the order of summation. Gradients
-        go only to the features, as there.
+    ``features`` and ``rois`` are float32 or float64, ``levels`` are int64. Maps that are not
+    channels last are copied. Values are torchvision's but for the order of summation.
     """
     sampling = _Sampling(tuple(output_size), tuple(scales), sampling_ratio, aligned)
     return _PyramidRoIAlign.apply(rois, levels, sampling, *features)
@@ -113,13 +101,9 @@ class _PyramidRoIAlign(torch.autograd.Function):
 
 
 def _add_gradient(into: Tensor, group: list[_Terms], grad: Tensor, first: bool) -> None:
-    """Adds to a level's gradient what some boxes on it give.
+    """Adds to a level's gradient, ``(N, C, H, W)``, that of some boxes, ``(M, C, output cells)``.
 
-    Args:
-        into: ``(N, C, H, W)`` of either layout; what it holds is ignored where ``first``.
-        group: terms of that level.
-        grad: ``(M, C, output cells)``, the gradient of the output.
-        first: whether nothing has been added yet.
+    ``first`` overwrites it.
     """
     images, _, height, width = into.shape
     outputs = grad.shape[2]
@@ -153,7 +137,7 @@ def _add_gradient(into: Tensor, group: list[_Terms], grad: Tensor, first: bool) 
 
 
 def _groups(terms: Iterator[_Terms]) -> Iterator[list[_Terms]]:
-    """Terms of one level together, as many as may be held at a time."""
+    """Terms of one level together, as many as fit into memory at a time."""
     group: list[_Terms] = []
     for each in terms:
         held = sum(of_some.cells.numel() for of_some in group)
@@ -168,8 +152,8 @@ def _groups(terms: Iterator[_Terms]) -> Iterator[list[_Terms]]:
 def _parts(shape: torch.Size) -> list[slice]:
     """Channels in parts whose tables are small.
 
-    Memory that the system has to provide first costs more than what is done with it: a part's
-    table is written where the one before was.
+    New memory from the system costs more than the computation: a part reuses the memory of the one
+    before.
     """
     images, channels, height, width = shape
     each = max(16, _MOST_VALUES // (images * height * width) // 16 * 16)
@@ -179,9 +163,9 @@ def _parts(shape: torch.Size) -> list[slice]:
 def _terms(
     rois: Tensor, levels: Tensor, shapes: Sequence[torch.Size], sampling: _Sampling
 ) -> Iterator[_Terms]:
-    """The terms of all boxes, level by level, boxes of one number of samples at a time.
+    """The terms of all boxes, for one level and number of samples at a time.
 
-    Boxes without a sample (of negative extent, where the number of samples adapts) are left out.
+    Boxes without a sample are left out: those of negative extent, if the number of samples adapts.
     """
     size, sampling_ratio = sampling.output_size, sampling.sampling_ratio
     # In torchvision's order of operations: a rounding error could change the number of samples.
@@ -221,7 +205,7 @@ def _terms(
 
 
 def _rounded_up(samples: Tensor) -> Tensor:
-    """To 1, 2, 3, 4, 6, 8, 12, ...: boxes of a few kinds are faster than of a few samples less."""
+    """To 1, 2, 3, 4, 6, 8, 12, ...: fewer kinds of boxes save more time than fewer samples."""
     power = torch.exp2(samples.clamp(min=1).log2().floor())
     return torch.where(
         samples <= power, samples, torch.where(samples <= 1.5 * power, 1.5 * power, 2 * power)
@@ -236,16 +220,15 @@ def _axis(
     Args:
         start: ``(n,)``, first edge of each box, in feature cells.
         step: ``(n,)``, extent of an output cell, in feature cells.
-        outputs: output cells.
+        outputs: number of output cells.
         samples: ``(n,)``, samples in each output cell of a box.
-        most: samples of any box, at most; those that a box does not have weigh nothing.
+        most: largest number of samples; samples that a box does not have weigh nothing.
         close: whether samples are at most one feature cell apart.
-        size: feature cells there are.
+        size: number of feature cells.
 
     Returns:
-        Cells, int32, and weights, both ``(n, outputs, K)``; K is ``most`` + 1 where they are
-        close, else twice ``most``. Weights of an output cell add up to the share of its samples
-        that lie on the map.
+        Cells, int32, and weights, both ``(n, outputs, K)``; K is ``most`` + 1 if close, else twice
+        ``most``. Weights of an output cell sum to the share of its samples on the map.
     """
     output = torch.arange(outputs, dtype=step.dtype)
     sample = torch.arange(most, dtype=step.dtype) + 0.5

@@ -16,7 +16,7 @@ from .roi_align import MOST_LEVELS
 __all__ = ["pyramid_roi_align"]
 
 _UNSPECIALISED = [f"{name}{level}" for name in "hw" for level in range(MOST_LEVELS)]
-"""Sizes of maps vary from image to image: kernels are compiled for all of them at once."""
+"""Sizes of maps, which vary between images: one kernel is compiled for all."""
 
 
 class _Sampling(NamedTuple):
@@ -35,7 +35,7 @@ def pyramid_roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """See :func:`.roi_align.pyramid_roi_align`; for at most six levels on a GPU."""
+    """:func:`.roi_align.pyramid_roi_align` of at most six levels on a GPU."""
     sampling = _Sampling(tuple(map(float, scales)), tuple(output_size), sampling_ratio, aligned)
     return _PyramidRoIAlign.apply(
         rois.float().contiguous(), level_of.contiguous(), sampling, *levels
@@ -60,7 +60,7 @@ class _PyramidRoIAlign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rois, level_of = ctx.saved_tensors
         layout = torch.channels_last if ctx.last else torch.contiguous_format
-        # Many cells add to one: sums are kept in float32.
+        # Many values are added to one cell: sums are float32.
         sums = [_empty(shape, rois, ctx.last).zero_() for shape in ctx.shapes]
         grad = grad.contiguous(memory_format=layout)
         _launch(sums, rois, level_of, grad, ctx.sampling, ctx.last, backward=True)
@@ -68,7 +68,7 @@ class _PyramidRoIAlign(torch.autograd.Function):
 
 
 def _in_one_layout(levels: Sequence[Tensor]) -> tuple[bool, Sequence[Tensor]]:
-    """Whether maps are channels last, and the maps; copied only if they are neither or mixed."""
+    """Whether maps are channels last, and the maps; copied if layouts are mixed or others."""
     for last, layout in ((True, torch.channels_last), (False, torch.contiguous_format)):
         if all(level.is_contiguous(memory_format=layout) for level in levels):
             return last, levels
@@ -93,7 +93,7 @@ def _launch(
     if pooled.numel() == 0:
         return
     channels, outputs = maps[0].shape[1], sampling.output_size[0] * sampling.output_size[1]
-    # 1,024 values a program, next to each other in memory as far as the layout has them so.
+    # 1,024 values a program, next to each other in memory as far as the layout allows.
     if last:
         block = min(triton.next_power_of_2(channels), 256)
         cells = min(1024 // block, triton.next_power_of_2(outputs))
@@ -119,7 +119,7 @@ def _launch(
         BLOCK=block,
         BACKWARD=backward,
         num_warps=4,
-        # A product and a sum rounded once: other coordinates, which may be other samples.
+        # With a product and a sum rounded once, coordinates and samples could differ.
         enable_fp_fusion=False,
     )
 
@@ -136,8 +136,8 @@ def _pick(level, of0, of1, of2, of3, of4, of5):
 
 @triton.jit
 def _extent(begin, end, scale, OUTPUTS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """First edge of a box along an axis, extent of an output cell, both in feature cells, and
-    samples in it, in torchvision's order of operations.
+    """First edge of a box along an axis, extent of an output cell, both in feature cells, and the
+    number of samples in it, in torchvision's order of operations.
     """
     begin = begin * scale
     end = end * scale
@@ -156,7 +156,7 @@ def _extent(begin, end, scale, OUTPUTS: tl.constexpr, RATIO: tl.constexpr, ALIGN
 
 @triton.jit
 def _between(begin, step, cell, sample, samples, size):
-    """The two feature cells that a sample lies between, their weights, and if it is counted."""
+    """The two feature cells around a sample, their weights, and whether it counts."""
     # Rounded as torchvision's kernel is by its compiler.
     at = tl.fma(cell.to(tl.float32), step, begin) + tl.div_rn((sample + 0.5) * step, samples)
     counted = (at >= -1.0) & (at <= size)
@@ -241,7 +241,7 @@ def _align(
                 tl.atomic_add(fn, value * (far_y * near_x), mask=read_y, sem="relaxed")
                 tl.atomic_add(ff, value * (far_y * far_x), mask=read_y & read_x, sem="relaxed")
             else:
-                # All four are on their way before the first is needed.
+                # All four are loaded before the first is needed.
                 nn = tl.load(nn, mask=read, other=0.0).to(tl.float32)
                 nf = tl.load(nf, mask=read, other=0.0).to(tl.float32)
                 fn = tl.load(fn, mask=read, other=0.0).to(tl.float32)

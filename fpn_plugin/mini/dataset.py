@@ -1,9 +1,9 @@
 """The mini dataset: 1,500 training and 200 validation images in COCO format, made on first use.
 
-It lets anyone see a feature pyramid train and be evaluated on a laptop, with nothing to download.
-What the images show and why is described in :mod:`fpn_plugin.mini.scene`. Figures reached on it
-say nothing about COCO. Beside ``mini_train`` and ``mini_val`` there are siblings of other sizes and
-shapes: ``mini_small_train``, ``mini_large_train``, ``mini_thin_train`` and their ``_val``.
+A feature pyramid can be trained and evaluated on it on a laptop, without a download. Its images are
+described in :mod:`fpn_plugin.mini.scene`. Results on it say nothing about COCO. Next to
+``mini_train`` and ``mini_val`` there are kinds with other sizes and shapes: ``mini_small_train``,
+``mini_large_train``, ``mini_thin_train`` and their ``_val``.
 """
 
 from __future__ import annotations
@@ -31,17 +31,12 @@ from . import scene
 from .scene import IMAGE_SIZE, KINDS, Scene, draw_scene
 
 __all__ = [
-    "MINI_NAMES",
-    "SPLITS",
-    "ensure_mini",
-    "ensure_mini_datasets",
-    "mini_root",
-    "register_mini",
-]
+    "MINI_NAMES", "SPLITS", "ensure_mini", "ensure_mini_datasets", "mini_root", "register_mini",
+]  # fmt: skip
 
 SEED = 0
 SPLITS = {"train": 1500, "val": 200}
-# Registered name to the kind and split that it stands for.
+# Kind and split by registered name.
 MINI_NAMES = {
     "_".join(filter(None, ("mini", kind, split))): (kind, split)
     for kind in KINDS
@@ -50,35 +45,29 @@ MINI_NAMES = {
 _JPEG_QUALITY = 92
 
 
-def _datasets_root() -> Path:
-    """Where Detectron2 looks for datasets: $DETECTRON2_DATASETS, else ``datasets``."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-
-
 def _fingerprint() -> str:
-    """Eight hex digits that change when the generator's code does."""
-    digest = hashlib.sha256()
-    for source in (Path(__file__), Path(scene.__file__)):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:8]
+    """Eight hex digits that change with the generator's code."""
+    code = Path(__file__).read_bytes() + Path(scene.__file__).read_bytes()
+    return hashlib.sha256(code).hexdigest()[:8]
 
 
 def mini_root(kind: str = "") -> Path:
-    """The folder of a dataset as the present generator makes it: ``.../mini-<fingerprint>``.
+    """The folder of a dataset, ``mini-<fingerprint>`` in $DETECTRON2_DATASETS or ``datasets``.
 
-    A changed generator has another folder, so files of an earlier one are never taken for its own.
+    Another version of the generator has another folder.
 
     Args:
         kind: of :data:`fpn_plugin.mini.scene.KINDS`.
     """
-    return _datasets_root() / f"{'_'.join(filter(None, ('mini', kind)))}-{_fingerprint()}"
+    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    return datasets / f"{'_'.join(filter(None, ('mini', kind)))}-{_fingerprint()}"
 
 
 def ensure_mini_datasets(names: Iterable[str]) -> None:
-    """Makes those of some registered datasets that are mini ones and not there yet.
+    """Makes the mini datasets among some registered ones, unless they are there.
 
     Args:
-        names: of datasets of any sort.
+        names: of any datasets.
 
     Raises:
         UserError: see :func:`ensure_mini`.
@@ -90,23 +79,22 @@ def ensure_mini_datasets(names: Iterable[str]) -> None:
 def ensure_mini(
     splits: dict[str, int] | None = None, root: Path | None = None, kind: str = ""
 ) -> Path:
-    """Makes the dataset if it is not there yet; about half a minute, with a progress bar.
+    """Makes the dataset if it is not there; takes half a minute, with a progress bar.
 
-    Safe to call from several processes at once: one makes it, the others wait for it. It is made
-    in a folder aside that gets its name when it is complete, so an interrupted run leaves nothing
-    that a later one would trust.
+    Several processes may call it at once: one makes the dataset, the others wait. The folder gets
+    its name when it is complete, so that an interrupted run leaves nothing that is used later.
 
     Args:
         splits: number of images by split; :data:`SPLITS` by default.
         root: the folder to make; :func:`mini_root` by default.
-        kind: what the images show, of :data:`fpn_plugin.mini.scene.KINDS`.
+        kind: of :data:`fpn_plugin.mini.scene.KINDS`.
 
     Returns:
         The folder: ``<split>/*.jpg`` and ``<split>.json`` (COCO instances) for each split.
 
     Raises:
-        UserError: where the folder cannot be written, or scikit-learn, whose bundled digits and
-            photographs the images are made of, is not installed.
+        UserError: the folder cannot be written, or scikit-learn, whose digits and photographs the
+            images are made of, is not installed.
     """
     splits = SPLITS if splits is None else splits
     root = mini_root(kind) if root is None else root
@@ -134,7 +122,7 @@ def ensure_mini(
 
 def _make(splits: dict[str, int], root: Path, kind: str) -> None:
     partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off; the lock is ours
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run; this one has the lock
     with tqdm(total=sum(splits.values()), desc="making the mini dataset", unit="image") as bar:
         for split, count in splits.items():
             _make_split(partial, split, count, kind, bar)
@@ -165,8 +153,10 @@ def _make_split(folder: Path, split: str, count: int, kind: str, bar: tqdm) -> N
 
 
 def _annotations(drawn: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of a scene. ``area``, which sorts objects into small, medium and large, is
-    the box's: it is what decides the pyramid level, and thin strokes would make digits small.
+    """COCO annotations of a scene.
+
+    ``area``, by which COCO calls objects small, medium or large, is the box's, which decides the
+    pyramid level. By the area of their thin strokes all digits would be small.
     """
     found = []
     for number, thing in enumerate(drawn.objects):
@@ -194,10 +184,7 @@ def _load(name: str, root: Path) -> list[dict[str, Any]]:
 
 
 def register_mini() -> None:
-    """Registers the names of :data:`MINI_NAMES` with Detectron2; nothing is made until asked for.
-
-    Safe to call twice.
-    """
+    """Registers :data:`MINI_NAMES` with Detectron2, once; loading a dataset makes its files."""
     for name, (kind, split) in MINI_NAMES.items():
         if name in DatasetCatalog.list():
             continue

@@ -1,11 +1,11 @@
 """One image of the mini dataset: photograph, panels, discs and digits, drawn from a seed.
 
-Two groups of categories ask for two different things of a pyramid. A *digit* is recognised by its
-own pixels and may have any size from 10 to 150 px. A *disc* is 12-22 px wide and looks the same in
-each of its four categories: only the outline of the panel it lies in, 120-220 px wide, shows
-them apart. Its class can be read at the finest level only if coarser levels were added to it.
+Two groups of categories need two properties of a pyramid. A *digit* is recognised by its own pixels
+and has any size from 10 to 150 px. A *disc* is 12 to 22 px wide and looks the same in each of its
+four categories, which differ in the outline of the panel around it, 120 to 220 px wide. The finest
+level shows its class only if coarser levels are added to it.
 
-Sibling kinds have only digits, of other sizes or shapes, to ask what a pyramid must be for them.
+Other kinds of images have only digits, of other sizes or shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CATEGORIES = tuple(
 )
 
 _PANEL_PX = (120.0, 220.0)
-_PAIRED_PANEL_PX = (120.0, 124.0)  # as wide as two panels side by side can be
+_PAIRED_PANEL_PX = (120.0, 124.0)  # two of them fit side by side
 _DISC_PX = (12.0, 22.0)
 _DISC_CLEARANCE_PX = 4.0  # between a disc and its panel's outline
 _MOST_OVERLAP = 0.05  # of the smaller of two boxes
@@ -41,24 +41,17 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 @dataclass(frozen=True)
 class SceneKind:
-    """What the images of one mini dataset show.
+    """What the images of one mini dataset show. Ranges are (least, largest)."""
 
-    Attributes:
-        digit_px: least and largest square root of a digit's box, in pixels; log-uniform.
-        digits: fewest and most tried in an image.
-        stretch: least and largest factor by which a digit's longer side is drawn out against the
-            other, at the same area; log-uniform, along or across as a coin decides.
-        panels: whether there are panels with discs.
-    """
-
-    digit_px: tuple[float, float]
-    digits: tuple[int, int]
+    digit_px: tuple[float, float]  # square root of a digit's area, log-uniform
+    digits: tuple[int, int]  # how many are tried in an image
+    # By which a digit's width over its height, or the reverse, is multiplied; log-uniform.
     stretch: tuple[float, float] = (1.0, 1.0)
-    panels: bool = False
+    panels: bool = False  # with discs
 
     @property
     def categories(self) -> list[dict[str, object]]:
-        """The COCO categories that occur: without panels, only digits."""
+        """The COCO categories: without panels, only digits."""
         return [c for c in CATEGORIES if self.panels or c["supercategory"] == "digit"]
 
 
@@ -86,7 +79,7 @@ class SceneObject:
 
 @dataclass
 class Stamp:
-    """Opacity, float32 in [0, 1], of something whose upper left pixel lies at ``(x, y)``."""
+    """Opacity, float32 in [0, 1], of a shape whose upper left pixel is ``(x, y)``."""
 
     alpha: np.ndarray
     x: int
@@ -101,19 +94,19 @@ class Stamp:
 
 @dataclass
 class Scene:
-    """``image``: uint8 RGB ``(IMAGE_SIZE, IMAGE_SIZE, 3)``; ``objects``: what is labelled in it."""
+    """An image and its labelled objects."""
 
-    image: np.ndarray
+    image: np.ndarray  # uint8 RGB (IMAGE_SIZE, IMAGE_SIZE, 3)
     objects: list[SceneObject] = field(default_factory=list)
-    taken: list[Box] = field(default_factory=list)  # boxes that later objects keep clear of
+    taken: list[Box] = field(default_factory=list)  # boxes that later objects do not overlap
 
     def paint(self, stamp: Stamp, color: np.ndarray) -> None:
-        """Lays a colour, float32 ``(3,)`` in 0-255, over the image where the stamp is opaque."""
+        """Blends a colour, float32 ``(3,)`` in 0-255, into the image by the stamp's opacity."""
         under = self.image[stamp.window].astype(np.float32)
         self.image[stamp.window] = np.rint(under + (color - under) * stamp.alpha[..., None])
 
     def add(self, category_id: int, stamp: Stamp, color: np.ndarray, box: Box) -> None:
-        """Paints an object and labels it; what it covers of earlier ones is theirs no more."""
+        """Paints an object and labels it; earlier objects lose the pixels that it covers."""
         self.paint(stamp, color)
         mask = np.zeros(self.image.shape[:2], bool)
         mask[stamp.window] = stamp.alpha >= 0.5
@@ -123,7 +116,7 @@ class Scene:
         self.taken.append(box)
 
     def has_room(self, box: Box) -> bool:
-        """Whether a box overlaps each of those taken by at most 5% of the smaller of the two."""
+        """Whether a box overlaps each taken box by at most 5% of the smaller of the two."""
         for other in self.taken:
             width = min(box[2], other[2]) - max(box[0], other[0])
             height = min(box[3], other[3]) - max(box[1], other[1])
@@ -138,9 +131,9 @@ def draw_scene(seed: int, split: str, index: int, kind: str = "") -> Scene:
 
     Args:
         seed: the dataset's seed.
-        split: ``"train"`` or ``"val"``. The two share neither a handwritten digit nor a part of
-            a photograph.
-        index: which image.
+        split: ``"train"`` or ``"val"``, which share no handwritten digit and no part of a
+            photograph.
+        index: of the image.
         kind: of :data:`KINDS`.
     """
     entropy = [seed, ("train", "val").index(split), index]
@@ -151,7 +144,7 @@ def draw_scene(seed: int, split: str, index: int, kind: str = "") -> Scene:
         _add_panel(scene, rng, center, size)
     count = rng.integers(shown.digits[0], shown.digits[1] + 1)
     sizes = np.exp(rng.uniform(*np.log(shown.digit_px), count))
-    for size in sorted(sizes, reverse=True):  # the large ones first, while there is room for them
+    for size in sorted(sizes, reverse=True):  # large ones first, while there is room
         stretch = 1.0
         if shown.stretch[1] > 1:
             stretch = np.exp(rng.uniform(*np.log(shown.stretch)) * rng.choice((-1, 1)))
@@ -179,7 +172,9 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(rng: np.random.Generator, split: str) -> np.ndarray:
-    """A darkened square crop: of a photograph's left two thirds for training, else of the rest."""
+    """A darkened square crop: of a photograph's left two thirds for training, of the rest for
+    validation.
+    """
     photos = _photographs()
     photo = photos[rng.integers(len(photos))]
     border = photo.width * 2 // 3
@@ -196,7 +191,7 @@ def _background(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def _bright_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarray:
-    """A random colour that is well brighter than the pixels under a box."""
+    """A random colour that is clearly brighter than the pixels under a box."""
     x0, y0, x1, y1 = (int(v) for v in box)
     under = float(scene.image[y0 : y1 + 1, x0 : x1 + 1].mean())
     for _ in range(_ATTEMPTS):
@@ -207,7 +202,7 @@ def _bright_color(scene: Scene, rng: np.random.Generator, box: Box) -> np.ndarra
 
 
 def _shape_stamp(shape: str, box: Box, outline: float | None = None) -> Stamp:
-    """A shape that fills a box; only its outline, of that many pixels, where one is given."""
+    """A shape that fills a box, or only its outline of that many pixels."""
     s = _SUPERSAMPLE
     pad = 0 if outline is None else int(outline) + 1
     x0, y0 = int(box[0]) - pad, int(box[1]) - pad
@@ -228,14 +223,14 @@ def _shape_stamp(shape: str, box: Box, outline: float | None = None) -> Stamp:
         }[shape]
         draw.line([*corners, *corners[:2]], fill=255, width=width, joint="curve")
     alpha = np.asarray(canvas.resize((x1 - x0, y1 - y0), Image.BOX), np.float32) / 255
-    # What juts out of the image is cut off.
+    # What lies outside the image is cut off.
     cut_x, cut_y = max(0, -x0), max(0, -y0)
     alpha = alpha[cut_y : IMAGE_SIZE - y0, cut_x : IMAGE_SIZE - x0]
     return Stamp(alpha, x0 + cut_x, y0 + cut_y)
 
 
 def _inside_panel(shape: str, dx: float, dy: float, half: float, margin: float) -> bool:
-    """Whether a point, as an offset from the panel's centre, is ``margin`` px off its outline."""
+    """Whether an offset from a panel's centre is ``margin`` px or more inside its outline."""
     if shape == "circle":
         return bool(np.hypot(dx, dy) <= half - margin)
     if shape == "square":
@@ -247,7 +242,7 @@ def _inside_panel(shape: str, dx: float, dy: float, half: float, margin: float) 
 
 
 def _panel_places(rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
-    """Centre and size of one panel, or of two side by side or one above the other."""
+    """Centre and size of one panel, or of two next to or above each other."""
 
     def anywhere(size: float, low: float = 0, high: float = IMAGE_SIZE) -> float:
         return rng.uniform(low + size / 2 + 1, high - size / 2 - 1)
@@ -267,7 +262,7 @@ def _panel_places(rng: np.random.Generator) -> list[tuple[tuple[float, float], f
 def _add_panel(
     scene: Scene, rng: np.random.Generator, center: tuple[float, float], size: float
 ) -> None:
-    """Adds an outline that is not labelled, and in it one or two discs that are."""
+    """Adds an outline without a label, and in it one or two discs with labels."""
     shape_index = int(rng.integers(len(PANEL_SHAPES)))
     shape = PANEL_SHAPES[shape_index]
     x, y = center
@@ -290,8 +285,8 @@ def _add_panel(
 def _add_digit(
     scene: Scene, rng: np.random.Generator, split: str, size: float, stretch: float
 ) -> None:
-    """Adds a handwritten digit; ``size`` is the square root of its box's area, in pixels, and
-    ``stretch`` what its width over its height is multiplied by.
+    """Adds a handwritten digit. ``size`` is the square root of its box's area, in pixels; its width
+    over its height is multiplied by ``stretch``.
     """
     images, values = _digits(split)
     which = int(rng.integers(len(values)))
@@ -309,7 +304,7 @@ def _add_digit(
         box = (x, y, x + width, y + height)
         if scene.has_room(box):
             ink = Image.fromarray(strokes * 15).resize((width, height), Image.BICUBIC)
-            # Enlarging 8 x 8 pixels leaves wide grey borders; a steeper ramp gives them an edge.
+            # Enlarged from 8 x 8 pixels, borders are wide and grey; a steeper ramp sharpens them.
             sharp = np.clip((np.asarray(ink, np.float32) / 240 - 0.55) * 3 + 0.5, 0, 1)
             color = _bright_color(scene, rng, box)
             scene.add(int(values[which]) + 1, Stamp(sharp, x, y), color, box)

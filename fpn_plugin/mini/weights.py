@@ -1,8 +1,8 @@
-"""Weights that the mini rows of Tables 2 to 5 start from: ``mini://R-18.pth``.
+"""Initial weights of the mini rows of Tables 2 to 5: ``mini://R-18.pth``.
 
-The paper's detectors start from networks that classify ImageNet (section 5). These
-stand in for them if nothing can be downloaded: ResNets that classify the digits of ``mini_train``
-apart, each in a window of its own, trained on first use in a few minutes.
+The paper's detectors start from networks that classify ImageNet (section 5). These replace them
+without a download: ResNets that classify windows around the digits of ``mini_train``. Training them
+takes a few minutes, on first use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["MINI_WEIGHTS", "Schedule", "ensure_mini_weights", "register_mini_wei
 MINI_WEIGHTS = "mini://"
 _DEPTHS = {"R-18.pth": 18, "R-34.pth": 34}
 _WINDOW_PX = 64
-_CLASSES = 10  # digits; a disc is recognised by what lies outside a window
+_CLASSES = 10  # digits; the class of a disc depends on what lies outside a window
 _MARGIN = (1.1, 2.5)  # least and largest side of a window over the digit's longer side
 _WINDOWS_EACH = 2
 _KEPT_EVERY = 50  # iterations
@@ -58,7 +58,7 @@ def register_mini_weights() -> None:
 
 
 class _MiniWeights(PathHandler):
-    """Reads ``mini://R-18.pth``, and makes the file if it is not there yet."""
+    """Reads ``mini://R-18.pth``, which is made if it is not there."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [MINI_WEIGHTS]
@@ -75,22 +75,22 @@ def _fingerprint() -> str:
 
 
 def ensure_mini_weights(name: str, *, root: Path | None = None) -> Path:
-    """The file of weights, which is made if it is not there yet, with a progress bar.
+    """The file of weights, which is made if it is not there, with a progress bar.
 
-    Safe to call from several processes at once: one makes it, the others wait for it. Interrupted,
-    it goes on from where it was.
+    Several processes may call it at once: one makes the file, the others wait. An interrupted
+    training continues.
 
     Args:
         name: ``R-18.pth`` or ``R-34.pth``.
-        root: of the mini dataset whose digits are learnt, which is made if it is missing;
+        root: folder of the mini dataset to train on, which is made if it is not there;
             :func:`mini_root` by default.
 
     Returns:
-        A checkpoint of Detectron2's, named as its ResNets are. It also has the conv5 of
-        Res5ROIHeads, row (a) of Tables 2 and 3, learnt on the same C4.
+        A checkpoint with the names of Detectron2's ResNets. It also has the conv5 of Res5ROIHeads,
+        row (a) of Tables 2 and 3, trained on the same C4.
 
     Raises:
-        UserError: there is no such name; the folder cannot be written.
+        UserError: there is no such name, or the folder cannot be written.
     """
     if name not in _DEPTHS:
         raise UserError(f"no weights {MINI_WEIGHTS + name!r}: {near_names(name, _DEPTHS)}")
@@ -123,7 +123,7 @@ def _config(depth: int) -> CfgNode:
 
 
 class _Classifier(nn.Module):
-    """A ResNet, and row (a)'s conv5 on the same C4; each gives logits of the digits."""
+    """A ResNet, and row (a)'s conv5 on the same C4; each predicts the digit."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -136,14 +136,14 @@ class _Classifier(nn.Module):
             self.register_buffer(kind, value, persistent=False)
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """uint8 RGB ``(N, H, W, 3)`` to two times ``(N, 10)``."""
+        """Two logits ``(N, 10)`` of windows, uint8 RGB ``(N, H, W, 3)``."""
         pixels = windows.permute(0, 3, 1, 2).flip(1).float()  # BGR, as the detectors read it
         maps = self.resnet((pixels - self.mean) / self.std)
         ends = (maps["res5"], self.conv5(maps["res4"]))
         return [linear(c5.mean((2, 3))) for linear, c5 in zip(self.linears, ends, strict=True)]
 
     def weights(self) -> dict[str, Any]:
-        """A checkpoint whose names Detectron2 finds under any backbone."""
+        """A checkpoint that Detectron2 matches with any backbone."""
         conv5 = {f"roi_heads.res5.{key}": value for key, value in self.conv5.state_dict().items()}
         return {"model": {**self.resnet.state_dict(), **conv5}, "matching_heuristics": True}
 
@@ -157,7 +157,7 @@ def _make(path: Path, depth: int, root: Path) -> None:
     parts = {"model": model, "optimizer": optimizer}
     partial = path.with_name(path.name + ".partial")
     done = _restore(partial, parts)
-    # Where the optimizer was restored, its rates are the schedule's state.
+    # The state of a schedule is in the optimizer's rates.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, Schedule.learning_rate, Schedule.iterations, last_epoch=done - 1
     )
@@ -169,7 +169,7 @@ def _make(path: Path, depth: int, root: Path) -> None:
             if iteration > done and iteration % _KEPT_EVERY == 0:
                 state = {key: part.state_dict() for key, part in parts.items()}
                 _write({**state, "done": iteration}, partial)
-            # Only by seed and iteration, so that an interrupted training is the whole one.
+            # Seeded by the iteration, so that an interrupted training gives the same weights.
             generator = torch.Generator().manual_seed(iteration)
             batch = torch.randint(len(windows), (Schedule.batch,), generator=generator)
             loss = sum(F.cross_entropy(logits, labels[batch]) for logits in model(windows[batch]))
@@ -180,21 +180,21 @@ def _make(path: Path, depth: int, root: Path) -> None:
             bar.set_postfix_str(f"loss {loss.item() / 2:.2f}", refresh=False)
             bar.update()
     accuracy = _accuracy(model.eval(), *_windows(root, "val"))
-    logger.info("%sR-%d.pth tells %.0f %% of mini_val's digits", MINI_WEIGHTS, depth, accuracy)
+    logger.info("%sR-%d.pth: %.0f %% of mini_val's digits right", MINI_WEIGHTS, depth, accuracy)
     _write({**model.weights(), "accuracy": accuracy}, path)
     partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, windows: Tensor, labels: Tensor) -> float:
-    """Of the ResNet's own conv5, in percent."""
+    """The accuracy of the ResNet's own conv5, in percent."""
     batches = zip(windows.split(Schedule.batch), labels.split(Schedule.batch), strict=True)
     right = sum(int((model(images)[0].argmax(1) == of).sum()) for images, of in batches)
     return 100 * right / len(labels)
 
 
 def _restore(partial: Path, parts: dict[str, Any]) -> int:
-    """Puts back what an interrupted training kept; how many iterations it had done."""
+    """Restores an interrupted training; returns its number of iterations."""
     if not partial.is_file():
         return 0
     kept = torch.load(partial, weights_only=True)
@@ -210,7 +210,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 
 
 def _windows(root: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Windows about a split's digits: uint8 RGB ``(N, 64, 64, 3)``; which they are, ``(N,)``."""
+    """Windows around a split's digits, uint8 RGB ``(N, 64, 64, 3)``, and the digits, ``(N,)``."""
     content = json.loads((root / f"{split}.json").read_text())
     files = {image["id"]: root / split / image["file_name"] for image in content["images"]}
     digits: dict[int, list[dict[str, Any]]] = {}

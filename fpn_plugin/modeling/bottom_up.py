@@ -1,4 +1,4 @@
-"""The bottom-up pathway, and the registered backbone that puts a pyramid on it (section 3)."""
+"""The registered backbone: a pyramid over the bottom-up pathway that a config names (section 3)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .networks import ImageNetwork, as_cfg_node
 __all__ = ["build_fpn_backbone", "build_pyramid", "frozen", "image_channels"]
 
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
-# Builders that take any MODEL.BACKBONE.FREEZE_AT in silence.
+# Builders that do not check MODEL.BACKBONE.FREEZE_AT.
 _FROZEN_BY_STAGE = {"build_resnet_backbone", *DETECTRON2_NETWORKS}
-# Arguments of the pyramid and of its top block, and where a config has them.
+# Arguments of the pyramid and their config keys.
 _KEYS = {
     name: f"MODEL.FPN.{name.upper()}"
     for name in (
@@ -42,7 +42,7 @@ def build_fpn_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Fea
 
     Raises:
         UserError: the plugin's keys are missing, the builder is unknown, or what it builds does
-            not fit the pyramid that was asked for.
+            not fit the pyramid.
     """
     cfg = as_cfg_node(cfg)
     fpn = cfg.MODEL.FPN
@@ -52,21 +52,10 @@ def build_fpn_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Fea
             "cfg.merge_from_file(...)"
         )
     bottom_up = _build_bottom_up(cfg, input_shape)
+    arguments = {name: fpn[name.upper()] for name in (*_KEYS, "freeze")}
+    arguments["out_features"] = fpn.OUT_FEATURES or None
     with naming_keys(_KEYS):
-        neck = build_pyramid(
-            bottom_up,
-            fpn.IN_FEATURES,
-            fpn.OUT_CHANNELS,
-            top_block=fpn.TOP_BLOCK,
-            norm=fpn.NORM,
-            fuse_type=fpn.FUSE_TYPE,
-            coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
-            top_down=fpn.TOP_DOWN,
-            lateral=fpn.LATERAL,
-            match_lateral_size=fpn.MATCH_LATERAL_SIZE,
-            out_features=fpn.OUT_FEATURES or None,
-            freeze=fpn.FREEZE,
-        )
+        neck = build_pyramid(bottom_up, **arguments)
     neck._config_keys = _KEYS
     return neck
 
@@ -86,27 +75,16 @@ def build_pyramid(
     out_features: Sequence[str] | None = None,
     freeze: bool = False,
 ) -> FeaturePyramidNetwork:
-    """Builds a pyramid whose top block fits the network under it.
+    """Builds a :class:`FeaturePyramidNetwork` whose top block fits the network under it.
 
-    Args:
-        bottom_up: see :class:`FeaturePyramidNetwork`, as for each argument that is not below.
-        in_features: likewise.
-        out_channels: likewise.
-        top_block: a name that :func:`build_top_block` knows, or a module.
-        norm: likewise.
-        fuse_type: likewise.
-        coarsest_output_conv: likewise.
-        top_down: likewise.
-        lateral: likewise.
-        match_lateral_size: likewise.
-        out_features: likewise.
-        freeze: whether nothing of it is trained.
+    Arguments are those of the class, but for two: ``top_block`` may also be a name that
+    :func:`build_top_block` knows, and with ``freeze`` nothing of network and pyramid is trained.
 
     Raises:
         UserError: the arguments do not fit the network; names the one to change.
     """
     shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
-    # FeaturePyramidNetwork reports stages that are not there, with those that are.
+    # FeaturePyramidNetwork reports stages that are not there.
     if isinstance(top_block, str) and coarsest in shapes:
         with naming_keys({"name": "`top_block`"}):
             top_block = build_top_block(
@@ -133,18 +111,16 @@ def build_pyramid(
 
 
 def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
-    """The same pyramid with nothing left to train; batch norm keeps its statistics as well."""
+    """The pyramid without anything to train; batch norms keep their statistics."""
     for parameter in neck.parameters():
         parameter.requires_grad = False
-    if isinstance(neck.bottom_up, ImageNetwork):  # it knows what its norms are made of
+    if isinstance(neck.bottom_up, ImageNetwork):  # whose norms may be other classes
         neck.bottom_up.freeze_norms()
     return FrozenBatchNorm2d.convert_frozen_batchnorm(neck)
 
 
 def image_channels(model: nn.Module) -> int:
-    """How many channels a model's network takes: as many as its pixel_mean has values, 3 if it
-    has none.
-    """
+    """How many channels an image of a model has: one for each value of pixel_mean, or 3."""
     return len(getattr(model, "pixel_mean", range(3)))
 
 
@@ -167,7 +143,7 @@ def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "at 0, its stem at 1, and up to res5 at 5"
         )
     if cfg.MODEL.FPN.IN_FEATURES and set(cfg.MODEL.FPN.IN_FEATURES) <= _RESNET_STAGES:
-        # A network is built up to the coarsest stage that is read: deeper ones would hold
+        # A network is built up to the coarsest stage that is read. Deeper stages would have
         # parameters without gradients, which distributed training refuses.
         cfg = cfg.clone()
         cfg.defrost()

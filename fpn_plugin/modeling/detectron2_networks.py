@@ -1,4 +1,4 @@
-"""Detectron2's RegNet, Swin and MViT, which it has only as classes, by name in its registry."""
+"""Registered builders for Detectron2's RegNet, Swin and MViT, which it has only as classes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["DETECTRON2_NETWORKS"]
 _REGNET = ("s1", "s2", "s3", "s4")
 _SWIN = ("p0", "p1", "p2", "p3")
 _MVIT = ("scale2", "scale3", "scale4", "scale5")
-# Builder, its stages by the names that Detectron2's class gives them, and the class's arguments as
-# in Detectron2's new baselines and its projects ViTDet and MViTv2; Swin-T and -S as published.
+# By builder, the stages as Detectron2's class names them, and the class's arguments. These are from
+# Detectron2's new baselines and its projects ViTDet and MViTv2; Swin-T and -S are as published.
 _VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "build_regnetx_4gf_backbone": (
         _REGNET,
@@ -35,12 +35,8 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "build_swin_s_backbone": (_SWIN, {"depths": (2, 2, 18, 2)}),
     "build_swin_b_backbone": (
         _SWIN,
-        {
-            "depths": (2, 2, 18, 2),
-            "embed_dim": 128,
-            "num_heads": (4, 8, 16, 32),
-            "drop_path_rate": 0.4,
-        },
+        {"depths": (2, 2, 18, 2), "embed_dim": 128, "num_heads": (4, 8, 16, 32),
+         "drop_path_rate": 0.4},
     ),
     "build_mvitv2_t_backbone": (
         _MVIT,
@@ -50,7 +46,7 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         _MVIT,
         {"depth": 24, "last_block_indexes": (1, 4, 20, 23), "drop_path_rate": 0.4},
     ),
-}
+}  # fmt: skip
 DETECTRON2_NETWORKS = {builder: stages for builder, (stages, _) in _VARIANTS.items()}
 
 
@@ -59,7 +55,7 @@ def _builder(name: str) -> Callable[[CfgNode | DictConfig, ShapeSpec], Backbone]
         try:
             return _built(*_VARIANTS[name], cfg, input_shape.channels)
         except ImportError as error:
-            if (error.name or "").startswith("timm"):  # its Swin and MViT drop paths by timm
+            if (error.name or "").startswith("timm"):  # Swin and MViT use its DropPath
                 raise UserError(
                     f"{name} needs timm, which is not installed: pip install 'fpn_plugin[timm]'"
                 ) from error
@@ -73,10 +69,7 @@ def _builder(name: str) -> Callable[[CfgNode | DictConfig, ShapeSpec], Backbone]
 
 
 def _built(
-    stages: tuple[str, ...],
-    arguments: dict[str, Any],
-    cfg: CfgNode | DictConfig,
-    channels: int,
+    stages: tuple[str, ...], arguments: dict[str, Any], cfg: CfgNode | DictConfig, channels: int
 ) -> Backbone:
     # Stages that nothing reads would have norms without gradients.
     wanted = [stage for stage in stages if stage in cfg.MODEL.FPN.IN_FEATURES] or list(stages)
@@ -85,7 +78,7 @@ def _built(
         from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 
         return RegNet(
-            # It would be given the 3 channels of colours.
+            # RegNet gives its stem 3 channels.
             stem_class=lambda _, *rest: SimpleStem(channels, *rest),
             stem_width=32,
             block_class=ResBottleneckBlock,
@@ -99,7 +92,7 @@ def _built(
 
         return SwinTransformer(
             out_indices=[stages.index(stage) for stage in wanted],
-            frozen_stages=freeze_at or -1,  # counted as FREEZE_AT, but for none
+            frozen_stages=freeze_at or -1,  # -1 for none
             in_chans=channels,
             **arguments,
         )

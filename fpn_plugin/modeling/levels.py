@@ -25,18 +25,17 @@ def assign_levels(
 ) -> Tensor:
     """Assigns each box its pyramid level, k = floor(k0 + log2(sqrt(w h) / s0)), Eq. (1).
 
-    Exact at the boundaries (112, 224, 448 px for k0 = 4): a box of just that size goes to the
-    coarser level. Computed in float32 with Detectron2's arithmetic, so that models of its zoo
-    read each box from the level they were trained on; less than a part in 10^6 below a boundary
-    the two round alike. Levels are clamped to those there are. Zero or negative extent counts as
-    size 0 and goes to the finest.
+    Exact at the boundaries (112, 224, 448 px for k0 = 4): a box of that size goes to the coarser
+    level. Computed in float32 with Detectron2's arithmetic, so that models of its zoo read each box
+    from the level on which they were trained; both round alike less than a part in 10^6 below a
+    boundary. Levels are clamped to the pyramid's. A box of zero or negative extent has size 0 and
+    goes to the finest.
 
     Args:
-        boxes: ``(N, 4)`` XYXY in pixels of the network's input, as a tensor or ``Boxes``, or a
-            list of ``Boxes``, one entry per image, taken together in order; ``RotatedBoxes``
-            likewise. Of any dtype.
-        min_level: finest level there is; level k has stride 2^k.
-        max_level: coarsest level there is.
+        boxes: ``(N, 4)`` XYXY in pixels of the network's input, of any dtype: a tensor, ``Boxes``
+            or ``RotatedBoxes``, or a list of these, one for each image, which are concatenated.
+        min_level: finest level of the pyramid; level k has stride 2^k.
+        max_level: coarsest level of the pyramid.
         canonical_box_size: s0, in the same pixels.
         canonical_level: k0, the level of a box whose size is s0.
 
@@ -44,7 +43,7 @@ def assign_levels(
         int64 ``(N,)``, each k itself, in ``[min_level, max_level]``.
 
     Raises:
-        NonFiniteError: a coordinate is NaN or infinite; says how many boxes and which is the first.
+        NonFiniteError: a coordinate is NaN or infinite; names the first box and counts all.
 
     Example::
 
@@ -53,23 +52,20 @@ def assign_levels(
     """
     if isinstance(boxes, Boxes | RotatedBoxes):
         boxes = boxes.tensor
-    tensor = boxes if isinstance(boxes, Tensor) else _concatenate(boxes)
-    check_finite(tensor)
-    return levels_of(tensor, min_level, max_level, canonical_box_size, canonical_level)
+    elif not isinstance(boxes, Tensor):
+        boxes = torch.cat([of_image.tensor for of_image in boxes] or [torch.zeros(0, 4)])
+    check_finite(boxes)
+    return levels_of(boxes, min_level, max_level, canonical_box_size, canonical_level)
 
 
 def levels_of(
-    boxes: Tensor,
-    min_level: int,
-    max_level: int,
-    canonical_box_size: float,
-    canonical_level: int,
+    boxes: Tensor, min_level: int, max_level: int, canonical_box_size: float, canonical_level: int
 ) -> Tensor:
-    """:func:`assign_levels` for a tensor whose coordinates are known to be finite.
+    """:func:`assign_levels` for a tensor of finite coordinates.
 
-    ``(N, 5)`` is taken as rotated boxes: centre x and y, width, height, angle.
+    ``(N, 5)`` are rotated boxes: centre x and y, width, height, angle.
     """
-    # Beyond 1e18 px an area would overflow float32, and infinity times zero be NaN.
+    # Beyond 1e18 px an area would overflow float32, and infinity times zero is NaN.
     boxes = boxes.float().clamp(-1e18, 1e18)
     if boxes.shape[1] == 5:
         width, height = boxes[:, 2], boxes[:, 3]
@@ -82,14 +78,7 @@ def levels_of(
 
 
 def check_finite(boxes: Tensor) -> None:
-    """Refuses boxes that Eq. (1) has no level for.
-
-    Args:
-        boxes: ``(N, 4)`` or ``(N, 5)``.
-
-    Raises:
-        NonFiniteError: a coordinate is NaN or infinite.
-    """
+    """Raises a NonFiniteError if a coordinate of boxes ``(N, 4)`` or ``(N, 5)`` is not finite."""
     finite = torch.isfinite(boxes)
     if finite.all():
         return
@@ -103,7 +92,7 @@ def check_finite(boxes: Tensor) -> None:
 
 
 class _Unread(threading.local):
-    """Sums of boxes on their way from a GPU, oldest first."""
+    """Sums of boxes that are copied from a GPU, oldest first."""
 
     def __init__(self) -> None:
         self.sums: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
@@ -113,14 +102,10 @@ _unread = _Unread()
 
 
 def check_finite_soon(boxes: Tensor) -> None:
-    """:func:`check_finite` that does not wait for a GPU: boxes there are checked by a later call,
-    of this or of :func:`raise_non_finite`, and in a CUDA graph not at all.
+    """:func:`check_finite` that does not wait for a GPU.
 
-    Args:
-        boxes: ``(N, 4)`` or ``(N, 5)``.
-
-    Raises:
-        NonFiniteError: a coordinate of these is not finite or, on a GPU, of those of earlier calls.
+    Boxes on a GPU are checked by a later call of this or of :func:`raise_non_finite`, and in a CUDA
+    graph not at all.
     """
     if not boxes.is_cuda:
         check_finite(boxes)
@@ -134,18 +119,8 @@ def check_finite_soon(boxes: Tensor) -> None:
 
 
 def raise_non_finite() -> None:
-    """Checks what :func:`check_finite_soon` was given, as far as it is known without a wait.
-
-    Raises:
-        NonFiniteError: a coordinate is NaN or infinite.
-    """
+    """:func:`check_finite` of earlier boxes whose sums have arrived."""
     while _unread.sums and _unread.sums[0][0].query():
         _, total, boxes = _unread.sums.popleft()
-        if not math.isfinite(total.item()):  # or so large that their sum is not
+        if not math.isfinite(total.item()):  # or the sum overflows
             check_finite(boxes)
-
-
-def _concatenate(boxes: Sequence[Boxes] | Sequence[RotatedBoxes]) -> Tensor:
-    if len(boxes) == 0:
-        return torch.zeros(0, 4)
-    return torch.cat([of_image.tensor for of_image in boxes])

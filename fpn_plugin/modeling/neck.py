@@ -34,15 +34,14 @@ class FeaturePyramidNetwork(Backbone):
         Mk = lateral(Ck) + upsample(Mk+1)   nearest neighbour, x2
         Pk = output(Mk)                     3x3; P5 = M5 unless coarsest_output_conv
 
-    There is no non-linearity in it. A convolution that the forward pass does not use is not built.
+    There is no non-linearity in it. Convolutions that the forward pass does not use are not built.
 
     Convolutions are named ``fpn_lateral{k}`` and ``fpn_output{k}`` and initialised as in
     :class:`detectron2.modeling.FPN`. With ``coarsest_output_conv=True``, the same norm, stages and
-    top block, and the defaults of all else, the state dict has the same keys and shapes as
-    Detectron2's, and checkpoints load in both directions. A state dict that has the 3x3
-    convolution of the coarsest level where this pyramid has none, or the other way round, is
-    refused by ``load_state_dict`` with a UserError, with ``strict=False`` too: the model would
-    run and detect badly.
+    top block, and otherwise the defaults, the state dict has the same keys and shapes as
+    Detectron2's, and checkpoints load in both directions. ``load_state_dict`` raises a UserError,
+    even with ``strict=False``, if only one of state dict and pyramid has the 3x3 convolution of the
+    coarsest level: the model would run and detect badly.
 
     Args:
         bottom_up: the network whose stages are C2 ... C5.
@@ -53,16 +52,13 @@ class FeaturePyramidNetwork(Backbone):
         top_block: adds levels after the coarsest, see :func:`build_top_block`. Any module with
             ``num_levels``, ``in_feature`` (a stage or a level) and a list of maps as its output.
         fuse_type: "sum", or "avg" to halve each sum.
-        coarsest_output_conv: whether the coarsest level has a 3x3 convolution as well, as in
+        coarsest_output_conv: whether the coarsest level too has a 3x3 convolution, as in
             Detectron2. The paper can be read both ways; by default the level has none.
-        top_down: False leaves the top-down pathway out, row (d) of Tables 1 and 2: Mk =
-            lateral(Ck).
-        lateral: False leaves the lateral connections below the coarsest out, row (e): Mk =
-            upsample(Mk+1).
+        top_down: False removes the top-down pathway, row (d) of Tables 1 and 2: Mk = lateral(Ck).
+        lateral: False removes lateral connections below the coarsest, row (e): Mk = upsample(Mk+1).
         match_lateral_size: upsample to the lateral map's exact size instead of by 2, so that
             input sides need not be multiples of the coarsest stride.
         out_features: the levels to compute, for example ``["p2"]`` for row (f); all by default.
-            Output convolutions of the others are not built.
 
     Raises:
         UserError: the stages do not exist or are not a pyramid; the norm is unknown or does not
@@ -115,8 +111,8 @@ class FeaturePyramidNetwork(Backbone):
         self._out_features = [f"p{level}" for level in outputs]
         if out_features is not None:
             self._out_features = self._checked_choice(out_features, len(levels))
-        # Modules are made, initialised and registered in Detectron2's order: one seed gives one
-        # set of weights, and an optimizer's saved state finds its parameters.
+        # In Detectron2's order, so that a seed gives its weights and an optimizer's saved state
+        # finds its parameters.
         for level, shape in zip(levels, shapes, strict=True):
             coarsest = level == levels[-1]
             convs = {}
@@ -132,8 +128,7 @@ class FeaturePyramidNetwork(Backbone):
 
         self._out_feature_strides = {name: 2 ** int(name[1:]) for name in self._out_features}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
-        # A network may need padding whatever the pyramid does; Detectron2's Swin has the property
-        # but not what it returns.
+        # A network may need padding itself. Detectron2's Swin has the property but not its value.
         own = getattr(bottom_up, "size_divisibility", 0)
         self._size_divisibility = own if match_lateral_size else shapes[-1].stride
 
@@ -163,8 +158,8 @@ class FeaturePyramidNetwork(Backbone):
                 f"`out_features` {list(chosen)} leaves out some of {[merged[-1], *extra]}, which "
                 "the top block reads or makes: name them all, or set `top_block` none"
             )
-        # The top-down pathway reads every stage from the coarsest to the finest chosen level.
-        # Without it, a stage is read by its own level only.
+        # The top-down pathway reads all stages from the coarsest to the finest chosen level.
+        # Without it, only a stage's own level reads it.
         needed = [merged[0]] if self._top_down else merged
         if not set(needed) <= set(chosen):
             raise UserError(
@@ -226,8 +221,8 @@ class FeaturePyramidNetwork(Backbone):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object
     ) -> None:
-        # The two readings of P5 differ by one convolution. A model that lacks it, or has it at
-        # its initial values, runs and detects badly, so strict=False does not help.
+        # The two readings of P5 differ by one convolution. A model that lacks it, or has its
+        # initial values, runs and detects badly, so strict=False does not allow it.
         coarsest = self._coarsest_first[0]
         longer = f"{prefix}fpn_lateral{coarsest + 1}.weight" in state_dict  # of more levels
         computed = f"p{coarsest}" in self._out_feature_strides
@@ -252,7 +247,7 @@ class FeaturePyramidNetwork(Backbone):
 
 @fx.wrap
 def _fitting(upsampled: Tensor, stage: Tensor, divisibility: int, matching: str) -> Tensor:
-    """Checks that an upsampled map has as many cells as the stage it is added to."""
+    """Checks that an upsampled map and the stage to which it is added have one size."""
     if not torch.jit.is_tracing() and upsampled.shape[-2:] != stage.shape[-2:]:
         raise UserError(
             f"a map of {stage.shape[-2]} x {stage.shape[-1]} cells is added to an upsampled one of "

@@ -26,40 +26,40 @@ _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
 }
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# What a network is tried on once: sides that differ, multiples of 32, not what it was trained on.
+# A network runs once on this size: sides that differ, multiples of 32, not the size of training.
 _TRIED_ON = (128, 160)
 _ODD = (101, 131)
 
 
 def as_cfg_node(cfg: CfgNode | DictConfig) -> CfgNode:
-    """A config as a CfgNode, which it is unless OmegaConf made it of one."""
+    """A config as a CfgNode; OmegaConf may have made it a DictConfig."""
     return cfg if isinstance(cfg, CfgNode) else CfgNode(OmegaConf.to_container(cfg, resolve=True))
 
 
 class ImageNetwork(Backbone):
-    """A network that was made for RGB images in [0, 1] with a mean and deviation of its own.
+    """A network for RGB images in [0, 1] with its own mean and deviation.
 
-    Detectron2's models normalise images as their config says; this puts back what they did and
-    normalises as the network was trained, so PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT need not
+    Detectron2's models normalise images as their config says. This class reverts that and
+    normalises as the network was trained, so that PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT need not
     change for its weights.
 
     Args:
-        net: gives a map for each stage, as a list or as a dict in order, finest first.
+        net: returns a map for each stage, as a list or an ordered dict, finest first.
         strides: of the stages, in input pixels; stage k of stride 2^k is named ``res{k}``.
-        out_features: the stages to give; the others are there to be frozen.
+        out_features: the stages to return; the others are only there to be frozen.
         channels: of the stages.
         channels_last: whether maps are ``(N, H, W, C)``.
-        mean: of what the network was trained on, RGB in [0, 1].
-        std: its standard deviation.
+        mean: of the images on which the network was trained, RGB in [0, 1].
+        std: their standard deviation.
         cfg: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT and MODEL.BACKBONE.FREEZE_AT are
-            read: 0 freezes nothing, k from 2 on all parameters that ``res{k}`` depends on.
-        norm: "FrozenBN" or "SyncBN" convert the network's batch norms, "" leaves them.
-        converters: what converts them, by these two names; Detectron2's and torch's by default.
-            Networks whose batch norms do more than normalise bring their own.
+            read. FREEZE_AT 0 freezes nothing, k >= 2 all parameters that ``res{k}`` depends on.
+        norm: "FrozenBN" or "SyncBN" convert the network's batch norms, "" keeps them.
+        converters: the functions that convert them, by these two names; Detectron2's and torch's
+            by default. Networks whose batch norms do more than normalise have their own.
 
     Raises:
-        UserError: the network does not take images of any size, gives other maps than declared,
-            or FREEZE_AT or norm are none of the above.
+        UserError: the network does not take images of any size or returns other maps than
+            declared, or FREEZE_AT or norm are none of the above.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ImageNetwork(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """What input sides, in pixels, must be multiples of; 0 where any size will do."""
+        """What input sides, in pixels, must be multiples of; 0 if any size works."""
         return self._size_divisibility
 
     def _needed_divisibility(self) -> int:
@@ -217,7 +217,7 @@ class ImageNetwork(Backbone):
 def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> ImageNetwork:
     """A network of timm that offers ``features_only``: most CNNs and hierarchical transformers.
 
-    MODEL.TIMM says which, and how; its stages are named by their stride, res2 to res5.
+    MODEL.TIMM names it. Stages are named by their stride, res2 to res5.
 
     Args:
         cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
@@ -225,7 +225,7 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
 
     Raises:
         UserError: timm is not installed, has no network of that name or cannot fetch its weights,
-            or the network lacks the stages or the stochastic depth that are asked for.
+            or the network lacks the stages or stochastic depth.
     """
     cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TIMM
@@ -286,9 +286,9 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
 def _create_timm(
     create_model: Callable[..., nn.Module], node: CfgNode, **kwargs: object
 ) -> nn.Module:
-    """A network whose input may have any size, and of stochastic depth, where its kind can."""
-    # Windowed transformers otherwise insist on the size they were trained on, and some networks
-    # have a stochastic depth by default.
+    """A network for input of any size, and with stochastic depth, if its class supports them."""
+    # Windowed transformers otherwise take only the size of training, and some networks have
+    # stochastic depth by default.
     options = {"strict_img_size": False, "drop_path_rate": node.DROP_PATH}
     while True:
         try:
@@ -302,7 +302,7 @@ def _create_timm(
                 ) from error
             if unknown is None or not isinstance(error, TypeError):
                 raise UserError(
-                    f"timm's {node.NAME} gives no feature maps so: {one_line(error)}"
+                    f"timm's {node.NAME} gives no feature maps: {one_line(error)}"
                 ) from error
             del options[unknown]
 
@@ -311,8 +311,8 @@ def _create_timm(
 def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> ImageNetwork:
     """A classification network of torchvision: ResNet, RegNet, ConvNeXt, MobileNet, and others.
 
-    MODEL.TORCHVISION says which, and how. A stage is the last block of its stride, as in the
-    paper (section 3); a bare convolution that prepares the classifier is none.
+    MODEL.TORCHVISION names it. A stage is the last block of its stride, as in the paper (section
+    3). A single convolution for the classifier is no stage.
 
     Args:
         cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
@@ -320,7 +320,7 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
 
     Raises:
         UserError: torchvision has no network or weights of that name or cannot fetch them, or the
-            network lacks the stages that are asked for.
+            network lacks the stages.
     """
     cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TORCHVISION
@@ -381,7 +381,7 @@ def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
             return
         down, across = height / output.shape[-2], width / output.shape[-1]
         convolutions = sum(isinstance(part, nn.Conv2d) for part in module.modules())
-        # What follows the blocks of a stride, a convolution and its norm, is the classifier's.
+        # A convolution and its norm after the blocks of a stride belong to the classifier.
         bare = convolutions <= 1 and blocks_of.get(down)
         if down == across and down == int(down) and not bare:
             blocks_of[down] = convolutions > 1 or blocks_of.get(down, False)
@@ -420,13 +420,13 @@ def _wanted_strides(names: Sequence[str], key: str) -> list[int]:
 
 
 def _with_frozen(wanted: Sequence[int], offered: Sequence[int], cfg: CfgNode) -> list[int]:
-    """The strides wanted and, where the network has it, that of the last stage to freeze."""
+    """The strides wanted and that of the last stage to freeze, if the network has it."""
     frozen = 2**cfg.MODEL.BACKBONE.FREEZE_AT
     return sorted({*wanted, frozen} if frozen > 1 and frozen in offered else wanted)
 
 
 def _chosen(wanted: Sequence[int], offered: Sequence[int], what: str, key: str) -> list[int]:
-    """Where the last map of each stride wanted stands among those offered."""
+    """Index of the last map of each stride wanted, among those offered."""
     last = {stride: index for index, stride in enumerate(offered)}
     missing = [
         f"res{stride.bit_length() - 1} (stride {stride})" for stride in wanted if stride not in last

@@ -22,20 +22,20 @@ _POOLER_TYPES = ("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated")
 
 
 class PyramidROIPooler(ROIPooler):
-    """Pools each box from one level of a feature pyramid; may stand wherever ROIPooler does.
+    """Pools each box from one level of a feature pyramid; replaces ROIPooler anywhere.
 
-    Same constructor and call as :class:`detectron2.modeling.poolers.ROIPooler`, same values and
-    gradients up to the order of summation. Beyond it:
+    Constructor, call, values and gradients are those of
+    :class:`detectron2.modeling.poolers.ROIPooler`, up to the order of summation. In addition:
 
-    * ROIAlign is one kernel over all levels on a GPU, where nothing waits for the device, and on
-      a CPU vectorised, see :mod:`fpn_plugin.kernels`;
-    * non-square output over several levels;
-    * box coordinates are never rounded to the features' dtype: where features are float16 or
-      bfloat16, sums are float32 and the result is returned in the features' dtype;
+    * ROIAlign is one kernel over all levels on a GPU, where nothing waits for the device, and
+      vectorised on a CPU, see :mod:`fpn_plugin.kernels`;
+    * output over several levels need not be square;
+    * box coordinates are never rounded to the features' dtype: for float16 or bfloat16, sums are
+      float32 and the result has the features' dtype;
     * NaN and infinite coordinates are an error, not a row of zeros. On a GPU they give a row of
-      NaN, and the error comes as soon as it is known without a wait: from the plugin's RoI heads
-      at the end of the same inference, else from the next call. In a trace, an exported program
-      and a CUDA graph, which cannot raise one, it stays at the row of NaN.
+      NaN, and the error comes when it is known without a wait: from the plugin's RoI heads at the
+      end of the same inference, otherwise from the next call. A trace, an exported program and a
+      CUDA graph cannot raise it: they only give the row of NaN.
 
     Args:
         output_size: height and width of the pooled region, in cells; one int for both.
@@ -90,7 +90,7 @@ class PyramidROIPooler(ROIPooler):
             sides, scales, sampling_ratio, pooler_type, canonical_box_size, canonical_level
         )
 
-    # torch.jit.script takes one kind of boxes: of RotatedBoxes only the docstring speaks.
+    # torch.jit.script takes one type of boxes, so RotatedBoxes are not in the annotation.
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Pools every box of every image.
 
@@ -139,7 +139,7 @@ class PyramidROIPooler(ROIPooler):
         return self._pool_by_level(x, rois, levels, counts).to(dtype)
 
     def _pool_in_a_graph(self, x: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """For scripts, traces and exported programs: nothing of it is decided in Python."""
+        """For scripts, traces and exported programs: Python decides nothing."""
         dtype = x[0].dtype
         if dtype != torch.float64:
             x = [level.float() for level in x]
@@ -170,13 +170,8 @@ class PyramidROIPooler(ROIPooler):
         )
 
     def _levels(self, rois: Tensor) -> Tensor:
-        return levels_of(
-            rois[:, 1:],
-            self.min_level,
-            self.max_level,
-            self.canonical_box_size,
-            self.canonical_level,
-        )
+        size, k0 = self.canonical_box_size, self.canonical_level
+        return levels_of(rois[:, 1:], self.min_level, self.max_level, size, k0)
 
     def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
         """Indices of levels, and how many boxes each has: one transfer from the device."""
@@ -194,9 +189,8 @@ class PyramidROIPooler(ROIPooler):
     ) -> Tensor:
         if len(x) == 1:
             return self.level_poolers[0](x[0], rois)
-        # Boxes in order of their level, so that the counts say where each level's boxes lie. A
-        # level without boxes is pooled too: its parameters then get a zero gradient instead of
-        # none, which distributed training waits for.
+        # Boxes in order of their level, so that the counts split them. A level without boxes is
+        # pooled too: its parameters then get a zero gradient, for which distributed training waits.
         order = torch.argsort(levels, stable=True)
         pooled = [
             pool(features, of_level)
@@ -216,5 +210,5 @@ def _with_image_indices(boxes: list[Tensor]) -> Tensor:
 
 
 def _is_exporting() -> bool:
-    # Of torch 2.3 only this is known, which compiling says too.
+    # torch 2.3 has only is_compiling, which is also True in torch.compile.
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()

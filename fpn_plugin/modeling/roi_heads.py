@@ -21,15 +21,13 @@ __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
 
 
 class _PyramidPooling:
-    """Replaces the poolers of Detectron2's RoI heads; a pooler has no parameters, so state dicts
-    stay Detectron2's.
-    """
+    """Replaces the poolers of Detectron2's RoI heads, which have no parameters."""
 
     @classmethod
     def _init_box_head(
         cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
     ) -> dict[str, Any]:
-        # Built first: its errors name the key that Detectron2 would only stumble over.
+        # Built first, because its errors name the key.
         pooler = _pyramid_pooler(cfg, "ROI_BOX_HEAD", input_shape)
         return {**super()._init_box_head(cfg, input_shape), "box_pooler": pooler}
 
@@ -53,13 +51,13 @@ class _PyramidPooling:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        # On a GPU poolers do not wait to say so. In inference what they found has come by now; in
-        # training a loss is NaN.
+        # Poolers do not wait for a GPU. In inference their checks have arrived now; in training a
+        # loss is NaN.
         raise_non_finite()
         return output
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # TorchScript has no super(); it has a check of its own.
+        # TorchScript has no super(), and checks boxes in the pooler.
         plain = copy.copy(self)
         plain.forward = MethodType(super().forward.__func__, plain)
         return plain
@@ -74,8 +72,8 @@ class FPNROIHeads(_PyramidPooling, BatchedSampling, StandardROIHeads):
     state dict as :class:`detectron2.modeling.StandardROIHeads`.
     """
 
-    # Without a head torch.jit.script must not read what would call it. Detectron2 says so of its
-    # own class, in annotations that are not inherited; as text it would not know them.
+    # Without a head torch.jit.script must not compile its calls. Detectron2 has these annotations,
+    # which are not inherited; torch does not understand them as text.
     mask_on: Final[bool]
     keypoint_on: Final[bool]
 

@@ -21,9 +21,8 @@ __all__ = ["PerLevelRPNHead"]
 class PerLevelRPNHead(nn.Module):
     """One StandardRPNHead for each level, the variant of section 4.1 that shares no parameters.
 
-    Heads have the same design, and their parameters are named ``heads.{i}.*``, i counting the
-    levels of MODEL.RPN.IN_FEATURES from 0. Levels may differ in channels and, unlike in
-    Detectron2's shared head, in the number of anchors.
+    Parameters are named ``heads.{i}.*``, where i counts the levels of MODEL.RPN.IN_FEATURES from 0.
+    Levels may differ in channels and, unlike in Detectron2's shared head, in the number of anchors.
 
     Args:
         cfg: the config; MODEL.RPN.CONV_DIMS is read for each head.
@@ -45,7 +44,7 @@ class PerLevelRPNHead(nn.Module):
 
     @classmethod
     def of(cls, heads: Iterable[nn.Module]) -> PerLevelRPNHead:
-        """One made of given heads, finest level first."""
+        """A head made of given heads, finest level first."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.heads = nn.ModuleList(heads)
@@ -61,7 +60,7 @@ class PerLevelRPNHead(nn.Module):
             Objectness logits ``(N, A, H, W)`` and deltas ``(N, 4 A, H, W)``, a list a level.
 
         Raises:
-            UserError: another number of levels than of heads.
+            UserError: the numbers of levels and heads differ.
         """
         if len(features) != len(self.heads):
             raise UserError(f"got {len(features)} feature maps for {len(self.heads)} RPN heads")

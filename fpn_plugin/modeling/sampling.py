@@ -1,4 +1,4 @@
-"""Sampling of proposals for the losses of RoI heads, with one wait for a GPU for all images."""
+"""Sampling of proposals for the losses of RoI heads, which waits once for a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ __all__ = ["BatchedSampling", "sample_labels"]
 
 
 class BatchedSampling:
-    """For RoI heads: the proposals that Detectron2 samples, from the same random numbers.
-
-    A GPU is waited for once, not four times an image.
+    """Samples Detectron2's proposals from the same random numbers; waits once for a GPU, not four
+    times for each image.
     """
 
     @torch.no_grad()
@@ -63,17 +62,17 @@ def sample_labels(
 ) -> list[tuple[Tensor, Tensor]]:
     """Detectron2's ``subsample_labels`` of several images: the same boxes from the same generator.
 
-    Its random permutations need the number of boxes on the host, one image after the other. Here
-    one transfer brings the numbers of all.
+    Random permutations need the number of boxes on the host: one transfer brings those of all
+    images.
 
     Args:
-        labels: of each image, ``(N,)``: -1 to be left out, ``background``, or a class.
+        labels: of each image, ``(N,)``: -1 to leave a box out, ``background``, or a class.
         most: boxes to sample from an image.
-        positive_fraction: of them at most that are no background.
+        positive_fraction: largest share of them that has a class.
         background: its label.
 
     Returns:
-        Of each image, int64 indices of the positive boxes sampled and of the negative ones.
+        For each image, int64 indices of the sampled boxes with a class, and of background.
     """
     if len(labels) == 0:
         return []
@@ -93,5 +92,5 @@ def sample_labels(
 
 
 def _places(mask: Tensor, ranks: Tensor) -> Tensor:
-    """Indices of the r-th True of a mask, counted from 0, without counting them on the host."""
+    """Indices of the r-th True of a mask, counted from 0, without a transfer to the host."""
     return torch.searchsorted(mask.cumsum(0), ranks + 1)

@@ -1,4 +1,4 @@
-"""Modules that reach their parts by name, for torch.jit.script, which cannot."""
+"""For torch.jit.script: modules whose forward gets its parts by name, written out."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ class _PartsAsTheyAre(fx.Tracer):
 
 
 def spelt_out(module: Module) -> Module:
-    """A copy whose forward has its loops unrolled and its parts' names written out.
+    """A copy whose forward has unrolled loops and its parts' names written out.
 
-    It is what a module's ``__prepare_scriptable__`` returns, which torch.jit.script calls. Class,
-    parts, names in the state dict and values stay. Functions decorated with ``torch.fx.wrap`` are
-    called by it, not unrolled.
+    A module's ``__prepare_scriptable__``, which torch.jit.script calls, returns it. Class, parts,
+    state dict and values stay. Functions decorated with ``torch.fx.wrap`` are called, not unrolled.
 
     Args:
-        module: of a forward from a tensor to a dict of them, which decides only by what the
-            module was built of, not by values or sizes.
+        module: whose forward maps a tensor to a dict of tensors, and makes no decision by values or
+            sizes.
     """
     graph = _PartsAsTheyAre().trace(module)
     for node in graph.nodes:

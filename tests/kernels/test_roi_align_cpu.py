@@ -34,7 +34,7 @@ def expected(features, rois, levels, size, ratio, aligned):
 
 
 def check(features, rois, levels, size=(7, 7), ratio=0, aligned=True):
-    ours = pyramid_roi_align(features, rois, levels, size, SCALES, ratio, aligned)
+    ours = pyramid_roi_align(features, rois, levels, SCALES, size, ratio, aligned)
     theirs = expected(features, rois, levels, size, ratio, aligned)
     assert ours.shape == theirs.shape and ours.is_contiguous()
     exact = rois.dtype == torch.float64
@@ -91,7 +91,7 @@ def test_samples_at_the_borders_of_the_map(edge):
     features = [torch.arange(1.0, 65).view(1, 1, 8, 8).double().requires_grad_()] * 3
     at = (edge + 0.5) * 4
     rois = torch.tensor([[0, at, at, at, at], [0, at - 4, at - 4, at + 4, at + 4]]).double()
-    ours = pyramid_roi_align(features, rois, torch.tensor([0, 0]), (2, 2), SCALES, 1, True)
+    ours = pyramid_roi_align(features, rois, torch.tensor([0, 0]), SCALES, (2, 2), 1, True)
     theirs = roi_align(features[0], rois, (2, 2), 1 / 4, 1, True)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
@@ -100,7 +100,7 @@ def test_one_value_by_hand():
     features = torch.arange(16.0).view(1, 1, 4, 4)
     # At stride 1 and without the half pixel, one sample at (x, y) = (1.5, 2.25).
     rois = torch.tensor([[0.0, 1.0, 1.75, 2.0, 2.75]])
-    pooled = pyramid_roi_align([features], rois, torch.tensor([0]), (1, 1), [1.0], 1, False)
+    pooled = pyramid_roi_align([features], rois, torch.tensor([0]), [1.0], (1, 1), 1, False)
     assert pooled.item() == pytest.approx(4 * 2.25 + 1.5)
 
 
@@ -110,7 +110,7 @@ def test_gradcheck():
     levels = torch.tensor([0, 2, 1])
     for ratio in (0, 2):
         assert torch.autograd.gradcheck(
-            lambda *m, r=ratio: pyramid_roi_align(m, rois, levels, (2, 3), SCALES, r, True),
+            lambda *m, r=ratio: pyramid_roi_align(m, rois, levels, SCALES, (2, 3), r, True),
             features,
         )
 
@@ -149,21 +149,21 @@ def test_channels_are_pooled_in_parts_of_16_where_maps_are_large(monkeypatch, ch
 def test_boxes_outside_every_map_pool_zeros_and_give_zero_gradients():
     features = maps()
     rois = torch.tensor([[0, 900.0, 900, 990, 950], [1, 500, 20, 590, 60]])
-    assert (pyramid_roi_align(features, rois, torch.tensor([0, 2]), (7, 7), SCALES) == 0).all()
+    assert (pyramid_roi_align(features, rois, torch.tensor([0, 2]), SCALES, (7, 7)) == 0).all()
     check(features, rois, torch.tensor([0, 2]))
 
 
 def test_a_level_without_boxes_has_a_zero_gradient():
     features = maps()
     rois = torch.tensor([[0, 3.0, 3, 40, 40]])
-    pyramid_roi_align(features, rois, torch.tensor([1]), (7, 7), SCALES).sum().backward()
+    pyramid_roi_align(features, rois, torch.tensor([1]), SCALES, (7, 7)).sum().backward()
     assert features[1].grad.abs().sum() > 0
     assert all(features[level].grad.abs().sum() == 0 for level in (0, 2))
 
 
 def test_a_box_turned_around_has_no_sample_where_their_number_adapts():
     rois = torch.tensor([[0, 40.0, 40, 8, 8], [0, 8, 8, 40, 40]])
-    pooled = pyramid_roi_align(maps(), rois, torch.tensor([0, 0]), (7, 7), SCALES)
+    pooled = pyramid_roi_align(maps(), rois, torch.tensor([0, 0]), SCALES, (7, 7))
     assert pooled[0].abs().max() == 0 and pooled[1].abs().min() > 0
 
 
@@ -171,7 +171,7 @@ def test_it_is_repeatable():
     rois = torch.tensor([[0, 3.0, 3, 100, 90], [1, 10, 10, 60, 60], [0, 0, 0, 9, 9]] * 50)
     levels = torch.tensor([2, 1, 0] * 50)
     first, again = (
-        torch.autograd.grad(pyramid_roi_align(m, rois, levels, (7, 7), SCALES).sum(), m)
+        torch.autograd.grad(pyramid_roi_align(m, rois, levels, SCALES, (7, 7)).sum(), m)
         for m in (maps(), maps())
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

@@ -349,7 +349,7 @@ def test_a_network_is_built_no_deeper_than_it_is_read():
         ("resnet:R-18", ["MODEL.FPN.OUT_CHANNELS", 0], "OUT_CHANNELS is 0; a level has 1"),
         ("resnet:R-18", ["MODEL.FPN.OUT_CHANNELS", -4], "OUT_CHANNELS is -4; a level has 1"),
         ("timm:inception_v3", [], r"res2 of .* stride 4 would be \(1, 192, 32, 40\)"),
-        ("timm:resnet18.nope", [], "gives no feature maps so: .*nope"),
+        ("timm:resnet18.nope", [], "gives no feature maps: .*nope"),
         ("timm:resnet81", [], r"no model of timm 1.*did you mean resnet"),
         ("timm:resnet10t", ["MODEL.TIMM.NORM", "GN"], "NORM 'GN' is unknown"),
         ("timm:pvt_v2_b0", ["MODEL.BACKBONE.FREEZE_AT", 1], "res1 is not among"),
