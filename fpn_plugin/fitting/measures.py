@@ -49,16 +49,16 @@ class Measures:
 
     def recall(self, threshold: float) -> float:
         """Share of boxes that an anchor overlaps by at least this IoU."""
-        return float((self.best_iou >= threshold).mean())
+        return _mean(self.best_iou >= threshold)
 
     @property
     def mean_iou(self) -> float:
         """Mean of ``best_iou``."""
-        return float(self.best_iou.mean())
+        return _mean(self.best_iou)
 
     def below_cells(self, cells: float) -> float:
         """Share of boxes whose shorter side is less than so many cells of their level."""
-        return float((self.cells < cells).mean())
+        return _mean(self.cells < cells)
 
     def octaves(self) -> list[dict[str, Any]]:
         """Boxes and anchors by octave of size: from 2^i to less than 2^(i+1) input pixels.
@@ -72,46 +72,40 @@ class Measures:
         ]
 
     def by_level(self) -> list[dict[str, Any]]:
-        """Boxes pooled from each level, and boxes with their best anchor there.
-
-        Shares below 1 and 2 cells are of the boxes with that ``level``.
+        """Figures of each level: of the boxes pooled from it, and of those with their best anchor
+        there. Shares below 1 and 2 cells are of the boxes with that ``level``.
         """
         roi_levels, anchor_levels = self.pyramid.roi_levels, self.pyramid.anchor_levels
         return [
             {
                 "level": level,
-                "pooled": float((self.level == level).mean()) if roi_levels else None,
-                "below_1_cell": self._below_at(level, 1),
-                "below_2_cells": self._below_at(level, 2),
+                "pooled": _mean(self.level == level) if roi_levels else None,
+                "below_1_cell": _mean(self.cells[self.level == level] < 1),
+                "below_2_cells": _mean(self.cells[self.level == level] < 2),
                 **self._group(self.anchor_level == level),
             }
             for level in sorted({*roi_levels, *anchor_levels})
         ]
 
-    def _below_at(self, level: int, cells: float) -> float | None:
-        here = self.cells[self.level == level]
-        return float((here < cells).mean()) if len(here) else None
-
     def _group(self, which: np.ndarray) -> dict[str, Any]:
         iou = self.best_iou[which]
         return {
-            "share": float(which.mean()),
-            "recall_50": float((iou >= 0.5).mean()) if len(iou) else None,
-            "recall_70": float((iou >= 0.7).mean()) if len(iou) else None,
-            "mean_iou": float(iou.mean()) if len(iou) else None,
+            "share": _mean(which),
+            "recall_50": _mean(iou >= 0.5),
+            "recall_70": _mean(iou >= 0.7),
+            "mean_iou": _mean(iou),
         }
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, for JSON."""
         total = len(self.size)
-        small, large = self.size < 32, self.size >= 96
         return {
             "boxes": total,
             "size_percentiles": _percentiles(self.size),
             "aspect_percentiles": _percentiles(self.aspect),
-            "small": float(small.mean()),
-            "medium": float((~small & ~large).mean()),
-            "large": float(large.mean()),
+            "small": _mean(self.size < 32),
+            "medium": _mean((self.size >= 32) & (self.size < 96)),
+            "large": _mean(self.size >= 96),
             "clamped_fine": self.clamped_fine / total,
             "clamped_coarse": self.clamped_coarse / total,
             "below_1_cell": self.below_cells(1),
@@ -124,41 +118,35 @@ class Measures:
         }
 
 
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
 def _percentiles(values: np.ndarray) -> dict[str, float]:
-    found = np.percentile(values, PERCENTILES)
-    return {str(p): float(value) for p, value in zip(PERCENTILES, found, strict=True)}
+    found = np.percentile(values, PERCENTILES).tolist()
+    return dict(zip(map(str, PERCENTILES), found, strict=True))
 
 
 def measure(inputs: InputBoxes, pyramid: Pyramid) -> Measures:
-    """Measures a pyramid against boxes.
-
-    Args:
-        inputs: the boxes as the network sees them.
-        pyramid: the pyramid.
-    """
+    """Measures a pyramid against boxes as the network sees them."""
     best_iou, anchor_level = best_anchors(inputs, pyramid)
     level, fine, coarse = anchor_level, 0, 0
     if pyramid.roi_levels:
         # From corners at the origin, so that float32 loses nothing of a box far from it.
         boxes = np.concatenate([np.zeros_like(inputs.sides), inputs.sides], axis=1)
-        free = assign_levels(
-            torch.from_numpy(boxes),
-            -_BEYOND,
-            _BEYOND,
-            pyramid.canonical_size,
-            pyramid.canonical_level,
-        ).numpy()
+        canonical = pyramid.canonical_size, pyramid.canonical_level
+        free = assign_levels(torch.from_numpy(boxes), -_BEYOND, _BEYOND, *canonical).numpy()
         finest, coarsest = pyramid.roi_levels[0], pyramid.roi_levels[-1]
         fine, coarse = int((free < finest).sum()), int((free > coarsest).sum())
         level = free.clip(finest, coarsest)
-    sides = inputs.sides
+    width, height = inputs.sides.T
     return Measures(
         size=inputs.size,
-        aspect=sides[:, 1] / sides[:, 0],
+        aspect=height / width,
         level=level,
         clamped_fine=fine,
         clamped_coarse=coarse,
-        cells=sides.min(axis=1) / 2.0**level,
+        cells=np.minimum(width, height) / 2.0**level,
         best_iou=best_iou,
         anchor_level=anchor_level,
         pyramid=pyramid,

@@ -23,10 +23,11 @@ from .fit import Fit
 from .ground_truth import LEFT_OUT
 from .measures import PERCENTILES, Measures
 
-_SIZES = "Sizes are sqrt(w h), in pixels of the input:"
-_POOR_RECALL = 0.5  # of anchors at IoU 0.5, below which no config fits
+__all__ = ["check_output", "write_report"]
 
-__all__ = ["check_output", "write_fitted_config", "write_report"]
+_SIZES = "Sizes are sqrt(w h), in pixels of the input:"
+_POOR_RECALL = 0.5  # share of objects that an anchor overlaps by 0.5; with less no config fits
+_OVERLAPS = {"mean_iou": "IoU", "recall_50": "recall 0.5", "recall_70": "recall 0.7"}
 
 
 def write_report(
@@ -37,13 +38,13 @@ def write_report(
     folder: Path,
     registered: Sequence[str] = (),
 ) -> str:
-    """Writes everything to a folder.
+    """Writes report.md, report.json, fitted.yaml and charts to a folder.
 
     Args:
         fit: the fit.
         sources: names of the datasets, as given.
         base: the config file that was fitted.
-        opts: config keys that were set in addition.
+        opts: config keys that the command line set; fitted.yaml sets them too.
         folder: made if it does not exist.
         registered: the --dataset arguments that named datasets.
 
@@ -55,10 +56,10 @@ def write_report(
     """
     check_output(base, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = write_fitted_config(fit, base, opts, folder / "fitted.yaml")
+    config = folder / "fitted.yaml"
+    _write_config(fit, base, opts, config)
     pictures = charts.draw(fit, folder)
-    command = _command(fit, sources, registered, config)
-    text = _text(fit, sources, base, command, pictures)
+    text = _text(fit, sources, base, _command(fit, sources, registered, config), pictures)
     (folder / "report.md").write_text(text)
     content = {
         "data": list(sources),
@@ -83,14 +84,10 @@ def write_report(
 
 
 def check_output(base: Path, folder: Path) -> None:
-    """Refuses a folder whose fitted.yaml must not be overwritten.
-
-    Args:
-        base: the config file that is to be fitted.
-        folder: of the output.
+    """Refuses an output folder whose fitted.yaml is the config file ``base``, or a base of it.
 
     Raises:
-        UserError: the folder's fitted.yaml is a base of the config.
+        UserError: it is; names both.
     """
     path = folder / "fitted.yaml"
     if _is_based_on(base, path):
@@ -100,35 +97,24 @@ def check_output(base: Path, folder: Path) -> None:
         )
 
 
-def write_fitted_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> Path:
-    """Writes a config with the user's as _BASE_, and the changes.
-
-    Args:
-        fit: the fit.
-        base: the config that was fitted.
-        opts: keys that were set in addition; the new config sets them too.
-        path: of the file.
-    """
+def _write_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> None:
+    """Writes a config whose _BASE_ is the user's, with the user's options and the changes."""
     here = Path.cwd()
     base, folder = base.resolve(), path.parent.resolve()
     # A relative path, so that the folder of both can be moved; not to a packaged config.
     if base.is_relative_to(here) and folder.is_relative_to(here):
-        up = [".."] * len(folder.relative_to(here).parts)
-        named = Path(*up, base.relative_to(here)).as_posix()
-    else:
-        named = str(base)
-    content: dict[str, Any] = {"_BASE_": named}
+        base = Path(*[".."] * len(folder.relative_to(here).parts), base.relative_to(here))
+    content: dict[str, Any] = {BASE_KEY: base.as_posix()}
     changed = [key for each in fit.recommendations for key in each.changes]
     for key in dict.fromkeys([*opts, *changed]):
         node = content
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _plain(value_at(fit.fitted, key))
+        node[last] = value_at(fit.fitted, key)
     comments = [f"# {each.subject}: {each.reason} {each.effect}" for each in fit.recommendations]
-    text = yaml.safe_dump(content, default_flow_style=None, sort_keys=False, width=100)
-    path.write_text("# Written by fpn-plugin fit.\n" + "\n".join(comments) + "\n" + text)
-    return path
+    text = CfgNode(content).dump(default_flow_style=None, sort_keys=False, width=100)
+    path.write_text("\n".join(["# Written by fpn-plugin fit.", *comments, text]))
 
 
 def _is_based_on(config: Path, path: Path) -> bool:
@@ -138,12 +124,6 @@ def _is_based_on(config: Path, path: Path) -> bool:
     given = yaml.safe_load(config.read_text(encoding="utf-8")).get(BASE_KEY, [])
     bases = given if isinstance(given, list) else [given]
     return any(_is_based_on(config.parent / Path(base).expanduser(), path) for base in bases)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, CfgNode):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _text(
@@ -199,11 +179,10 @@ def _count(number: int, name: str) -> str:
 def _recommended(fit: Fit, command: str) -> str:
     rows = []
     for each in fit.recommendations:
-        keys = "\n".join(f"`{key}` {_short(value)}" for key, value in each.changes.items())
         rows.append(f"**{each.subject}: {'keep' if each.keep else 'change'}.** {each.reason} ")
-        rows[-1] += each.effect + (f"\n\n{_indented(keys)}" if keys else "")
-    rows.append(_concluded(fit, command))
-    return "\n\n".join(filter(None, rows))
+        rows[-1] += each.effect
+        rows.append("\n".join(f"- `{key}` {_short(v)}" for key, v in each.changes.items()))
+    return "\n\n".join(filter(None, [*rows, _concluded(fit, command)]))
 
 
 def _concluded(fit: Fit, command: str) -> str:
@@ -250,12 +229,8 @@ def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config
     return " ".join(f'"{word}"' if set(word) & set(" '()") else word for word in words)
 
 
-def _indented(lines: str) -> str:
-    return "\n".join(f"- {line}" for line in lines.splitlines())
-
-
 def _short(value: Any) -> str:
-    return json.dumps(_rounded(_plain(value))).replace('"', "'")
+    return json.dumps(_rounded(value)).replace('"', "'")
 
 
 def _rounded(value: Any) -> Any:
@@ -282,85 +257,70 @@ def _sizes_table(fit: Fit) -> str:
     rows = []
     for name, found in (("training", fit.before), ("testing", fit.test)):
         figures = found.as_dict()
-        rows.append(
-            [
-                name,
-                *(f"{figures['size_percentiles'][str(p)]:.3g}" for p in PERCENTILES),
-                *(f"{figures[key]:.1%}" for key in ("small", "medium", "large")),
-            ]
-        )
-    aspects = fit.before.as_dict()["aspect_percentiles"]
-    rows.append(["height / width", *(f"{aspects[str(p)]:.2g}" for p in PERCENTILES), "", "", ""])
+        percentiles = [f"{size:.3g}" for size in figures["size_percentiles"].values()]
+        shares = [f"{figures[key]:.1%}" for key in ("small", "medium", "large")]
+        rows.append([name, *percentiles, *shares])
+    aspects = fit.before.as_dict()["aspect_percentiles"].values()
+    rows.append(["height / width", *(f"{aspect:.2g}" for aspect in aspects), "", "", ""])
     headers = ["", *(f"{p}%" for p in PERCENTILES), "below 32", "32 to 96", "96 and above"]
     return _table(rows, headers)
 
 
 def _levels_table(fit: Fit) -> str:
-    by_level = {
-        name: {row["level"]: row for row in found.by_level()}
-        for name, found in (("before", fit.before), ("after", fit.after))
-    }
-    columns = [
-        ("below_1_cell", "< 1 cell"),
-        ("below_2_cells", "< 2 cells"),
-        ("share", "best anchor"),
-        ("mean_iou", "IoU"),
-        ("recall_50", "recall 0.5"),
-        ("recall_70", "recall 0.7"),
+    columns = {"pooled": "pooled"} if fit.before.pyramid.roi_levels else {}
+    columns |= {"below_1_cell": "< 1 cell", "below_2_cells": "< 2 cells", "share": "best anchor"}
+    columns |= _OVERLAPS
+    before, after = (
+        {row["level"]: row for row in found.by_level()} for found in (fit.before, fit.after)
+    )
+    rows = [
+        [f"P{level}", *_pairs(before.get(level, {}), after.get(level, {}), columns)]
+        for level in sorted({*before, *after})
     ]
-    if fit.before.pyramid.roi_levels:
-        columns.insert(0, ("pooled", "pooled"))
-    rows = []
-    for level in sorted({*by_level["before"], *by_level["after"]}):
-        row = [f"P{level}"]
-        for key, _ in columns:
-            for name in ("before", "after"):
-                row.append(_figure(by_level[name].get(level, {}).get(key), key == "mean_iou"))
-        rows.append(row)
-    headers = ["level"]
-    for _, name in columns:
-        headers += [name, "after"]
-    table = _table(rows, headers)
+    table = _table(rows, ["level", *_with_after(columns)])
     return f"{table}\n\n{_ends(fit.before)} After: {_ends(fit.after)}"
 
 
+def _pairs(before: dict[str, Any], after: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """A cell for each figure before, and one after."""
+    pairs = ((key, row.get(key)) for key in keys for row in (before, after))
+    return [
+        "-" if value is None else f"{value:.2f}" if key == "mean_iou" else f"{value:.1%}"
+        for key, value in pairs
+    ]
+
+
+def _with_after(columns: dict[str, str]) -> list[str]:
+    return [header for name in columns.values() for header in (name, "after")]
+
+
 def _ends(found: Measures) -> str:
-    total = len(found.size)
+    total, roi_levels = len(found.size), found.pyramid.roi_levels
     text = ""
-    roi_levels = found.pyramid.roi_levels
     if roi_levels:
-        text = (
-            f"Eq. (1) puts {found.clamped_fine / total:.1%} below P{roi_levels[0]} and "
-            f"{found.clamped_coarse / total:.1%} above P{roi_levels[-1]}. "
-        )
-    return text + (
-        f"Shorter side below 1 cell of its level: {found.below_cells(1):.1%}, below 2 cells: "
-        f"{found.below_cells(2):.1%}."
-    )
+        text = f"Eq. (1) puts {found.clamped_fine / total:.1%} below P{roi_levels[0]} and "
+        text += f"{found.clamped_coarse / total:.1%} above P{roi_levels[-1]}. "
+    text += f"Shorter side below 1 cell of its level: {found.below_cells(1):.1%}, below 2 cells: "
+    return text + f"{found.below_cells(2):.1%}."
 
 
 def _octaves_table(fit: Fit) -> str:
     after = {row["from"]: row for row in fit.after.octaves()}
     rows = []
     for row in fit.before.octaves():
-        cells = [f"{row['from']:g} to {row['to']:g}", f"{row['share']:.1%}"]
-        for key in ("mean_iou", "recall_50", "recall_70"):
-            cells += [_figure(each[key], key == "mean_iou") for each in (row, after[row["from"]])]
-        rows.append(cells)
-    every = ["all", "100.0%"]
-    for name, threshold in (("mean_iou", None), ("recall", 0.5), ("recall", 0.7)):
-        for found in (fit.before, fit.after):
-            value = found.mean_iou if threshold is None else found.recall(threshold)
-            every.append(_figure(value, name == "mean_iou"))
-    headers = ["size (px)", "objects"]
-    for name in ("IoU", "recall 0.5", "recall 0.7"):
-        headers += [name, "after"]
-    return _table([*rows, every], headers)
+        cells = _pairs(row, after[row["from"]], _OVERLAPS)
+        rows.append([f"{row['from']:g} to {row['to']:g}", f"{row['share']:.1%}", *cells])
+    every = _pairs(fit.before.as_dict(), fit.after.as_dict(), _OVERLAPS)
+    headers = ["size (px)", "objects", *_with_after(_OVERLAPS)]
+    return _table([*rows, ["all", "100.0%", *every]], headers)
 
 
 def _input_sizes_table(fit: Fit) -> str:
-    keys = ("limited_by_max_size", "clamped_fine", "clamped_coarse", "below_1_cell")
-    keys += ("below_2_cells", "recall_50", "recall_70")
+    columns = {
+        "limited_by_max_size": "at MAX_SIZE", "clamped_fine": "below finest",
+        "clamped_coarse": "above coarsest", "below_1_cell": "< 1 cell",
+        "below_2_cells": "< 2 cells", "recall_50": "recall 0.5", "recall_70": "recall 0.7",
+    }  # fmt: skip
     unit = next(row["pixels"] for row in fit.input_sizes if row["factor"] == row["max_factor"] == 1)
     levels = list(fit.input_sizes[0]["levels"])
     rows = []
@@ -370,18 +330,11 @@ def _input_sizes_table(fit: Fit) -> str:
         size = f"{shown} / {row['max_size']}" if fit.rule.resizes else "as they are"
         cells = [size, f"{row['pixels'] / unit:.2f}", f"{row['median_size']:.3g}"]
         cells.append(" / ".join(f"{100 * row['levels'][level]:.0f}" for level in levels))
-        cells += [f"{row['mean_iou']:.2f}", *(f"{row[key]:.1%}" for key in keys)]
+        cells += [f"{row['mean_iou']:.2f}", *(f"{row[key]:.1%}" for key in columns)]
         rows.append(cells)
-    headers = [
-        "MIN / MAX_SIZE", "pixels", "median size",
-        f"{' / '.join(f'P{level}' for level in levels)} (%)", "IoU", "at MAX_SIZE",
-        "below finest", "above coarsest", "< 1 cell", "< 2 cells", "recall 0.5", "recall 0.7",
-    ]  # fmt: skip
+    named = f"{' / '.join(f'P{level}' for level in levels)} (%)"
+    headers = ["MIN / MAX_SIZE", "pixels", "median size", named, "IoU", *columns.values()]
     return _table(rows, headers)
-
-
-def _figure(value: float | None, plain: bool) -> str:
-    return "-" if value is None else f"{value:.2f}" if plain else f"{value:.1%}"
 
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
