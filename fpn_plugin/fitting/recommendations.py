@@ -29,15 +29,14 @@ _FINEST = 2  # level of the finest stage that ResNets and most networks give
 _WORTH_CHANGING = 0.1  # of mean best IoU, to change anchors: 0.08 brought no AP, 0.2 did
 _WORTH_ADDING = 0.03  # of it, to add a size to each level
 _WORTH_REPORTING = 0.02  # of it, by other ratios
-_TRIED_WITH_ANCHORS = "tried only together with other anchors (docs/fitting.md)"
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
-
-
 _PROPOSALS_PER_OBJECT = 5  # most proposals of an object are near copies of each other
 _CANDIDATES_PER_OBJECT = 10  # before NMS
-_SPARE = 1.5  # detections and samples over the objects there are
+_SPARE = 1.5  # detections and samples for each object
 _COCO_DETECTIONS = 100  # that COCO's AP looks at in an image
-_UNTRIED = "not tried by training"  # docs/fitting.md has no run of such an effect
+# Of effects that docs/fitting.md has runs of, and of those that it has none of.
+_TRIED_WITH_ANCHORS = "tried only together with other anchors (docs/fitting.md)"
+_UNTRIED = "not tried by training"
 
 
 @dataclass(frozen=True)
@@ -76,26 +75,21 @@ def recommend(
         inputs: the same at the network's input.
 
     Returns:
-        The recommendations, also those to keep things as they are; a copy of the config with all of
-        them applied; and its pyramid.
+        The recommendations, also those that change nothing; a copy of the config with all of them
+        applied; and its pyramid.
     """
     fitted = cfg.clone()
     objects = len(truth.boxes)
     if objects < _ENOUGH:
-        few = Recommendation(
-            "everything",
-            {},
-            f"{objects} {'object is' if objects == 1 else 'objects are'} too few to judge by; at "
-            f"least {_ENOUGH} are needed.",
-            "Nothing changes; figures below are of the objects there are.",
-        )
-        return [few], fitted, pyramid
+        reason = f"{objects} {'object is' if objects == 1 else 'objects are'} too few to judge by; "
+        reason += f"at least {_ENOUGH} are needed."
+        effect = "Nothing changes; figures below are of the objects there are."
+        return [Recommendation("everything", {}, reason, effect)], fitted, pyramid
     inputs = inputs.sample(_SAMPLE)
-    levels, leveled = _levels(cfg, pyramid, inputs)
+    levels, new = _levels(cfg, pyramid, inputs)
     found = [levels]
-    new = leveled
-    if leveled.roi_levels:
-        canonical, new = _canonical(cfg, pyramid, leveled, inputs)
+    if new.roi_levels:
+        canonical, new = _canonical(cfg, pyramid, new, inputs)
         found.append(canonical)
     anchors, new = _anchors(new, inputs)
     found += [anchors, *recommend_room(cfg, Density.of(truth))]
@@ -110,32 +104,40 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recomme
     finest = pyramid.stages[0]
     shorter = inputs.sides.min(axis=1)
 
+    def narrower(cells: float, level: int) -> float:
+        return float((shorter < cells * 2**level).mean())
+
     def needing(level: int) -> float:
-        return float((shorter < _FINE_CELLS * 2 ** (level + 1)).mean())
+        return narrower(_FINE_CELLS, level + 1)
 
     def lost(level: int) -> float:
-        return float((shorter < _LEAST_CELLS * 2**level).mean())
+        return narrower(_LEAST_CELLS, level)
 
     figures = {"needing_finest": needing(finest), "below_2_cells": lost(finest)}
-    keep_reason = (
+    reason = (
         f"{needing(finest):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
         f"P{finest + 1} and need P{finest}; {lost(finest):.1%} are narrower than "
         f"{_LEAST_CELLS:.0f} cells of P{finest}."
     )
     fixed = _fixed_by(cfg, pyramid)
     if fixed:
-        keep = Recommendation("levels", {}, keep_reason, f"Levels stay: {fixed}.", figures)
-        return keep, pyramid
+        return Recommendation("levels", {}, reason, f"Levels stay: {fixed}.", figures), pyramid
     # As many levels at once as the rules ask for, so that the fitted config asks for no more.
     new = finest
     while new < _coarsest_beginning(pyramid) and needing(new) < _FEW:
         new += 1
     while new <= finest and new > _FINEST and lost(new) > _MANY:
         new -= 1
+    if new == finest:
+        effect = "Nothing changes."
+        if lost(finest) > _MANY:
+            effect += " There is no finer stage to build on: a larger INPUT.MIN_SIZE helps objects "
+            effect += "this small (table of input sizes)."
+        return Recommendation("levels", {}, reason, effect, figures), pyramid
     moved = _moved(pyramid, new)
-    changes = _level_changes(cfg, pyramid, moved)
     times = sum(0.25**level for level in moved.anchor_levels)
     times /= sum(0.25**level for level in pyramid.anchor_levels)
+    figures["cells"] = times
     if new > finest:
         tried = _UNTRIED if new > finest + 1 else _TRIED_WITH_ANCHORS
         reason = (
@@ -146,9 +148,8 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recomme
             f"The levels have {times:.0%} of the cells of before, which the 3x3 convolutions of "
             f"the pyramid and of the heads on it cost. Faster; the effect on AP is {tried}."
         )
-        return Recommendation("levels", changes, reason, effect, figures | {"cells": times}), moved
-    if new < finest:
-        figures |= {"cells": times, "below_2_cells_after": lost(new)}
+    else:
+        figures["below_2_cells_after"] = lost(new)
         reason = (
             f"{lost(finest):.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of "
             f"P{finest}, so {_listed(range(new, finest))} added."
@@ -158,14 +159,8 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recomme
             f"{times:.1f} times as many cells, which convolutions cost. The effect on AP is "
             f"{_UNTRIED}."
         )
-        return Recommendation("levels", changes, reason, effect, figures), moved
-    effect = "Nothing changes."
-    if lost(finest) > _MANY:
-        effect += (
-            " There is no finer stage to build on: a larger INPUT.MIN_SIZE helps objects this "
-            "small (table of input sizes)."
-        )
-    return Recommendation("levels", {}, keep_reason, effect, figures), pyramid
+    changes = _level_changes(cfg, pyramid, moved)
+    return Recommendation("levels", changes, reason, effect, figures), moved
 
 
 def _listed(levels: range) -> str:
@@ -174,7 +169,7 @@ def _listed(levels: range) -> str:
 
 
 def _coarsest_beginning(pyramid: Pyramid) -> int:
-    """The level that a pyramid may begin at: two stages stay, and a level for all that read any."""
+    """The coarsest level that may come first: two stages stay, a level of anchors, one of RoIs."""
     spare = [len(pyramid.stages) - 2, len(pyramid.anchor_levels) - 1]
     spare += [len(pyramid.roi_levels) - 1] if pyramid.roi_levels else []
     return pyramid.stages[0] + max(min(spare), 0)
@@ -236,7 +231,7 @@ def _canonical(
     """The canonical size of a pyramid with its new levels; ``first`` is the config's.
 
     Eq. (1) gives a region at the lower end of its level s0 / 2^k0 cells: 14 in the paper, two for
-    each of 7 bins. From one cell to two for a bin is right, and clamping serves the data.
+    each of 7 bins. One to two cells for a bin are right.
     """
     before = measure(inputs, pyramid)
     same_levels = first.roi_levels == pyramid.roi_levels
@@ -245,20 +240,19 @@ def _canonical(
     bins = int(cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
     cells = s0 / 2**k0
     least, most = (bins * cells_per_bin for cells_per_bin in _CANONICAL_BINS)
-    spread = _spread(before)
-    figures = {"cells_at_lower_end": cells, "levels_before": spread}
+    figures = {"cells_at_lower_end": cells, "levels_before": _spread(before)}
     shown = _shares(origin)
-    if same_levels:
-        stay = f"Regions stay at {shown}."
-    else:
-        stay = f"Regions are at {shown} before, and at {_shares(before)} by the change of levels."
     here = (
         f"s0 {s0:g} px at k0 {k0} gives a region at least {cells:.3g} cells of its level where one "
         f"is fine enough, for {bins} bins"
     )
     if least <= cells <= most:
-        enough = f"{here}, which is enough."
-        return Recommendation("canonical size", {}, enough, stay, figures), pyramid
+        effect = f"Regions stay at {shown}."
+        if not same_levels:
+            effect = f"Regions are at {shown} before, and at {_shares(before)} by the change of "
+            effect += "levels."
+        reason = f"{here}, which is enough."
+        return Recommendation("canonical size", {}, reason, effect, figures), pyramid
     if not pyramid.canonical_keys:
         reason = f"{here}, but these RoI heads read neither from the config."
         effect = "MODEL.ROI_HEADS.NAME FPNROIHeads would."
@@ -269,15 +263,12 @@ def _canonical(
     moved = float((origin.level != after.level).mean())
     cause = "" if same_levels else ", by the change of levels too"
     why = "less than a cell for each" if cells < least else "more than two cells for each"
-    recommendation = Recommendation(
-        "canonical size",
-        {"MODEL.FPN.CANONICAL_BOX_SIZE": size},
-        f"{here}, {why}; k0 stays, since only s0 / 2^k0 matters.",
-        f"{moved:.1%} of regions change their level{cause}: {shown} before, {_shares(after)} "
-        f"after. The effect on AP is {_UNTRIED}.",
-        figures | {"moved": moved, "levels_after": _spread(after)},
-    )
-    return recommendation, resized
+    figures |= {"moved": moved, "levels_after": _spread(after)}
+    reason = f"{here}, {why}; k0 stays, since only s0 / 2^k0 matters."
+    effect = f"{moved:.1%} of regions change their level{cause}: {shown} before, {_shares(after)} "
+    effect += f"after. The effect on AP is {_UNTRIED}."
+    changes = {"MODEL.FPN.CANONICAL_BOX_SIZE": size}
+    return Recommendation("canonical size", changes, reason, effect, figures), resized
 
 
 def _spread(measures: Measures) -> dict[int, float]:
@@ -291,28 +282,28 @@ def _shares(measures: Measures) -> str:
 def _anchors(pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recommendation, Pyramid]:
     before = measure(inputs, pyramid)
     num_sizes = len(pyramid.sizes[0])
-    same = fit_anchors(inputs, pyramid, num_sizes)
-    more = fit_anchors(inputs, pyramid, num_sizes + 1)
-    shaped = fit_anchors(inputs, pyramid, num_sizes, ratios_too=True)
-    fits = {"same": same, "more": more, "ratios_too": shaped}
+    fits = {
+        "same": fit_anchors(inputs, pyramid, num_sizes),
+        "more": fit_anchors(inputs, pyramid, num_sizes + 1),
+        "ratios_too": fit_anchors(inputs, pyramid, num_sizes, ratios_too=True),
+    }
     measured = {name: measure(inputs, each) for name, each in fits.items()}
+    more, shaped = fits["more"], fits["ratios_too"]
+    reached = max(measured["same"].mean_iou, before.mean_iou)
     gained = measured["same"].mean_iou - before.mean_iou
-    added = measured["more"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
+    added = measured["more"].mean_iou - reached
     figures = {
-        "before": _fit(before),
-        **{name: _fit(each) for name, each in measured.items()},
+        **{name: _fit(each) for name, each in {"before": before, **measured}.items()},
         "anchors_per_cell": {"before": pyramid.anchors_per_cell, "more": more.anchors_per_cell},
         "fitted_ratios": list(shaped.ratios[0]),
     }
     # Reported, not changed: on long thin objects fitted ratios raised recall, but not AP.
-    by_ratios = measured["ratios_too"].mean_iou - max(measured["same"].mean_iou, before.mean_iou)
+    by_ratios = measured["ratios_too"].mean_iou - reached
     ratios = ""
     if by_ratios >= _WORTH_REPORTING:
         named = ", ".join(f"{ratio:g}" for ratio in shaped.ratios[0])
-        ratios = (
-            f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
-            "brought no AP in the trainings of docs/fitting.md."
-        )
+        ratios = f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
+        ratios += "brought no AP in the trainings of docs/fitting.md."
     adding = added >= _WORTH_ADDING
     gain = gained + added if adding else gained
     if gain < _WORTH_CHANGING:
@@ -323,38 +314,30 @@ def _anchors(pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recommendation, Pyra
         )
         effect = f"Nothing changes: {_figures(before)}.{ratios}"
         return Recommendation("anchors", {}, reason, effect, figures), pyramid
+    chosen = "more" if adding else "same"
+    effect = f"Before: {_figures(before)}. After: {_figures(measured[chosen])}."
     if adding:
-        chosen, after = more, measured["more"]
         reason = (
             f"With {num_sizes + 1} sizes per level anchors overlap objects better than {num_sizes} "
-            f"can (mean best IoU {after.mean_iou:.2f} against {measured['same'].mean_iou:.2f})."
+            f"can (mean best IoU {measured['more'].mean_iou:.2f} against "
+            f"{measured['same'].mean_iou:.2f})."
         )
-    else:
-        chosen, after = same, measured["same"]
-        reason = (
-            f"As many anchors, of other sizes, overlap objects better; one more size would add "
-            f"{added:.2f} of IoU."
-        )
-    effect = f"Before: {_figures(before)}. After: {_figures(after)}."
-    if chosen is more:
         effect += f" {more.anchors_per_cell} anchors per cell, {pyramid.anchors_per_cell} before."
-    changes = {"MODEL.ANCHOR_GENERATOR.SIZES": list(map(list, chosen.sizes))}
-    return Recommendation("anchors", changes, reason, effect + ratios, figures), chosen
+    else:
+        reason = "As many anchors, of other sizes, overlap objects better; one more size would add "
+        reason += f"{added:.2f} of IoU."
+    changes = {"MODEL.ANCHOR_GENERATOR.SIZES": list(map(list, fits[chosen].sizes))}
+    return Recommendation("anchors", changes, reason, effect + ratios, figures), fits[chosen]
 
 
 def _fit(measures: Measures) -> dict[str, float]:
-    return {
-        "mean_iou": measures.mean_iou,
-        "recall_50": measures.recall(0.5),
-        "recall_70": measures.recall(0.7),
-    }
+    recalls = {"recall_50": measures.recall(0.5), "recall_70": measures.recall(0.7)}
+    return {"mean_iou": measures.mean_iou, **recalls}
 
 
 def _figures(measures: Measures) -> str:
-    return (
-        f"mean best IoU {measures.mean_iou:.2f}, recall {measures.recall(0.5):.0%} at 0.5 and "
-        f"{measures.recall(0.7):.0%} at 0.7"
-    )
+    text = "mean best IoU {mean_iou:.2f}, recall {recall_50:.0%} at 0.5 and {recall_70:.0%} at 0.7"
+    return text.format(**_fit(measures))
 
 
 def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
@@ -368,25 +351,25 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
         UserError: see :func:`check_sampling`.
     """
     check_sampling(cfg)
-    crowded = density.crowded
-    model = cfg.MODEL
+    crowded, model = density.crowded, cfg.MODEL
+    only_proposals = model.META_ARCHITECTURE == "ProposalNetwork"
     if model.META_ARCHITECTURE == "RetinaNet":
         keys = {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": _CANDIDATES_PER_OBJECT * crowded}
-        yield _room(cfg, "proposals", keys, 50, crowded)
+        yield _room(cfg, "proposals", keys, 50, density)
     else:
         proposals = {}
         for split in ("TRAIN", "TEST"):
             proposals[f"MODEL.RPN.PRE_NMS_TOPK_{split}"] = _CANDIDATES_PER_OBJECT * crowded
             proposals[f"MODEL.RPN.POST_NMS_TOPK_{split}"] = _PROPOSALS_PER_OBJECT * crowded
-        yield _room(cfg, "proposals", proposals, 100, crowded)
-        samples = {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model.RPN.POSITIVE_FRACTION}
-        if model.META_ARCHITECTURE != "ProposalNetwork":
-            foreground = _SPARE * crowded / model.ROI_HEADS.POSITIVE_FRACTION
-            samples["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"] = foreground
-        yield _room(cfg, "samples", samples, 64, crowded)
-    if model.META_ARCHITECTURE != "ProposalNetwork":
+        yield _room(cfg, "proposals", proposals, 100, density)
+        samples = {
+            f"MODEL.{part}.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model[part].POSITIVE_FRACTION
+            for part in (("RPN",) if only_proposals else ("RPN", "ROI_HEADS"))
+        }
+        yield _room(cfg, "samples", samples, 64, density)
+    if not only_proposals:
         keys = {"TEST.DETECTIONS_PER_IMAGE": _SPARE * crowded}
-        yield _room(cfg, "detections", keys, 50, crowded, density)
+        yield _room(cfg, "detections", keys, 50, density)
 
 
 _NEEDED = {
@@ -397,45 +380,37 @@ _NEEDED = {
 }
 
 
-def _short(key: str) -> str:
-    return key.removeprefix("MODEL.")
-
-
 def _room(
-    cfg: CfgNode,
-    subject: str,
-    needed: dict[str, float],
-    multiple: int,
-    crowded: int,
-    density: Density | None = None,
+    cfg: CfgNode, subject: str, needed: dict[str, float], multiple: int, density: Density
 ) -> Recommendation:
+    """Raises keys to what is needed, rounded up to a multiple."""
     has = {key: value_at(cfg, key) for key in needed}
     changes = {
         key: int(-(-value // multiple) * multiple)
         for key, value in needed.items()
         if has[key] < value
     }
+    short = {key: key.removeprefix("MODEL.") for key in needed}
     parts = " and ".join(key.split(".")[1] for key in needed)
     where = f", in {parts}" if subject == "samples" else ""
     reason = (
-        f"99 of 100 images hold at most {crowded} objects; there should be "
+        f"99 of 100 images hold at most {density.crowded} objects; there should be "
         f"{_NEEDED[subject]}{where}, and there {'is not' if changes else 'is'}."
     )
     if not changes:
-        room = ", ".join(f"{_short(key)} {value}" for key, value in has.items())
+        room = ", ".join(f"{short[key]} {value}" for key, value in has.items())
         return Recommendation(subject, {}, reason, f"Room enough: {room}.")
-    if density is not None:
-        [key] = needed
-        before, after = density.without_room(has[key]), density.without_room(changes[key])
+    if subject == "detections":
+        [(key, new)] = changes.items()
+        before, after = density.without_room(has[key]), density.without_room(new)
         effect = f"Objects beyond the detections: {before:.1%} before, {after:.1%} after."
-        if crowded > _COCO_DETECTIONS:
-            effect += (
-                f" COCO's AP looks at {_COCO_DETECTIONS} detections an image, and does not show it."
-            )
+        if density.crowded > _COCO_DETECTIONS:
+            effect += f" COCO's AP looks at {_COCO_DETECTIONS} detections an image, and does not "
+            effect += "show it."
     else:
         effect = "For each crowded object, before and after: " + ", ".join(
-            f"{_short(key)} {has[key] / crowded:.1f} and {value / crowded:.1f}"
-            for key, value in changes.items()
+            f"{short[key]} {has[key] / density.crowded:.1f} and {new / density.crowded:.1f}"
+            for key, new in changes.items()
         )
         effect += ". The time and memory of the part that reads them grow in proportion."
     effect += f" The effect on AP is {_UNTRIED}."
