@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,10 +25,10 @@ _LEAST_SHARE = 0.005  # of boxes; the sizes of a level with fewer follow its nei
 class GridOffsets:
     """How far the centre of each box is from the nearest anchor centre of each level.
 
-    Anchors of level k stand at ((i + offset) 2^k, (j + offset) 2^k) for the cells (i, j) of its
-    map. The IoU of an anchor of any shape with a box falls with the distance of their centres
-    along either axis. So its best place is the nearest centre, and the best IoU is exact. The map
-    is that of the box's own image, padded as Detectron2 pads a batch of one.
+    Anchors of level k are centred at ((i + offset) 2^k, (j + offset) 2^k) for the cells (i, j) of
+    its map. The IoU of an anchor of any shape with a box falls with the distance of their centres
+    along each axis. So the nearest centre is the best place, and the best IoU is exact. The map is
+    that of the box's own image, padded as Detectron2 pads a batch of one.
 
     Args:
         inputs: the boxes.
@@ -71,11 +71,7 @@ class GridOffsets:
 
 
 def best_anchors(inputs: InputBoxes, pyramid: Pyramid) -> tuple[np.ndarray, np.ndarray]:
-    """The anchor that fits each box best.
-
-    Args:
-        inputs: the boxes.
-        pyramid: of the anchors.
+    """The anchor of a pyramid that fits each box best.
 
     Returns:
         float64 ``(N,)``, its IoU, and int64 ``(N,)``, its level.
@@ -85,12 +81,8 @@ def best_anchors(inputs: InputBoxes, pyramid: Pyramid) -> tuple[np.ndarray, np.n
     for start in range(0, len(inputs.boxes), _CHUNK):
         part = inputs.part(slice(start, start + _CHUNK))
         grid = GridOffsets(part, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
-        by_level = np.stack(
-            [
-                grid.iou(level, of_level).max(axis=1)
-                for level, of_level in zip(pyramid.anchor_levels, shapes, strict=True)
-            ]
-        )
+        pairs = zip(pyramid.anchor_levels, shapes, strict=True)
+        by_level = np.stack([grid.iou(level, of_level).max(axis=1) for level, of_level in pairs])
         best.append(by_level.max(axis=0))
         level_of.append(np.array(pyramid.anchor_levels)[by_level.argmax(axis=0)])
     return np.concatenate(best), np.concatenate(level_of)
@@ -102,10 +94,10 @@ def fit_anchors(
     """Fits anchors to boxes: maximizes the mean over boxes of the best IoU on the grid.
 
     Sizes are free at each level, from 1 to 16 strides, or as far as the config's own. Fitted
-    ratios are shared by all levels. Coordinate ascent moves one size or ratio at a time, by
+    ratios are the same at all levels. Coordinate ascent moves one size or ratio at a time, by
     shrinking steps. It starts from the config's own anchors, if their number is the one asked for,
     and from k-means by IoU of the boxes' shapes; the best result is kept. Of more than 3,000 boxes
-    a sample is used. A level whose anchors are the best of hardly any box gets its neighbour's
+    a sample is used. A level whose anchors are the best for hardly any box gets its neighbour's
     sizes, an octave apart.
 
     Args:
@@ -118,19 +110,10 @@ def fit_anchors(
         The pyramid with fitted sizes, ascending at each level, and fitted ratios, ascending.
     """
     problem = _Problem(inputs.sample(_SAMPLE), pyramid, ratios_too)
-    found = [problem.climb(start) for start in _starts(problem, num_sizes)]
-    best = max(found, key=lambda pair: pair[0])[1]
-    settled = problem.settled(best)
-    ratios = _rounded(settled.ratios) if ratios_too else pyramid.ratios
-    return replace(pyramid, sizes=_rounded(settled.sizes), ratios=ratios)
-
-
-@dataclass
-class _Anchors:
-    """Logarithms to base 2 of sizes, ``(levels, S)``, and ratios, ``(levels, R)``."""
-
-    sizes: np.ndarray
-    ratios: np.ndarray
+    found = [(problem.climb(*start), *start) for start in _starts(problem, num_sizes)]
+    _, sizes, ratios = max(found, key=lambda each: each[0])
+    fitted = _rounded(ratios) if ratios_too else pyramid.ratios
+    return replace(pyramid, sizes=_rounded(problem.settled(sizes, ratios)), ratios=fitted)
 
 
 def _rounded(logarithms: np.ndarray) -> tuple[tuple[float, ...], ...]:
@@ -140,7 +123,10 @@ def _rounded(logarithms: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 class _Problem:
-    """Boxes, and the IoU that anchors have with them."""
+    """Boxes, and the IoU of anchors with them.
+
+    Anchors are logarithms to base 2 of sizes, ``(levels, S)``, and of ratios, ``(levels, R)``.
+    """
 
     def __init__(self, inputs: InputBoxes, pyramid: Pyramid, ratios_too: bool) -> None:
         self.grid = GridOffsets(inputs, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
@@ -160,83 +146,86 @@ class _Problem:
 
     def _table(self, sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
         """IoU of each box with each anchor, ``(levels, S, N, R)``."""
-        return np.stack(
+        return np.array(
             [
-                np.stack([self.iou(level, size, ratios[level]) for size in of_level])
+                [self.iou(level, size, ratios[level]) for size in of_level]
                 for level, of_level in enumerate(sizes)
             ]
         )
 
-    def climb(self, at: _Anchors) -> tuple[float, _Anchors]:
-        """Moves one value at a time until no move raises the mean IoU."""
-        table = self._table(at.sizes, at.ratios)
+    def climb(self, sizes: np.ndarray, ratios: np.ndarray) -> float:
+        """Moves one value at a time, in place, until no move raises the mean IoU; returns it."""
+        table = self._table(sizes, ratios)
         score = table.max(axis=(0, 1, 3)).mean()
         for step in _STEPS:
             while True:
                 before = score
-                score = self._sweep_sizes(at, table, score, step)
+                score = self._sweep_sizes(sizes, ratios, table, score, step)
                 if self.ratios_too:
-                    score = self._sweep_ratios(at, table, score, step)
+                    score = self._sweep_ratios(sizes, ratios, table, score, step)
                 if score < before + _LEAST_GAIN:
                     break
-        return float(score), at
+        return float(score)
 
-    def settled(self, at: _Anchors) -> _Anchors:
-        """The same anchors, with an octave between levels that hardly any box uses."""
-        best = self._table(at.sizes, at.ratios).max(axis=(1, 3))
+    def settled(self, sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """The sizes, with an octave between levels that hardly any box uses."""
+        best = self._table(sizes, ratios).max(axis=(1, 3))
         share = np.bincount(best.argmax(axis=0), minlength=len(best)) / best.shape[1]
         used = np.flatnonzero(share >= _LEAST_SHARE)
-        sizes = at.sizes.copy()
+        sizes = sizes.copy()
         for level in range(used[-1] + 1, len(sizes)):
             sizes[level] = np.clip(sizes[level - 1] + 1, self.low[level], self.high[level])
         for level in range(used[0] - 1, -1, -1):
             sizes[level] = np.clip(sizes[level + 1] - 1, self.low[level], self.high[level])
-        return _Anchors(sizes, at.ratios)
+        return sizes
 
-    def _sweep_sizes(self, at: _Anchors, table: np.ndarray, score: float, step: float) -> float:
-        for level, number in np.ndindex(at.sizes.shape):
+    def _sweep_sizes(
+        self, sizes: np.ndarray, ratios: np.ndarray, table: np.ndarray, score: float, step: float
+    ) -> float:
+        for level, number in np.ndindex(sizes.shape):
             kept = table[level, number].copy()
             table[level, number] = 0
             others = table.max(axis=(0, 1, 3))
             table[level, number] = kept
             for move in (-step, step):
-                size = at.sizes[level, number] + move
+                size = sizes[level, number] + move
                 if not self.low[level] <= size <= self.high[level]:
                     continue
-                trial = self.iou(level, size, at.ratios[level])
+                trial = self.iou(level, size, ratios[level])
                 reached = np.maximum(others, trial.max(axis=1)).mean()
                 if reached > score:
-                    score, at.sizes[level, number] = reached, size
+                    score, sizes[level, number] = reached, size
                     table[level, number] = trial
                     break
         return score
 
-    def _sweep_ratios(self, at: _Anchors, table: np.ndarray, score: float, step: float) -> float:
-        for number in range(at.ratios.shape[1]):
+    def _sweep_ratios(
+        self, sizes: np.ndarray, ratios: np.ndarray, table: np.ndarray, score: float, step: float
+    ) -> float:
+        for number in range(ratios.shape[1]):
             others = np.delete(table, number, axis=3).max(axis=(0, 1, 3), initial=0)
             for move in (-step, step):
-                ratio = at.ratios[0, number] + move
+                ratio = ratios[0, number] + move
                 if abs(ratio) > np.log2(_MOST_ASPECT):
                     continue
-                moved = np.full((len(at.sizes), 1), ratio)
-                trial = self._table(at.sizes, moved)[..., 0]
+                trial = self._table(sizes, np.full((len(sizes), 1), ratio))[..., 0]
                 reached = np.maximum(others, trial.max(axis=(0, 1))).mean()
                 if reached > score:
-                    score, at.ratios[:, number] = reached, ratio
+                    score, ratios[:, number] = reached, ratio
                     table[:, :, :, number] = trial
                     break
         return score
 
 
-def _starts(problem: _Problem, num_sizes: int) -> Iterator[_Anchors]:
+def _starts(problem: _Problem, num_sizes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Sizes and ratios to begin at, each of its own arrays."""
     given = problem.given
     bounds = problem.low[:, None], problem.high[:, None]
     levels = len(problem.levels)
     ratios = np.log2(np.array(given.ratios))
-    if len(given.sizes[0]) == num_sizes and not (
-        problem.ratios_too and np.ptp(ratios, axis=0).any()
-    ):
-        yield _Anchors(np.log2(np.array(given.sizes)).clip(*bounds), ratios.copy())
+    shared = not (problem.ratios_too and np.ptp(ratios, axis=0).any())
+    if shared and len(given.sizes[0]) == num_sizes:
+        yield np.log2(np.array(given.sizes)).clip(*bounds), ratios.copy()
     sides = problem.grid.sides
     if problem.ratios_too:
         aspects = np.log2(sides[:, 1] / sides[:, 0])
@@ -248,7 +237,7 @@ def _starts(problem: _Problem, num_sizes: int) -> Iterator[_Anchors]:
         centers = _kmeans(np.column_stack([log_sizes, log_sizes]), fitted * num_sizes)[:, 0]
         centers = np.sort(centers).reshape(fitted, num_sizes)
         beyond = centers[-1] + np.arange(1, levels - fitted + 1)[:, None]
-        yield _Anchors(np.concatenate([centers, beyond]).clip(*bounds), ratios.copy())
+        yield np.concatenate([centers, beyond]).clip(*bounds), ratios.copy()
 
 
 def _kmeans(shapes: np.ndarray, clusters: int, rounds: int = 30) -> np.ndarray:
@@ -262,12 +251,9 @@ def _kmeans(shapes: np.ndarray, clusters: int, rounds: int = 30) -> np.ndarray:
         overlap = np.exp2(np.minimum(shapes[:, None], centers[None]).sum(axis=2))
         union = np.exp2(shapes.sum(axis=1))[:, None] + np.exp2(centers.sum(axis=1))[None] - overlap
         nearest = (overlap / union).argmax(axis=1)
-        moved = np.stack(
-            [
-                np.median(shapes[nearest == k], axis=0) if (nearest == k).any() else centers[k]
-                for k in range(clusters)
-            ]
-        )
+        moved = centers.copy()
+        for k in np.unique(nearest):
+            moved[k] = np.median(shapes[nearest == k], axis=0)
         if np.allclose(moved, centers):
             break
         centers = moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ class ResizeRule:
     Attributes:
         short_edges: lengths of the shorter side, each as likely, in pixels; nine evenly spaced
             lengths replace a range. 0: images stay as they are.
-        max_size: most that the longer side may have, in pixels.
+        max_size: the longer side's upper limit, in pixels.
     """
 
     short_edges: tuple[int, ...]
@@ -33,7 +34,7 @@ class ResizeRule:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, training: bool) -> ResizeRule:
-        """The rule of MIN_SIZE_TRAIN, its SAMPLING and MAX_SIZE_TRAIN, or of their TEST siblings.
+        """The rule of INPUT.MIN_SIZE_TRAIN, its SAMPLING and MAX_SIZE_TRAIN, or those of TEST.
 
         Raises:
             UserError: a range that is not two lengths, or lengths that no image can have.
@@ -60,25 +61,19 @@ class ResizeRule:
         return ResizeRule(edges, max(round(self.max_size * factor), 1))
 
     def output_shapes(self, shapes: np.ndarray, short_edge: np.ndarray) -> np.ndarray:
-        """Shapes of images at the network's input.
+        """Shapes of images at the network's input, int64 ``(M, 2)``, height and width.
 
         Args:
             shapes: int ``(M, 2)``, height and width.
             short_edge: int ``(M,)``, the length that each image's shorter side is to get.
-
-        Returns:
-            int64 ``(M, 2)``, height and width.
         """
-        # Images of a dataset share few shapes, so Detectron2's own function can be asked.
-        keys = np.concatenate([shapes.T, short_edge[None]]).astype(np.int64)
-        packed = (keys[0] << 42) | (keys[1] << 21) | keys[2]  # sides are below 2^21 px
-        _, first, which = np.unique(packed, return_index=True, return_inverse=True)
+        resized = functools.cache(ResizeShortestEdge.get_output_shape)  # of few shapes
         found = [
-            ResizeShortestEdge.get_output_shape(h, w, edge, self.max_size) if edge else (h, w)
-            for h, w, edge in keys[:, first].T.tolist()
+            resized(h, w, edge, self.max_size) if edge else (h, w)
+            for h, w, edge in np.column_stack([shapes, short_edge]).tolist()
         ]
         # Detectron2 rounds a side of an image that is thousands of times as long down to 0.
-        return np.maximum(np.array(found, np.int64).reshape(-1, 2), 1)[which]
+        return np.maximum(np.array(found, np.int64).reshape(-1, 2), 1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class InputBoxes:
         shapes: int64 ``(N, 2)``, height and width there of the image of each box.
         sampled: whether each image is at only one of the rule's lengths, instead of at all.
         limited: share of images whose size MAX_SIZE decides.
-        pixels: mean area of an image, in pixels, padding left out.
+        pixels: mean area of an image, in pixels, without padding.
     """
 
     boxes: np.ndarray
@@ -114,7 +109,7 @@ class InputBoxes:
         return replace(self, boxes=self.boxes[which], shapes=self.shapes[which])
 
     def sample(self, most: int) -> InputBoxes:
-        """At most so many of the boxes, drawn at random with a fixed seed."""
+        """At most ``most`` of the boxes, drawn at random with a fixed seed."""
         if len(self.boxes) <= most:
             return self
         return self.part(np.random.default_rng(0).choice(len(self.boxes), most, replace=False))
@@ -123,20 +118,15 @@ class InputBoxes:
 def boxes_at_input(truth: GroundTruth, rule: ResizeRule) -> InputBoxes:
     """Resizes boxes as Detectron2 does with the images they are in.
 
-    If a rule has several lengths, each box is taken at all of them. Above 300,000 boxes in all,
+    If the rule has several lengths, each box is taken at all of them. Above 300,000 boxes in all,
     each image gets one of the lengths instead, at random with a fixed seed and in equal parts.
-
-    Args:
-        truth: the boxes.
-        rule: how images are resized.
     """
     edges = np.array(rule.short_edges)
+    passes = [np.full(len(truth.shapes), edge) for edge in edges]
     sampled = len(truth.boxes) * len(edges) > _MOST_BOXES and len(edges) > 1
     if sampled:
         order = np.random.default_rng(0).permutation(len(truth.shapes))
         passes = [edges[order % len(edges)]]
-    else:
-        passes = [np.full(len(truth.shapes), edge) for edge in edges]
     boxes, shapes, limited, pixels = [], [], [], []
     for short_edge in passes:
         new = rule.output_shapes(truth.shapes, short_edge)
@@ -145,10 +135,5 @@ def boxes_at_input(truth: GroundTruth, rule: ResizeRule) -> InputBoxes:
         shapes.append(new[truth.image])
         limited.append(((new.min(axis=1) < short_edge) & (short_edge > 0)).mean())
         pixels.append(new.prod(axis=1).mean())
-    return InputBoxes(
-        np.concatenate(boxes),
-        np.concatenate(shapes),
-        sampled,
-        float(np.mean(limited)),
-        float(np.mean(pixels)),
-    )
+    means = float(np.mean(limited)), float(np.mean(pixels))
+    return InputBoxes(np.concatenate(boxes), np.concatenate(shapes), sampled, *means)
