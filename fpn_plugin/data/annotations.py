@@ -18,7 +18,7 @@ Id = int | str
 
 @dataclass(frozen=True)
 class Known:
-    """What annotations refer to, and what a model asks of them."""
+    """What annotations refer to, and what a model needs of them."""
 
     sizes: dict[Id, Size | None]  # by image id; None if the image's record has none
     categories: set[Id]

@@ -115,13 +115,13 @@ def _take(name: str, coco: CheckedCoco) -> None:
         return
     if digest or classes not in (None, coco.classes):
         logger.warning("dataset %r: %s has changed and is read anew", name, json_file)
-    if coco.mended and not is_reread(name):
+    if coco.repairs and not is_reread(name):
         raise UserError(
-            f"{json_file}: {coco.mended[0]}. Dataset {name!r} is read by a function of its own, so "
-            f"that this cannot be repaired: {CONVERT}"
+            f"{json_file}: {coco.repairs[0]}. Dataset {name!r} is read by a function of its own, "
+            f"so that this cannot be repaired: {CONVERT}"
         )
     values = {"json_digest": coco.digest, "given_json_file": json_file}
-    values["json_file"] = _written(coco, json_file) if coco.mended else json_file
+    values["json_file"] = _written(coco, json_file) if coco.repairs else json_file
     model_classes = known.get("classes_of_model")
     _renew(name, **{**_of_no_json(name), **values, "thing_classes": coco.classes})
     if model_classes is not None and sorted(model_classes) == sorted(coco.classes):
@@ -261,7 +261,7 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
 
     Args:
         names: of registered datasets.
-        needs: what the model asks of them.
+        needs: what the model needs of them.
 
     Raises:
         UserError: names the file and the record.

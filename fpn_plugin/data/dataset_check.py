@@ -21,7 +21,7 @@ from .image_files import image_problem
 from .problems import CONVERT, KINDS, Contents, Problem, Report
 from .reading import no_garbage_collection, read_json
 from .records import coco_problems, declared_size, image_record
-from .repairs import mended
+from .repairs import repair
 from .requirements import BOXES, Needs
 
 __all__ = ["CheckedCoco", "check_coco", "check_dataset", "convert_dataset", "read_coco"]
@@ -32,7 +32,7 @@ class CheckedCoco:
     """A COCO JSON in which nothing is refused."""
 
     content: dict[str, Any]  # repaired
-    mended: list[Problem]  # what was repaired in it; then the file itself is not to be used
+    repairs: list[Problem]  # what was repaired in it; then the file itself is not to be used
     classes: list[str]  # names of the categories by id, as Detectron2 numbers them
     digest: str  # of the file
 
@@ -44,7 +44,7 @@ def check_coco(json_file: str, images: str | None = None, *, needs: Needs = BOXE
         json_file: path of the annotation file.
         images: folder in which each image must be; None does not look, and with "" file names may
             lead anywhere.
-        needs: what the model asks of the data.
+        needs: what the model needs of the data.
 
     Returns:
         Names of the categories in the order of their ids, as Detectron2 numbers them.
@@ -99,7 +99,7 @@ def _problems(
     total = len(annotations) if isinstance(annotations, list) else 0
     bar = tqdm(total=total, desc=Path(json_file).name, unit="annotation", delay=2)
     with bar, no_garbage_collection():
-        changes += mended(content, images)
+        changes += repair(content, images)
         yield from changes
         yield from coco_problems(
             content, bar.update, needs=needs, file_names=images != "", contents=contents
@@ -132,10 +132,10 @@ def convert_dataset(
     if os.path.realpath(output) == os.path.realpath(json_file):
         raise UserError(f"{output} is the JSON that is converted: name another file")
     content, changes, _ = read_json(json_file)
-    changes += mended(content, images, converting=True)
+    changes += repair(content, images, converting=True)
     reason = [str(change).removesuffix(f": {CONVERT}") for change in changes]
     reason += converted(content, images, no_crowds=no_crowds)
-    reason += [str(change) for change in mended(content, images)]  # ids that are free now
+    reason += [str(change) for change in repair(content, images)]  # ids that are free now
     try:
         Path(output).write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
@@ -160,7 +160,7 @@ def check_dataset(
         look: "decode" to read all images; "headers" to read only their sizes and kinds, which does
             not find files that are cut off; or "none".
         keep: problems of a kind to keep; None for all.
-        needs: what the model asks of the data.
+        needs: what the model needs of the data.
         threads: images read at a time.
 
     Raises:

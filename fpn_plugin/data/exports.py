@@ -28,7 +28,7 @@ def name_in_folder(images: str, name: str) -> str | None:
 
 
 def converted(content: Any, images: str | None, *, no_crowds: bool) -> Iterator[str]:
-    """Corrects what :func:`.repairs.mended` must not change without being asked.
+    """Corrects what :func:`.repairs.repair` must not change without being asked.
 
     Args:
         content: of a JSON that is repaired; is changed.

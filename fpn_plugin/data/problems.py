@@ -39,7 +39,7 @@ KINDS = {
     "segmentation": Kind(True, "segmentation is neither polygons nor RLE of the image's size"),
     "keypoints": Kind(True, "keypoints are not triples of numbers"),
     "mask_missing": Kind(True, "no mask that a model with masks could use"),
-    "keypoints_missing": Kind(True, "not the keypoints that a model with keypoints asks for"),
+    "keypoints_missing": Kind(True, "not the keypoints that a model with keypoints needs"),
     "keypoint_names": Kind(True, "a category names other keypoints than the model has, or none"),
     "image_missing": Kind(True, "no such image file"),
     "image_unreadable": Kind(True, "the image file cannot be read"),
@@ -154,7 +154,7 @@ class Report:
             "counts": dict(self.counts),
             "contents": asdict(self.contents),
             "problems": [
-                {"kind": kind, "refused": p.refused, "record": p.record, "told": p.message}
+                {"kind": kind, "refused": p.refused, "record": p.record, "message": p.message}
                 for kind in KINDS
                 for p in self.kept.get(kind, [])
             ],

@@ -127,7 +127,7 @@ class JsonStream:
         # Surrogates pass, as they do in json.
         self._decoder = codecs.getincrementaldecoder(self.encoding)("surrogatepass")
         self._text, self._at, self._ended = "", 0, False
-        self._tried: str | None = None
+        self._decoded: str | None = None
 
     def keys(self) -> Iterator[str]:
         """Each key of the object. :meth:`items` or :meth:`value` read its value; the next key skips
@@ -185,9 +185,9 @@ class JsonStream:
         """The list's objects in the window, without the last; none if a window is tried again."""
         text, at = self._text, self._at
         begins = _FIRST_KEY.match(text, at)
-        if text is self._tried or begins is None:
+        if text is self._decoded or begins is None:
             return []
-        self._tried = text
+        self._decoded = text
         cut = text.rfind(",", at, text.rfind(begins.group()))
         try:
             records = json.loads(f"[{text[at:cut]}]") if cut > at else []

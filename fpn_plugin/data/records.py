@@ -39,7 +39,7 @@ def coco_problems(
     Args:
         content: of the file, as json gives it.
         advance: is called with the number of annotations that were checked since the last call.
-        needs: what the model asks of it.
+        needs: what the model needs of it.
         file_names: whether file names must stay within a folder.
         contents: receives the counts.
     """

@@ -29,7 +29,7 @@ from .shapes import (
     mask_problem,
 )  # fmt: skip
 
-__all__ = ["mended", "mended_annotation", "other_id", "same_objects"]
+__all__ = ["other_id", "repair", "repair_annotation", "same_objects"]
 
 Record = dict[str, Any]
 _WRITTEN = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?", re.ASCII)  # as a float holds them
@@ -45,7 +45,7 @@ _NUMBERS: dict[str, dict[str, tuple[type, ...]]] = {
 }  # fmt: skip
 
 
-def mended(content: Any, images: str | None, *, converting: bool = False) -> Iterator[Problem]:
+def repair(content: Any, images: str | None, *, converting: bool = False) -> Iterator[Problem]:
     """Fills in what a COCO JSON lacks, and converts boxes that are written in another way.
 
     What cannot be repaired stays, for :func:`fpn_plugin.data.records.coco_problems` to find.
@@ -91,7 +91,7 @@ def mended(content: Any, images: str | None, *, converting: bool = False) -> Ite
     yield from _renumbered(annotations)
 
 
-def mended_annotation(record: Any) -> Any:
+def repair_annotation(record: Any) -> Any:
     """Repairs an annotation that is read by itself, which may be anything; it is changed."""
     if type(record) is dict:
         for key, types in _NUMBERS["annotations"].items():

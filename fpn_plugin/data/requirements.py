@@ -1,4 +1,4 @@
-"""What a model asks of annotations beyond what COCO does."""
+"""What a model needs of annotations in addition to COCO's rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BOXES", "Needs", "empty_mask_problem", "needs_problem"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model asks of its data.
+    """What a model needs of its data.
 
     Args:
         max_size: longest side that images are resized to, in pixels.
@@ -36,7 +36,7 @@ class Needs:
 
     @staticmethod
     def of(cfg: CfgNode, *, training: bool) -> Needs:
-        """What a config's model asks."""
+        """What a config's model needs."""
         longest = cfg.INPUT.MAX_SIZE_TRAIN if training else cfg.INPUT.MAX_SIZE_TEST
         return Needs(
             max_size=longest or 2**31,  # 0: not limited
@@ -48,7 +48,7 @@ class Needs:
         )
 
 
-BOXES = Needs()  # what every detector asks
+BOXES = Needs()  # what every detector needs
 
 
 def needs_problem(record: dict[str, Any], needs: Needs) -> Found:

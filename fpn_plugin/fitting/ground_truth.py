@@ -20,7 +20,7 @@ from fpn_plugin.data.box_layouts import COCO_LAYOUT, box_layout
 from fpn_plugin.data.problems import CONVERT, KINDS, shortened
 from fpn_plugin.data.reading import read_json
 from fpn_plugin.data.records import declared_size, image_problems, records_of, visible_keypoints
-from fpn_plugin.data.repairs import mended, mended_annotation, other_id
+from fpn_plugin.data.repairs import other_id, repair, repair_annotation
 from fpn_plugin.data.requirements import BOXES, empty_mask_problem
 from fpn_plugin.data.shapes import Size, box_rules, is_dropped
 from fpn_plugin.errors import UserError
@@ -87,7 +87,7 @@ def read_ground_truth(
 
     Args:
         sources: each a registered dataset or the path of a COCO instances JSON; taken together.
-        needs: what the model asks of the data, which decides what it is trained on.
+        needs: what the model needs of the data, which decides what it is trained on.
         key: what names the sources, for messages.
 
     Raises:
@@ -168,7 +168,7 @@ class _Annotations:
         path: of the JSON.
         records: of its annotations.
         sizes: width and height by image id, of the images that stand before them in the file.
-        needs: what the model asks.
+        needs: what the model needs.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class _Annotations:
         for number, record in enumerate(records):
             try:
                 if not _is_whole(record):
-                    mended_annotation(record)
+                    repair_annotation(record)
                 x, y, width, height = record["bbox"]
                 self.boxes.extend((x, y, width, height))
                 image_id = record["image_id"]
@@ -197,9 +197,9 @@ class _Annotations:
 
 
 def _sizes(content: dict[str, Any]) -> dict[Any, Size | None]:
-    """Width and height by id of a JSON's images, which are mended."""
+    """Width and height by id of a JSON's images, which are repaired."""
     images = records_of(content, "images")
-    list(mended({"images": images}, None))
+    list(repair({"images": images}, None))
     return {record["id"]: declared_size(record) for record in images if has_id(record)}
 
 

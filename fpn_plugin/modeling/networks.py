@@ -27,8 +27,8 @@ _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A network runs once on this size: sides that differ, multiples of 32, not the size of training.
-_TRIED_ON = (128, 160)
-_ODD = (101, 131)
+_TEST_SIZE = (128, 160)
+_ODD_SIZE = (101, 131)
 
 
 def as_cfg_node(cfg: CfgNode | DictConfig) -> CfgNode:
@@ -88,7 +88,7 @@ class ImageNetwork(Backbone):
         self._channels_last = channels_last
         self._set_input(cfg, mean, std)
         self.net = net
-        maps = self._tried()
+        maps = self._checked_maps()
         self._size_divisibility = self._needed_divisibility()
         self._freeze(maps, cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
         if norm:
@@ -133,16 +133,16 @@ class ImageNetwork(Backbone):
         self.net.eval()
         try:
             with torch.no_grad():
-                self(torch.zeros(1, 3, *_ODD))
+                self(torch.zeros(1, 3, *_ODD_SIZE))
         except (RuntimeError, AssertionError, ValueError):
             return max(self._out_feature_strides.values())
         finally:
             self.net.train(was_training)
         return 0
 
-    def _tried(self) -> dict[str, Tensor]:
+    def _checked_maps(self) -> dict[str, Tensor]:
         """Maps of a small image, which must be as declared."""
-        height, width = _TRIED_ON
+        height, width = _TEST_SIZE
         was_training = self.net.training
         self.net.eval()
         try:
@@ -374,7 +374,7 @@ def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
     paths = {module: path for path, module in net.named_modules()}
     found: list[tuple[str, int, int]] = []
     blocks_of: dict[float, bool] = {}  # strides that have had a block of several convolutions
-    height, width = _TRIED_ON
+    height, width = _TEST_SIZE
 
     def note(module: nn.Module, _: object, output: object) -> None:
         if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[-1] == 1:
@@ -402,7 +402,7 @@ def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def _no_such_size(net: nn.Module, error: Exception) -> str:
-    height, width = _TRIED_ON
+    height, width = _TEST_SIZE
     return (
         f"{type(net).__name__} does not take images of {height} x {width} px, so not of any size "
         f"that Detectron2 resizes to: {one_line(error, 150)}"

@@ -30,26 +30,10 @@ from fpn_plugin.data import (
     registered_specs,
 )
 from fpn_plugin.fitting import read_ground_truth
+from tests.helpers.datasets import forgotten
 
 NAME = "agreeing"
 SIZES = {1: (40, 30), 2: (24, 36)}  # width and height by image id
-
-
-@contextlib.contextmanager
-def forgotten():
-    """Takes the dataset out of Detectron2's catalogs again."""
-    try:
-        yield
-    finally:
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            if NAME in catalog.list():
-                catalog.remove(NAME)
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    with forgotten():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -374,9 +358,8 @@ def test_started_processes_are_given_the_mended_json(images, tmp_path, monkeypat
              f"dataloader.train.dataset.names={NAME}", f"dataloader.test.dataset.names={NAME}",
              "model.roi_heads.num_classes=2", f"train.output_dir={tmp_path / 'out'}"]
         )  # fmt: skip
-    with forgotten():
-        MetadataCatalog.remove(NAME)
-        DatasetCatalog.remove(NAME)
-        register_datasets(given, checked=True)  # as in the process that is started
-        truth = json.loads(Path(MetadataCatalog.get(NAME).json_file).read_text())
+    MetadataCatalog.remove(NAME)
+    DatasetCatalog.remove(NAME)
+    register_datasets(given, checked=True)  # as in the process that is started
+    truth = json.loads(Path(MetadataCatalog.get(NAME).json_file).read_text())
     assert [record["id"] for record in truth["annotations"]] == [1, 2]

@@ -3,14 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from fpn_plugin import UserError
 from fpn_plugin.cli.train import lazy_main, train_main
@@ -18,22 +16,10 @@ from fpn_plugin.data import class_order, follow_classes, register_datasets
 from fpn_plugin.engine.checkpoint import classes_in
 from fpn_plugin.engine.class_names import match_datasets
 from fpn_plugin.engine.evaluation import DetectionEvaluator
+from tests.helpers.datasets import forgotten
+from tests.helpers.datasets import write_dataset as write
 
 CLASSES = ["ant", "bee", "cat", "dog"]
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    """Datasets of one test are not there in the next."""
-    before = set(DatasetCatalog.list())
-    yield
-    forget(before)
-
-
-def forget(but: set[str]) -> None:
-    for name in set(DatasetCatalog.list()) - but:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def animals(ids: dict[str, int], order: list[str]) -> dict:
@@ -50,17 +36,6 @@ def animals(ids: dict[str, int], order: list[str]) -> dict:
                  "bbox": [25 * place, 5, 20, 20 + image], "area": 400, "iscrowd": 0}
             )  # fmt: skip
     return content
-
-
-def write(folder: Path, name: str, content: dict) -> str:
-    """What --dataset takes."""
-    images = folder / "images"
-    images.mkdir(exist_ok=True)
-    for record in content["images"]:
-        if not (images / record["file_name"]).is_file():
-            Image.fromarray(np.full((40, 100, 3), 90, np.uint8)).save(images / record["file_name"])
-    (folder / f"{name}.json").write_text(json.dumps(content))
-    return f"{name}={folder / f'{name}.json'}:{images}"
 
 
 def in_order(order: list[str] = CLASSES) -> dict:
@@ -91,12 +66,10 @@ def results_of(name: str, output: Path) -> dict:
 @given(order=st.permutations(CLASSES), ids=st.permutations([3, 7, 8, 20]))
 def test_any_order_and_ids_give_the_same_results(tmp_path_factory, order, ids):
     folder = tmp_path_factory.mktemp("animals")
-    before = set(DatasetCatalog.list())
-    register_datasets([write(folder, "first", in_order())])
     content = animals(dict(zip(CLASSES, ids, strict=True)), order)
-    register_datasets([write(folder, "second", content)])
-    follow_classes(["second"], class_order("first"), "the first")
-    try:
+    with forgotten():
+        register_datasets([write(folder, "first", in_order()), write(folder, "second", content)])
+        follow_classes(["second"], class_order("first"), "the first")
         expected = results_of("first", folder)
         assert results_of("second", folder) == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
         assert MetadataCatalog.get("second").thing_classes == CLASSES
@@ -105,8 +78,6 @@ def test_any_order_and_ids_give_the_same_results(tmp_path_factory, order, ids):
             for record in DatasetCatalog.get("second")
         ]
         assert numbers == [[0, 1, 2, 3]] * 3
-    finally:
-        forget(before)
     assert expected["AP-ant"] == pytest.approx(100)
     assert 0 < expected["AP-cat"] < 100
     assert expected["AP-dog"] == pytest.approx(50)  # an IoU of 20 / 28
@@ -218,8 +189,10 @@ def test_training_keeps_its_classes_and_evaluation_takes_them(tmp_path):
     assert classes_in(weights) == CLASSES
     expected = named(run, tmp_path / "val.json")
     assert len({name for _, name, *_ in expected}) > 1
-    # Of the training's sets nothing is said here; the weights tell their classes.
-    forget({n for n in DatasetCatalog.list() if n not in orders})
+    # Nothing names the training's sets here; the weights have their classes.
+    for name in orders:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     alone = ["DATASETS.TRAIN", "('not there',)", "DATASETS.TEST", "('val',)"]
     evaluation = [*config, "--eval-only", *datasets[-2:], *alone, *options]
     again = tmp_path / "again"

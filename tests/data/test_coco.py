@@ -47,21 +47,10 @@ def own_data(tmp_path) -> tuple[Path, Path]:
     return json_file, images
 
 
-@pytest.fixture
-def registered():
-    """Names to take out of Detectron2's catalogs again."""
-    names = []
-    yield names
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-def test_own_data_is_registered_and_loads(own_data, registered):
+def test_own_data_is_registered_and_loads(own_data):
     json_file, images = own_data
     spec = f"cells={json_file}:{images}"
     register_datasets([spec])
-    registered.append("cells")
     register_datasets([spec])  # once more in every process
     (record,) = DatasetCatalog.get("cells")
     assert record["annotations"][0]["category_id"] == 0
@@ -93,12 +82,6 @@ def test_datasets_that_are_not_there_are_named():
     check_datasets(["mini_train", "mini_val"], "DATASETS.TRAIN")
 
 
-def broken(change) -> dict:
-    content = coco()
-    change(content)
-    return content
-
-
 BROKEN = {
     "no list 'annotations'": lambda c: c.pop("annotations"),
     "no list 'images'": lambda c: c.update(images={}),
@@ -126,8 +109,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_broken_records_are_named(message, tmp_path):
-    path = tmp_path / "own.json"
-    path.write_text(json.dumps(broken(BROKEN[message])))
+    path, content = tmp_path / "own.json", coco()
+    BROKEN[message](content)
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as raised:
         check_coco(str(path))
     assert "\n" not in str(raised.value)
@@ -170,7 +154,7 @@ ANYTHING = st.recursive(
         ]
     ),
     value=ANYTHING,
-)
+)  # fmt: skip
 def test_any_value_anywhere_is_taken_or_named(tmp_path_factory, part, key, value):
     content = coco()
     content[part][0][key] = value
@@ -193,15 +177,10 @@ def test_any_value_anywhere_is_taken_or_named(tmp_path_factory, part, key, value
     evaluation.accumulate()
 
 
-def mapped(record: dict) -> dict:
-    return ReadableImageMapper(model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml"), False)(
-        record
-    )
-
-
-def test_images_that_cannot_be_read_are_named(own_data, tmp_path):
+def test_images_that_cannot_be_read_are_named(own_data):
     _, images = own_data
     record = {"file_name": str(images / "a.png"), "width": 40, "height": 30}
+    mapped = ReadableImageMapper(model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml"), False)
     assert mapped(record)["image"].shape == (3, 256, 341)
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:60])
     (images / "text.jpg").write_text("no image")

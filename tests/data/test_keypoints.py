@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +15,18 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from PIL import Image
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.check import check_main
 from fpn_plugin.cli.detect import detect_main
 from fpn_plugin.cli.train import lazy_main, train_main
-from fpn_plugin.data import (
-    ReadableImageMapper,
-    register_datasets,
-    swapped_keypoints,
-)
+from fpn_plugin.data import ReadableImageMapper, register_datasets, swapped_keypoints
 from fpn_plugin.data.keypoints import mirrored_order
 from fpn_plugin.engine.inference import keypoint_layout
 from fpn_plugin.engine.run import YacsRun
 from fpn_plugin.engine.trainer import FPNTrainer
 from fpn_plugin.visualization.keypoints import KeypointLayout, draw_keypoints
+from tests.helpers.datasets import write_dataset as write
 
 NAMES = ["tail", "left_wing", "right_wing"]
 SIZE = 80, 64
@@ -60,28 +55,6 @@ def beetles() -> dict:
             {"id": 4, "name": "beetle", "keypoints": NAMES, "skeleton": [[1, 2], [1, 3]]}
         ],
     }  # fmt: skip
-
-
-def write(folder: Path, name: str, content: dict) -> str:
-    """What --dataset takes."""
-    images = folder / "images"
-    images.mkdir(exist_ok=True)
-    for number, record in enumerate(content["images"]):
-        pixels = np.full((SIZE[1], SIZE[0], 3), 40 + number, np.uint8)
-        pixels[10:50, 20:60] = 200
-        Image.fromarray(pixels).save(images / record["file_name"])
-    (folder / f"{name}.json").write_text(json.dumps(content))
-    return f"{name}={folder / f'{name}.json'}:{images}"
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    """Datasets of one test are not there in the next."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

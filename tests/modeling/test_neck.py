@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork as TorchvisionFPN
 
 from fpn_plugin import FeaturePyramidNetwork, UserError
-from fpn_plugin.modeling.neck import build_top_block
+from fpn_plugin.modeling.bottom_up import build_pyramid
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -53,30 +53,16 @@ class GivenStages(Backbone):
         }
 
 
-def p6(coarsest: int = 5) -> nn.Module:
-    return build_top_block(
-        "maxpool", coarsest_stage="", coarsest_level=coarsest, in_channels=0, out_channels=0
-    )
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize(("depth", "channels"), [(18, 32), (50, 256)])
 def test_equals_detectron2s_fpn_from_one_state_dict(depth, channels, fuse_type, training):
     theirs = FPN(resnet(depth), STAGES, channels, top_block=LastLevelMaxPool(), fuse_type=fuse_type)
-    ours = FeaturePyramidNetwork(
-        resnet(depth),
-        STAGES,
-        channels,
-        top_block=p6(),
-        fuse_type=fuse_type,
-        coarsest_output_conv=True,
-    )
-    state = theirs.state_dict()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in state.items()
-    }
-    ours.load_state_dict(state)
+    options = {"fuse_type": fuse_type, "coarsest_output_conv": True}
+    ours = build_pyramid(resnet(depth), STAGES, channels, **options)
+    shapes = [{k: v.shape for k, v in neck.state_dict().items()} for neck in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    ours.load_state_dict(theirs.state_dict())
     ours.train(training)
     theirs.train(training)
     image = torch.randn(2, 3, 64, 96)
@@ -112,16 +98,13 @@ def test_equals_torchvisions_fpn(depth, channels, training):
     theirs_out = theirs(OrderedDict((name, stages[name]) for name in STAGES))
     for level, name in zip((2, 3, 4, 5), STAGES, strict=True):
         torch.testing.assert_close(ours_out[f"p{level}"], theirs_out[name], rtol=1e-5, atol=1e-5)
-    weight = "fpn_lateral5.weight"
-    ours_grad = torch.autograd.grad(
-        sum(p.square().mean() for p in ours_out.values()),
-        ours.get_parameter(weight),
-        retain_graph=True,
-    )[0]
-    theirs_grad = torch.autograd.grad(
-        sum(p.square().mean() for p in theirs_out.values()), theirs.inner_blocks[3][0].weight
-    )[0]
-    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-4, atol=1e-6)
+    grads = [
+        torch.autograd.grad(sum(p.square().mean() for p in out.values()), weight, retain_graph=True)
+        for out, weight in (
+            (ours_out, ours.fpn_lateral5.weight), (theirs_out, theirs.inner_blocks[3][0].weight),
+        )
+    ]  # fmt: skip
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 def test_one_seed_gives_detectron2s_initial_weights_in_its_order():
@@ -138,7 +121,7 @@ def test_one_seed_gives_detectron2s_initial_weights_in_its_order():
 def test_the_papers_equations_by_hand():
     """M5 = 1x1(C5) = P5; Mk = 1x1(Ck) + upsampled Mk+1; Pk = 3x3(Mk), no non-linearity."""
     bottom_up = GivenStages()
-    neck = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=p6())
+    neck = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=LastLevelMaxPool())
     c = bottom_up.maps()
     out = neck(c)
     merged = F.conv2d(c["res5"], neck.fpn_lateral5.weight, neck.fpn_lateral5.bias)
@@ -155,7 +138,7 @@ def test_the_papers_equations_by_hand():
 
 def test_gradcheck():
     bottom_up = GivenStages((4, 8), (2, 3))
-    neck = FeaturePyramidNetwork(bottom_up, ["res2", "res3"], 2, top_block=p6(3)).double()
+    neck = build_pyramid(bottom_up, ["res2", "res3"], 2).double()
     maps = [m.double().requires_grad_() for m in bottom_up.maps(16, 16, 1).values()]
 
     def run(fine, coarse):
@@ -180,15 +163,7 @@ def test_gradcheck():
 def test_any_run_of_levels_any_norm(stages, top_block, norm):
     bottom_up = GivenStages()
     coarsest = int(stages[-1][-1])
-    shapes = bottom_up.output_shape()
-    block = build_top_block(
-        top_block,
-        coarsest_stage=stages[-1],
-        coarsest_level=coarsest,
-        in_channels=shapes[stages[-1]].channels,
-        out_channels=32,
-    )
-    neck = FeaturePyramidNetwork(bottom_up, stages, 32, norm=norm, top_block=block)
+    neck = build_pyramid(bottom_up, stages, 32, norm=norm, top_block=top_block)
     out = neck(bottom_up.maps())
     assert list(out) == list(neck.output_shape())
     for name, shape in neck.output_shape().items():
@@ -206,13 +181,10 @@ def test_any_run_of_levels_any_norm(stages, top_block, norm):
 
 
 def test_retinanets_top_block_equals_detectron2s():
-    theirs = FPN(resnet(18), ["res3", "res4", "res5"], 32, top_block=LastLevelP6P7(512, 32, "res5"))
-    block = build_top_block(
-        "p6p7_c5", coarsest_stage="res5", coarsest_level=5, in_channels=512, out_channels=32
-    )
-    ours = FeaturePyramidNetwork(
-        resnet(18), ["res3", "res4", "res5"], 32, top_block=block, coarsest_output_conv=True
-    )
+    stages = ["res3", "res4", "res5"]
+    theirs = FPN(resnet(18), stages, 32, top_block=LastLevelP6P7(512, 32, "res5"))
+    options = {"top_block": "p6p7_c5", "coarsest_output_conv": True}
+    ours = build_pyramid(resnet(18), stages, 32, **options)
     ours.load_state_dict(theirs.state_dict())
     image = torch.randn(1, 3, 128, 128)
     for name, expected in theirs.eval()(image).items():
@@ -250,8 +222,8 @@ def test_without_laterals_levels_see_the_coarsest_stage_alone():
 )
 def test_chosen_levels_are_those_of_the_whole_pyramid(chosen, convs):
     bottom_up = GivenStages()
-    whole = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=p6())
-    block = p6() if "p6" in chosen else None
+    whole = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=LastLevelMaxPool())
+    block = LastLevelMaxPool() if "p6" in chosen else None
     neck = FeaturePyramidNetwork(bottom_up, STAGES, 8, top_block=block, out_features=chosen)
     left_out = neck.load_state_dict(whole.state_dict(), strict=False)
     assert not left_out.missing_keys
@@ -307,13 +279,8 @@ def test_unpadded_input_is_named():
 @pytest.mark.parametrize("with_conv", [True, False])
 def test_a_checkpoint_of_the_other_reading_of_p5_names_the_key(with_conv):
     saved = FeaturePyramidNetwork(GivenStages(), STAGES, 8, coarsest_output_conv=with_conv)
-    model = nn.ModuleDict(
-        {
-            "backbone": FeaturePyramidNetwork(
-                GivenStages(), STAGES, 8, coarsest_output_conv=not with_conv
-            )
-        }
-    )
+    other = FeaturePyramidNetwork(GivenStages(), STAGES, 8, coarsest_output_conv=not with_conv)
+    model = nn.ModuleDict({"backbone": other})
     state = {f"backbone.{name}": value for name, value in saved.state_dict().items()}
     expected = rf"backbone.fpn_output5.weight.* set `coarsest_output_conv` {with_conv}"
     for strict in (True, False):
@@ -343,21 +310,16 @@ def test_a_checkpoint_of_a_bare_network_loads():
         ({"out_channels": 0}, "^`out_channels` is 0; a level has 1"),
         ({"top_down": False, "lateral": False}, "^`top_down` and `lateral` are both"),
         ({"out_features": ["p2", "p7"]}, r"^`out_features` names 'p7'"),
-        (
-            {"out_features": ["p3", "p4"]},
-            r"stages of `in_features` .* without use: it must have p2,",
-        ),
+        ({"out_features": ["p3", "p4"]}, "of `in_features` .* without use: it must have p2,"),
         ({"out_features": ["p2"], "top_down": False}, "must have p2, p3, p4, p5"),
-        ({"out_features": ["p2"], "top_block": p6()}, r"leaves out some of \['p5', 'p6'\]"),
+        ({"out_features": ["p2"], "top_block": LastLevelMaxPool()}, r"out some of \['p5', 'p6'\]"),
         ({"top_block": LastLevelMaxPool(), "in_features": ["res2", "res3"]}, "reads 'p5'"),
     ],
 )
 def test_what_does_not_fit_is_named(kwargs, message):
     arguments = {"in_features": STAGES, "out_channels": 32, **kwargs}
     with pytest.raises(UserError, match=message) as error:
-        FeaturePyramidNetwork(
-            GivenStages(), arguments.pop("in_features"), arguments.pop("out_channels"), **arguments
-        )
+        FeaturePyramidNetwork(GivenStages(), **arguments)
     assert "MODEL." not in str(error.value)  # nobody wrote a config
 
 

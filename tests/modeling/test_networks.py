@@ -285,24 +285,19 @@ def test_a_stage_is_the_last_block_of_its_stride_not_what_the_classifier_adds():
 
 
 def test_torchvisions_other_normalisations_are_read():
-    half = build_backbone(
-        config("torchvision:efficientnet_v2_l", "MODEL.FPN.IN_FEATURES", ["res2"])
-    )
+    cfg = config("torchvision:efficientnet_v2_l", "MODEL.FPN.IN_FEATURES", ["res2"])
+    half = build_backbone(cfg)
     # Detectron2's mean grey becomes (mean - 0.5) / 0.5 of RGB in [0, 1].
     mean = torch.tensor([123.675, 116.28, 103.53]) / 255
     torch.testing.assert_close(half.bottom_up._shift.flatten(), (mean - 0.5) / 0.5)
 
 
 def test_norms_are_converted():
-    norms = lambda neck, kind: sum(isinstance(m, kind) for m in neck.bottom_up.modules())  # noqa: E731
-    plain = build_backbone(config("torchvision:resnet18"))
-    count = norms(plain, nn.BatchNorm2d)
-    assert count == 20
-    synced = build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.NORM", "SyncBN"))
-    assert norms(synced, nn.SyncBatchNorm) == count
-    frozen = build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.NORM", "FrozenBN"))
-    assert norms(frozen, FrozenBatchNorm2d) == count
-    assert norms(frozen, nn.BatchNorm2d) == 0
+    kinds = {"": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm2d}
+    for norm, kind in kinds.items():
+        neck = build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.NORM", norm))
+        names = [type(m) for m in neck.bottom_up.modules() if isinstance(m, (*kinds.values(),))]
+        assert names == [kind] * 20
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -458,23 +453,13 @@ class OwnNetwork(Backbone):
         return {"c3": ShapeSpec(channels=6, stride=8), "c4": ShapeSpec(channels=10, stride=16)}
 
 
+@BACKBONE_REGISTRY.register()
 def build_own_network_for_a_test(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     return OwnNetwork()
 
 
-def registered(builder) -> str:
-    """The name of a builder that a user registers, whatever it builds."""
-    if builder.__name__ not in BACKBONE_REGISTRY:
-        BACKBONE_REGISTRY.register(builder)
-    return builder.__name__
-
-
 def test_a_network_of_the_users_own():
-    name = registered(build_own_network_for_a_test)
+    name = build_own_network_for_a_test.__name__
     cfg = config("resnet:R-18", "MODEL.FPN.BOTTOM_UP", name, "MODEL.FPN.IN_FEATURES", ["c3", "c4"])
-    out = build_backbone(cfg)(torch.rand(1, 3, 64, 32))
-    assert {k: tuple(v.shape[2:]) for k, v in out.items()} == {
-        "p3": (8, 4),
-        "p4": (4, 2),
-        "p5": (2, 1),
-    }
+    sizes = {k: v.shape[2:] for k, v in build_backbone(cfg)(torch.rand(1, 3, 64, 32)).items()}
+    assert sizes == {"p3": (8, 4), "p4": (4, 2), "p5": (2, 1)}

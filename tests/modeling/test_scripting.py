@@ -15,7 +15,7 @@ from detectron2.utils.testing import convert_scripted_instances
 from torch import Tensor, nn
 
 from fpn_plugin import FeaturePyramidNetwork, PyramidROIPooler, model_zoo
-from fpn_plugin.modeling.neck import build_top_block
+from fpn_plugin.modeling.bottom_up import build_pyramid
 
 STAGES = ["res2", "res3", "res4", "res5"]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -33,10 +33,8 @@ class TinyNetwork(Backbone):
 
     def __init__(self):
         super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(3 if i == 0 else 8, 8, 3, stride=4 if i == 0 else 2, padding=1)
-            for i in range(4)
-        )
+        shapes = [(3, 4), (8, 2), (8, 2), (8, 2)]  # channels of the input, stride
+        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 3, stride=s, padding=1) for c, s in shapes)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps: dict[str, Tensor] = {}
@@ -49,12 +47,8 @@ class TinyNetwork(Backbone):
         return {name: ShapeSpec(channels=8, stride=4 << i) for i, name in enumerate(STAGES)}
 
 
-def pyramid(stages=STAGES, top_block: str = "maxpool", **options) -> FeaturePyramidNetwork:
-    block = build_top_block(
-        top_block, coarsest_stage=stages[-1], coarsest_level=int(stages[-1][-1]), in_channels=8,
-        out_channels=32,
-    )  # fmt: skip
-    return FeaturePyramidNetwork(TinyNetwork(), stages, 32, top_block=block, **options).eval()
+def pyramid(stages=STAGES, **options) -> FeaturePyramidNetwork:
+    return build_pyramid(TinyNetwork(), stages, 32, **options).eval()
 
 
 @pytest.mark.parametrize(
