@@ -19,15 +19,23 @@ def root(tmp_path_factory) -> Path:
     return ensure_mini({"train": 12, "val": 6}, tmp_path_factory.mktemp("mini") / "made")
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(Schedule, "iterations", 4)
-    monkeypatch.setattr(Schedule, "batch", 4)
+@pytest.fixture(scope="module")
+def short():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "iterations", 4)
+        patch.setattr(Schedule, "batch", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(root, short) -> dict:
+    """The weights next to ``root``, of a short training."""
+    return torch.load(ensure_mini_weights("R-18.pth", root=root), weights_only=True)
 
 
 @pytest.fixture
 def apart(root, tmp_path) -> Path:
-    """The same images in a folder of their own, beside which weights are made."""
+    """The same images in another folder, next to which other weights are made."""
     (tmp_path / "mini").symlink_to(root)
     return tmp_path / "mini"
 
@@ -57,10 +65,7 @@ def test_windows_hold_their_digit(root):
     assert (bright.flatten(1).float().mean(1) > 0.02).float().mean() > 0.99
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(apart, short, tmp_path, monkeypatch):
-    whole = torch.load(ensure_mini_weights("R-18.pth", root=apart), weights_only=True)
-    again = tmp_path / "again"
-    again.symlink_to(apart.resolve())
+def test_an_interrupted_training_goes_on_to_the_same_weights(made, apart, monkeypatch):
     monkeypatch.setattr(mini_weights, "_KEPT_EVERY", 2)
     entropy = mini_weights.F.cross_entropy
     calls = iter(range(100))
@@ -73,15 +78,15 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(apart, short, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(mini_weights.F, "cross_entropy", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ensure_mini_weights("R-18.pth", root=again)
-    assert len(list(tmp_path.glob("again-*.partial"))) == 1
+            ensure_mini_weights("R-18.pth", root=apart)
+    assert len(list(apart.parent.glob("mini-*.partial"))) == 1
     batches = []
     randint = torch.randint
     monkeypatch.setattr(torch, "randint", lambda *a, **k: batches.append(a) or randint(*a, **k))
-    path = ensure_mini_weights("R-18.pth", root=again)
+    path = ensure_mini_weights("R-18.pth", root=apart)
     assert len(batches) == 2  # of four; two were done
-    assert same(torch.load(path, weights_only=True)["model"], whole["model"])
-    assert not list(tmp_path.glob("again-*.partial"))
+    assert same(torch.load(path, weights_only=True)["model"], made["model"])
+    assert not list(apart.parent.glob("mini-*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -92,13 +97,13 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(apart, short, tmp_p
         ("table3_b_C5", "backbone.", "backbone.res5."),
     ],
 )
-def test_every_row_starts_from_all_of_them(row, prefix, conv5, apart, short, monkeypatch):
-    monkeypatch.setattr(mini_weights, "mini_root", lambda: apart)
+def test_every_row_starts_from_all_of_them(row, prefix, conv5, root, made, monkeypatch):
+    monkeypatch.setattr(mini_weights, "mini_root", lambda: root)
     cfg = model_zoo.get_config(f"mini/{row}.yaml")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    given = torch.load(ensure_mini_weights("R-18.pth", root=apart), weights_only=True)["model"]
+    given = made["model"]
     expected = {f"{prefix}{key}": value for key, value in given.items() if "roi_heads" not in key}
     expected |= {key: value for key, value in given.items() if "roi_heads" in key}
     loaded = {key: v for key, v in model.state_dict().items() if key.startswith((prefix, conv5))}
@@ -108,8 +113,8 @@ def test_every_row_starts_from_all_of_them(row, prefix, conv5, apart, short, mon
     assert same(loaded, {key: expected[key] for key in loaded})
 
 
-def test_detectron2_opens_them_by_name(apart, short, monkeypatch):
-    monkeypatch.setattr(mini_weights, "mini_root", lambda: apart)
+def test_detectron2_opens_them_by_name(root, made, monkeypatch):
+    monkeypatch.setattr(mini_weights, "mini_root", lambda: root)
     with PathManager.open("mini://R-18.pth", "rb") as file:
         assert "model" in torch.load(file, weights_only=True)
 
@@ -119,7 +124,7 @@ def test_unknown_weights_list_what_there_is():
         PathManager.get_local_path("mini://R-50.pth")
 
 
-def test_what_cannot_be_written_is_told(apart, short):
+def test_what_cannot_be_written_is_reported(apart):
     name = f"{apart.name}-{mini_weights._fingerprint()}-R-18.pth.lock"
     apart.with_name(name).mkdir()  # where the lock's file should be
     with pytest.raises(UserError, match="set DETECTRON2_DATASETS"):
