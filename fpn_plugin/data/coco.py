@@ -69,10 +69,10 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
         coco = None if checked else read_coco(json_file, images, needs=_ANY_USE, files=False)
         if new:
             files = {"json_file": json_file, "image_root": images}
-            _renew(name, **_of_no_json(name), **files, evaluator_type="coco")
+            _set_metadata(name, **_of_no_json(name), **files, evaluator_type="coco")
             DatasetCatalog.register(name, partial(_load, name))
         if coco is not None:
-            _take(name, coco)
+            _update(name, coco)
 
 
 def registered_specs(specs: Iterable[str]) -> list[str]:
@@ -100,14 +100,14 @@ def given_json(name: str) -> str:
     return known.get("given_json_file") or known.json_file
 
 
-def _renew(name: str, **values: Any) -> None:
+def _set_metadata(name: str, **values: Any) -> None:
     """Changes metadata, which Detectron2 does not allow; None removes a value."""
     known = MetadataCatalog.pop(name).as_dict() if name in MetadataCatalog.list() else {}
     kept = {key: value for key, value in {**known, **values}.items() if value is not None}
     MetadataCatalog.get(name).set(**kept)
 
 
-def _take(name: str, coco: CheckedCoco) -> None:
+def _update(name: str, coco: CheckedCoco) -> None:
     """Gives a registered dataset what was read of its JSON."""
     known, json_file = MetadataCatalog.get(name), given_json(name)
     digest, classes = known.get("json_digest"), known.get("thing_classes")
@@ -123,18 +123,18 @@ def _take(name: str, coco: CheckedCoco) -> None:
     values = {"json_digest": coco.digest, "given_json_file": json_file}
     values["json_file"] = _written(coco, json_file) if coco.repairs else json_file
     model_classes = known.get("classes_of_model")
-    _renew(name, **{**_of_no_json(name), **values, "thing_classes": coco.classes})
+    _set_metadata(name, **{**_of_no_json(name), **values, "thing_classes": coco.classes})
     if model_classes is not None and sorted(model_classes) == sorted(coco.classes):
         number_classes(name, model_classes)
 
 
 def number_classes(name: str, classes: Sequence[str]) -> None:
     """Numbers the categories of a dataset that :func:`is_reread` in this order, not that of ids."""
-    _renew(name, thing_classes=list(classes), classes_of_model=list(classes))
+    _set_metadata(name, thing_classes=list(classes), classes_of_model=list(classes))
 
 
 def _of_no_json(name: str) -> dict[str, None]:
-    """Metadata that come from a JSON, as :func:`_renew` removes them."""
+    """Metadata that come from a JSON, as :func:`_set_metadata` removes them."""
     known = MetadataCatalog.get(name)
     return dict.fromkeys((*_CLASSES, *(_KEYPOINTS if known.get("described_by_json") else ())))
 
@@ -158,13 +158,13 @@ def _load(name: str) -> list[dict[str, Any]]:
     if classes is None:
         return load_coco_json(json_file, known.image_root, name)
     # Loaded under another name, whose metadata get the order of the ids.
-    as_it_is = f"{name}, in the order of its ids"
+    in_id_order = f"{name}, in the order of its ids"
     try:
-        records = load_coco_json(json_file, known.image_root, as_it_is)
-        numbers = MetadataCatalog.get(as_it_is).thing_dataset_id_to_contiguous_id
-        order = [classes.index(each) for each in MetadataCatalog.get(as_it_is).thing_classes]
+        records = load_coco_json(json_file, known.image_root, in_id_order)
+        numbers = MetadataCatalog.get(in_id_order).thing_dataset_id_to_contiguous_id
+        order = [classes.index(each) for each in MetadataCatalog.get(in_id_order).thing_classes]
     finally:
-        MetadataCatalog.pop(as_it_is, None)
+        MetadataCatalog.pop(in_id_order, None)
     for record in records:
         for annotation in record["annotations"]:
             annotation["category_id"] = order[annotation["category_id"]]
@@ -181,7 +181,7 @@ def current_json(name: str) -> str:
     known = MetadataCatalog.get(name)
     given, digest = given_json(name), known.get("json_digest")
     if digest and digest_of(given) != digest:
-        _take(name, read_coco(given, known.image_root, needs=_ANY_USE, files=False))
+        _update(name, read_coco(given, known.image_root, needs=_ANY_USE, files=False))
     return MetadataCatalog.get(name).json_file
 
 
@@ -271,7 +271,7 @@ def check_records(names: Iterable[str], needs: Needs) -> None:
         json_file, images = metadata.get("json_file"), metadata.get("image_root")
         in_coco = metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg")
         if json_file and images is not None and in_coco and name not in MINI_NAMES:
-            _take(name, read_coco(given_json(name), images, needs=needs))
+            _update(name, read_coco(given_json(name), images, needs=needs))
 
 
 def check_proposal_files(names: Sequence[str], files: Sequence[str], key: str) -> None:

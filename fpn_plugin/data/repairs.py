@@ -27,7 +27,7 @@ from .shapes import (
     is_polygon,
     keypoint_problem,
     mask_problem,
-)  # fmt: skip
+)
 
 __all__ = ["other_id", "repair", "repair_annotation", "same_objects"]
 

@@ -59,7 +59,7 @@ class TrainStream:
         loader = DataLoader(
             _Seeded(self.dataset, self.seed),
             batch_size=None if self._grouped else self.batch_size,
-            sampler=_Positions(self),
+            sampler=self.positions(),
             collate_fn=self._collate,
             # Its own, because the default is the generator that training draws from.
             generator=torch.Generator().manual_seed(0),
@@ -102,14 +102,6 @@ class TrainStream:
                 group.clear()
                 batches += 1
         return sorted(waiting[False] + waiting[True])
-
-
-class _Positions(Sampler):
-    def __init__(self, stream: TrainStream) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self._stream.positions()
 
 
 class _Seeded(Dataset):

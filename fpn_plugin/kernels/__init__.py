@@ -8,10 +8,6 @@ from .proposals import select_proposals
 from .roi_align import pays, pyramid_roi_align, pyramid_roi_align_by_level
 
 __all__ = [
-    "nms_fixpoint",
-    "nms_mask",
-    "pays",
-    "pyramid_roi_align",
-    "pyramid_roi_align_by_level",
+    "nms_fixpoint", "nms_mask", "pays", "pyramid_roi_align", "pyramid_roi_align_by_level",
     "select_proposals",
-]
+]  # fmt: skip

@@ -4,11 +4,6 @@ from .dataset import MINI_NAMES, ensure_mini, ensure_mini_datasets, register_min
 from .weights import MINI_WEIGHTS, ensure_mini_weights, register_mini_weights
 
 __all__ = [
-    "MINI_NAMES",
-    "MINI_WEIGHTS",
-    "ensure_mini",
-    "ensure_mini_datasets",
-    "ensure_mini_weights",
-    "register_mini",
-    "register_mini_weights",
-]
+    "MINI_NAMES", "MINI_WEIGHTS", "ensure_mini", "ensure_mini_datasets", "ensure_mini_weights",
+    "register_mini", "register_mini_weights",
+]  # fmt: skip

@@ -9,14 +9,7 @@ from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import PerLevelRPNHead
 
 __all__ = [
-    "FPNCascadeROIHeads",
-    "FPNROIHeads",
-    "FeaturePyramidNetwork",
-    "PerLevelRPNHead",
-    "PyramidROIPooler",
-    "assign_levels",
-    "build_fpn_backbone",
-    "build_timm_backbone",
-    "build_torchvision_backbone",
-    "image_channels",
-]
+    "FPNCascadeROIHeads", "FPNROIHeads", "FeaturePyramidNetwork", "PerLevelRPNHead",
+    "PyramidROIPooler", "assign_levels", "build_fpn_backbone", "build_timm_backbone",
+    "build_torchvision_backbone", "image_channels",
+]  # fmt: skip
