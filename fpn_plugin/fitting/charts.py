@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -19,38 +19,35 @@ from .measures import Measures
 
 __all__ = ["draw"]
 
-# Before and after also differ in marker and line.
-_BEFORE, _AFTER = VERMILION, BLUE
 _FONT = {"font.size": 13}
 _MOST_TICKS = 8
 _POINTS = 4_000  # boxes in the scatter plot
 
 
 def draw(fit: Fit, folder: Path) -> list[Path]:
-    """Draws every chart.
+    """Draws levels.png, shapes.png, anchors.png and input_sizes.png; returns their paths.
 
     Args:
         fit: the fit.
-        folder: gets levels.png, shapes.png, anchors.png and input_sizes.png.
+        folder: of the files.
     """
-    makers = {
-        "levels.png": _levels,
-        "shapes.png": _shapes,
-        "anchors.png": _anchors,
-        "input_sizes.png": _input_sizes,
+    charts = {
+        "levels": _levels,
+        "shapes": _shapes,
+        "anchors": _anchors,
+        "input_sizes": _input_sizes,
     }
-    paths = []
+    paths = [folder / f"{name}.png" for name in charts]
     with matplotlib.rc_context(_FONT):
-        for name, make in makers.items():
-            paths.append(folder / name)
-            make(fit).savefig(paths[-1])
+        for path, chart in zip(paths, charts.values(), strict=True):
+            chart(fit).savefig(path)
     return paths
 
 
 def _log_pixels(
     axes: Axes, values: np.ndarray, which: str = "x", all_of: Iterable[float] = ()
 ) -> None:
-    """Sets a logarithmic axis, ticks at powers of two, over most of values and all of others."""
+    """Makes an axis logarithmic to base 2, over most of ``values`` and the whole of ``all_of``."""
     ends = [*np.percentile(values, (0.1, 99.9)), *all_of]
     low, high = min(ends) / 1.3, max(ends) * 1.3
     first, last = np.floor(np.log2(low)), np.ceil(np.log2(high))
@@ -67,9 +64,7 @@ def _log_pixels(
 
 def _levels(fit: Fit) -> Figure:
     """Sizes at the input, each bar divided among the levels that Eq. (1) pools from."""
-    rows = [("as it is", fit.before)]
-    if fit.changed:
-        rows.append(("fitted", fit.after))
+    rows = [("as it is", fit.before), ("fitted", fit.after)][: 1 + fit.changed]
     figure = Figure(figsize=(9, 1.2 + 3.2 * len(rows)), dpi=120, layout="constrained")
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     sizes = fit.before.size
@@ -80,27 +75,19 @@ def _levels(fit: Fit) -> Figure:
         pyramid = found.pyramid
         levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
         axes.hist(
-            [sizes[found.level == level] for level in levels],
-            bins=bins,
+            [sizes[found.level == level] for level in levels], bins=bins, stacked=True,
             weights=[np.full((found.level == level).sum(), 1 / len(sizes)) for level in levels],
-            stacked=True,
-            color=[level_color(level) for level in levels],
+            color=[level_color(level) for level in levels], edgecolor="white", linewidth=0.5,
             label=[f"P{level}  {(found.level == level).mean():.0%}" for level in levels],
-            edgecolor="white",
-            linewidth=0.5,
-        )
+        )  # fmt: skip
         axes.margins(y=0.16)
         for level, of_level in zip(pyramid.anchor_levels, pyramid.sizes, strict=True):
             axes.plot(
-                of_level,
-                [0.95] * len(of_level),
-                "v",
-                color=level_color(level),
-                mec="black",
-                ms=9,
+                of_level, [0.95] * len(of_level), "v", color=level_color(level), mec="black", ms=9,
                 transform=axes.get_xaxis_transform(),
-            )
-        axes.set_title(f"{name}: level that an object is {_read_from(found)}")
+            )  # fmt: skip
+        where = "pooled from" if pyramid.roi_levels else "found at by its best anchor"
+        axes.set_title(f"{name}: level that an object is {where}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_ylabel("objects")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -109,8 +96,9 @@ def _levels(fit: Fit) -> Figure:
     return figure
 
 
-def _read_from(found: Measures) -> str:
-    return "pooled from" if found.pyramid.roi_levels else "found at by its best anchor"
+def _series(fit: Fit) -> list[tuple[str, Measures, str, str]]:
+    # They differ in marker too, not only in colour.
+    return [("as they are", fit.before, VERMILION, "D"), ("fitted", fit.after, BLUE, "o")]
 
 
 def _shapes(fit: Fit) -> Figure:
@@ -119,14 +107,12 @@ def _shapes(fit: Fit) -> Figure:
     axes = figure.subplots()
     sides = fit.inputs.sample(_POINTS).sides
     axes.scatter(*sides.T, s=12, color=GRAY, alpha=0.5, lw=0, label="objects", rasterized=True)
-    pairs = [("anchors as they are", fit.before, _BEFORE, "D")]
-    if any(each.subject == "anchors" and each.changes for each in fit.recommendations):
-        pairs.append(("anchors fitted", fit.after, _AFTER, "o"))
+    changed = any(each.subject == "anchors" and each.changes for each in fit.recommendations)
     all_shapes = []
-    for label, found, color, marker in pairs:
+    for name, found, color, marker in _series(fit)[: 1 + changed]:
         shapes = np.concatenate(found.pyramid.anchor_shapes())
         all_shapes.append(shapes)
-        axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=label)
+        axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=f"anchors {name}")
     for axis, which in enumerate("xy"):
         _log_pixels(axes, sides[:, axis], which, np.concatenate(all_shapes)[:, axis])
     axes.set_xlabel("width, pixels of the input")
@@ -140,18 +126,13 @@ def _anchors(fit: Fit) -> Figure:
     """Best IoU and recall of anchors by octave of size."""
     figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    lines = [("as they are", fit.before, _BEFORE, "D")]
-    if fit.changed:
-        lines.append(("fitted", fit.after, _AFTER, "o"))
-    for name, found, color, marker in lines:
+    for name, found, color, marker in _series(fit)[: 1 + fit.changed]:
         rows = [row for row in found.octaves() if row["share"] >= 0.001]
         at = [row["from"] * 2**0.5 for row in rows]
         left.plot(at, [row["mean_iou"] for row in rows], marker=marker, color=color, label=name)
         for key, style in (("recall_50", "-"), ("recall_70", "--")):
-            label = f"{name}, IoU 0.{key[-2]}"
-            right.plot(
-                at, [row[key] for row in rows], style, marker=marker, color=color, label=label
-            )
+            label, values = f"{name}, IoU 0.{key[-2]}", [row[key] for row in rows]
+            right.plot(at, values, style, marker=marker, color=color, label=label)
     left.set_title("mean IoU with the best anchor")
     right.set_title("objects with an anchor of that IoU")
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -171,7 +152,7 @@ def _input_sizes(fit: Fit) -> Figure:
     axes = figure.subplots()
     rows = [row for row in fit.input_sizes if row["factor"] == row["max_factor"]]
     factors = [row["factor"] for row in rows]
-    series: Sequence[tuple[str, str, str, str]] = (
+    series = (
         ("recall_50", "anchor recall at IoU 0.5", GREEN, "o"),
         ("recall_70", "anchor recall at IoU 0.7", BLUE, "s"),
         ("below_2_cells", "objects under 2 cells of their level", VERMILION, "D"),
@@ -179,8 +160,9 @@ def _input_sizes(fit: Fit) -> Figure:
         ("clamped_coarse", "above the coarsest", ORANGE, "v"),
     )
     for key, label, color, marker in series:
-        values = [row[key] for row in rows]
-        axes.plot(factors, values, marker=marker, color=color, label=label, ms=8)
+        axes.plot(
+            factors, [row[key] for row in rows], marker=marker, color=color, label=label, ms=8
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(factors, [f"x {factor:g}" for factor in factors])
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -12,7 +12,7 @@ from fpn_plugin.errors import UserError
 
 from .ground_truth import GroundTruth
 
-__all__ = ["Density", "check_sampling"]
+__all__ = ["Density", "check_sampling", "samplers"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Density:
         return int(np.ceil(np.percentile(self.counts, 99)))
 
     def without_room(self, room: float) -> float:
-        """Share of objects beyond a limit per image."""
+        """Share of objects beyond ``room`` per image."""
         return float(np.clip(self.counts - room, 0, None).sum() / self.counts.sum())
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,19 +54,19 @@ class Density:
         }
 
 
+def samplers(cfg: CfgNode) -> tuple[str, ...]:
+    """The nodes of a config's model that sample objects in training: RPN, ROI_HEADS or none."""
+    given = {"RetinaNet": (), "ProposalNetwork": ("RPN",)}
+    return given.get(cfg.MODEL.META_ARCHITECTURE, ("RPN", "ROI_HEADS"))
+
+
 def check_sampling(cfg: CfgNode) -> None:
     """Refuses a config that never samples an object.
-
-    Args:
-        cfg: the config.
 
     Raises:
         UserError: a share of foreground samples that is not above 0.
     """
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        return
-    heads = () if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork" else ("ROI_HEADS",)
-    for part in ("RPN", *heads):
+    for part in samplers(cfg):
         given = cfg.MODEL[part].POSITIVE_FRACTION
         if not given > 0:
             raise UserError(

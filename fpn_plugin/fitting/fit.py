@@ -1,4 +1,4 @@
-"""A config's pyramid against a dataset: measured, and fitted."""
+"""A config's pyramid, measured against a dataset and fitted to it."""
 
 from __future__ import annotations
 
@@ -59,13 +59,7 @@ class Fit:
 
 
 def check_config(cfg: CfgNode) -> Pyramid:
-    """Refuses a config that cannot be fitted, before its data are read.
-
-    Args:
-        cfg: the config.
-
-    Returns:
-        Its pyramid.
+    """Refuses a config that cannot be fitted, before its data are read; returns its pyramid.
 
     Raises:
         UserError: no pyramid with anchors, a size that no image can have, or no sampled objects.
@@ -92,7 +86,6 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth, pyramid: Pyramid | None = None
     inputs = boxes_at_input(truth, rule)
     recommendations, fitted, new = recommend(cfg, pyramid, truth, inputs)
     before = measure(inputs, pyramid)
-    changed = any(each.changes for each in recommendations)
     few = truth.sample(_SAMPLE_IMAGES)
     testing = boxes_at_input(few, ResizeRule.from_config(cfg, training=False))
     return Fit(
@@ -102,11 +95,9 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth, pyramid: Pyramid | None = None
         rule=rule,
         inputs=inputs,
         before=before,
-        after=measure(inputs, new) if changed else before,
+        after=before if new == pyramid else measure(inputs, new),
         test=measure(testing.sample(_SAMPLE), pyramid),
-        input_sizes=[
-            _at_input_size(few, rule, *factors, pyramid) for factors in _input_sizes(rule)
-        ],
+        input_sizes=[_at_input_size(few, rule, *each, pyramid) for each in _input_sizes(rule)],
         density=Density.of(truth),
         recommendations=recommendations,
     )
@@ -122,15 +113,13 @@ def _input_sizes(rule: ResizeRule) -> list[tuple[float, float]]:
 def _at_input_size(
     truth: GroundTruth, rule: ResizeRule, factor: float, max_factor: float, pyramid: Pyramid
 ) -> dict[str, Any]:
-    """The same pyramid for larger or smaller images."""
+    """The pyramid's figures for larger or smaller images."""
     scaled = replace(rule.scaled(factor), max_size=rule.scaled(max_factor).max_size)
     inputs = boxes_at_input(truth, scaled)
     measured = measure(inputs.sample(_SAMPLE), pyramid)
     found = measured.as_dict()
-    keys = (
-        "clamped_fine", "clamped_coarse", "below_1_cell", "below_2_cells", "recall_50", "recall_70",
-        "mean_iou",
-    )  # fmt: skip
+    keys = ("clamped_fine", "clamped_coarse", "below_1_cell", "below_2_cells")
+    keys += ("recall_50", "recall_70", "mean_iou")
     return {
         "factor": factor,
         "max_factor": max_factor,

@@ -1,4 +1,4 @@
-"""The boxes of a dataset: those that a detector is trained on, and those left out, by name."""
+"""The boxes of a dataset: those that a detector is trained on, and why others are left out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fpn_plugin.mini import ensure_mini_datasets
 
 __all__ = ["LEFT_OUT", "GroundTruth", "read_ground_truth"]
 
-# Why a box is left out; one that has several reasons counts under the first.
+# Why a box is left out. A box with several reasons counts under the first.
 LEFT_OUT = {
     "crowd": "marked iscrowd",
     "ignored": "marked ignore",
@@ -42,7 +42,7 @@ LEFT_OUT = {
 }
 _NUMBER = frozenset({int, float})
 _FLAG_TYPES = (int, bool, type(None))
-# Those that are of a record's own values, whatever its box.
+# Reasons that do not depend on the box.
 _FLAGS = [name for name in LEFT_OUT if not name.startswith("box_")]
 
 
@@ -56,7 +56,7 @@ class GroundTruth:
         shapes: int64 ``(M, 2)``, height and width of every image, those without boxes too.
         left_out: how many boxes were left out, by the names of :data:`LEFT_OUT`.
         clipped: how many of ``boxes`` reached beyond their image.
-        categories: how many each dataset has; None if they differ or do not say.
+        categories: how many each dataset has; None if they differ or are not given.
     """
 
     boxes: np.ndarray
@@ -67,9 +67,9 @@ class GroundTruth:
     categories: int | None = None
 
     def sample(self, most_images: int) -> GroundTruth:
-        """At most so many of the images that have boxes, drawn with a fixed seed, and their boxes.
+        """At most ``most_images`` images that have boxes, drawn with a fixed seed, and their boxes.
 
-        Counts of what was left out stay those of all.
+        Counts of what was left out stay those of all images.
         """
         present = np.unique(self.image)
         if len(present) <= most_images:
@@ -87,30 +87,30 @@ def read_ground_truth(
 
     Args:
         sources: each a registered dataset or the path of a COCO instances JSON; taken together.
-        needs: what the model needs of the data, which decides what it is trained on.
-        key: what names the sources, for messages.
+        needs: what the model asks of the data, which decides what it is trained on.
+        key: the argument or config key that names the sources, for messages.
 
     Raises:
-        UserError: a source that is neither, is not COCO, or has no box left.
+        UserError: a source is neither or is not COCO, or no box is left.
     """
     raw = _Raw(needs)
     for source in sources:
-        if Path(source).is_file():
-            _read_json(Path(source), raw)
-            continue
-        if source.endswith(".json"):
-            raise UserError(f"{key} names {source!r}, and there is no such file")
-        check_datasets([source], key)
-        ensure_mini_datasets([source])
-        if MetadataCatalog.get(source).get("json_file"):
-            _read_json(Path(current_json(source)), raw)
+        path = source
+        if not Path(source).is_file():
+            if source.endswith(".json"):
+                raise UserError(f"{key} names {source!r}, and there is no such file")
+            check_datasets([source], key)
+            ensure_mini_datasets([source])
+            path = MetadataCatalog.get(source).get("json_file") and current_json(source)
+        if path:
+            _read_json(Path(path), raw)
         else:
             _read_records(source, raw)
     return raw.finish(", ".join(sources))
 
 
 class _Raw:
-    """Boxes as they are read, in arrays that hold a million in tens of megabytes."""
+    """Boxes as they are read; a million take tens of megabytes."""
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
@@ -123,11 +123,7 @@ class _Raw:
         return len(self.shapes) // 2
 
     def finish(self, source: str) -> GroundTruth:
-        """Sorts the boxes out.
-
-        Raises:
-            UserError: none is left.
-        """
+        """Leaves out the boxes that are not trained on; refuses data of which none is left."""
         boxes = np.frombuffer(self.boxes, np.float64).reshape(-1, 4)  # x, y, width, height
         image = np.frombuffer(self.image, np.int64)
         flags = np.frombuffer(self.flags, np.int8)
@@ -144,8 +140,8 @@ class _Raw:
             left_out[name] = int((reasons[name] & kept).sum())
             kept &= ~reasons[name]
         if not kept.any():
-            message = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
-            raise UserError(f"{source} has no box to fit to" + (f": {message}" if message else ""))
+            found = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
+            raise UserError(f"{source} has no box to fit to" + (f": {found}" if found else ""))
         inside = np.clip(corners[kept], 0, np.tile(sizes[kept], 2))
         clipped = int((inside != corners[kept]).any(axis=1).sum())
         [categories] = self.categories if len(self.categories) == 1 else [None]
@@ -153,7 +149,7 @@ class _Raw:
 
     @staticmethod
     def _check_layout(source: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
-        """Refuses boxes that training refuses for the way they are written."""
+        """Refuses a layout of boxes that training refuses."""
         finite = np.isfinite(boxes).all(axis=1)
         layout = box_layout(boxes[finite], sizes[finite])
         if layout.kind and KINDS[layout.kind].refused:
@@ -162,14 +158,7 @@ class _Raw:
 
 
 class _Annotations:
-    """What is kept of a JSON's annotations.
-
-    Args:
-        path: of the JSON.
-        records: of its annotations.
-        sizes: width and height by image id, of the images that stand before them in the file.
-        needs: what the model needs.
-    """
+    """What is kept of a JSON's annotations; ``sizes`` are of images before them in the file."""
 
     def __init__(
         self, path: Path, records: Iterable[Any], sizes: dict[Any, Size | None], needs: Needs
@@ -234,7 +223,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
-    """Whether there is nothing to mend in what is read of an annotation; most are so."""
+    """Whether nothing that is read of an annotation needs mending, as in most of them."""
     box = record.get("bbox")
     return (
         type(box) is list
@@ -244,7 +233,7 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 
 def _flag(record: dict[str, Any], needs: Needs, size: Size | None) -> str:
-    """Why an annotation is not trained on, whatever its box: one of the flags, or ""."""
+    """Why an annotation is not trained on, whatever its box: one of ``_FLAGS``, or ""."""
     if record.get("iscrowd"):
         return "crowd"
     if record.get("ignore"):
@@ -254,18 +243,15 @@ def _flag(record: dict[str, Any], needs: Needs, size: Size | None) -> str:
         return ""
     if is_dropped(mask):
         return "segmentation_unusable"
-    # Of images that come after their annotations it cannot be said.
-    kind, _ = empty_mask_problem(record, size, needs)
-    return kind
+    return empty_mask_problem(record, size, needs)[0]  # "" if the size is not known yet
 
 
 def _read_records(name: str, raw: _Raw) -> None:
-    """Adds the boxes of a dataset that is registered by a function, in Detectron2's form."""
+    """Adds the boxes of a dataset that a function registers, in Detectron2's form."""
     for record in tqdm(DatasetCatalog.get(name), desc=f"reading {name}", unit="image"):
         if "height" not in record or "width" not in record:
-            raise UserError(
-                f"dataset {name!r}: {record.get('file_name')!r} has no height and width"
-            )
+            file = record.get("file_name")
+            raise UserError(f"dataset {name!r}: {file!r} has no height and width")
         for label in record.get("annotations", ()):
             box = BoxMode.convert(list(label["bbox"]), label["bbox_mode"], BoxMode.XYWH_ABS)
             raw.boxes.extend(float(value) for value in box)

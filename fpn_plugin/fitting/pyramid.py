@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 
+from fpn_plugin.config import value_at
 from fpn_plugin.errors import UserError
 
 __all__ = ["Pyramid", "level_names"]
@@ -31,7 +32,7 @@ class Pyramid:
         roi_levels: levels that regions are pooled from, finest first; empty without RoI heads.
         canonical_size: s0 of Eq. (1), in pixels of the network's input.
         canonical_level: k0.
-        canonical_keys: whether the config's RoI heads read these two from it.
+        canonical_keys: whether the RoI heads read these two from the config.
         sizes: square root of the anchors' areas at each anchor level, in the same pixels.
         ratios: height over width of the anchors at each anchor level.
         offset: where in its cell an anchor's centre lies, as a share of the stride.
@@ -58,32 +59,26 @@ class Pyramid:
             UserError: the config has no pyramid, or no anchors on it.
         """
         model = cfg.MODEL
-        if model.META_ARCHITECTURE in _RPN_FAMILIES:
-            node, reader = "MODEL.RPN", model.RPN
-            if model.PROPOSAL_GENERATOR.NAME != "RPN":
-                raise UserError(
-                    f"the config's proposals come from {model.PROPOSAL_GENERATOR.NAME!r}, not from "
-                    "an RPN: fit the config of the RPN that made them"
-                )
-        elif model.META_ARCHITECTURE == "RetinaNet":
-            node, reader = "MODEL.RETINANET", model.RETINANET
-        else:
+        architecture, generator = model.META_ARCHITECTURE, model.ANCHOR_GENERATOR
+        if architecture not in (*_RPN_FAMILIES, "RetinaNet"):
             raise UserError(
-                f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r} has no anchors that can be "
-                f"fitted; expected one of {', '.join((*_RPN_FAMILIES, 'RetinaNet'))}"
+                f"MODEL.META_ARCHITECTURE {architecture!r} has no anchors that can be fitted; "
+                f"expected one of {', '.join((*_RPN_FAMILIES, 'RetinaNet'))}"
             )
-        generator = model.ANCHOR_GENERATOR
+        if architecture != "RetinaNet" and model.PROPOSAL_GENERATOR.NAME != "RPN":
+            raise UserError(
+                f"the config's proposals come from {model.PROPOSAL_GENERATOR.NAME!r}, not from an "
+                "RPN: fit the config of the RPN that made them"
+            )
         if generator.NAME != "DefaultAnchorGenerator":
             raise UserError(
                 f"MODEL.ANCHOR_GENERATOR.NAME is {generator.NAME!r}; only the anchors of "
                 "DefaultAnchorGenerator can be fitted"
             )
-        levels = _levels(reader.IN_FEATURES, f"{node}.IN_FEATURES", "p")
-        stages = _levels(model.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES", "res")
-        roi_levels = ()
-        if model.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
-            key = "MODEL.ROI_HEADS.IN_FEATURES"
-            roi_levels = _levels(model.ROI_HEADS.IN_FEATURES, key, "p")
+        node = "MODEL.RETINANET" if architecture == "RetinaNet" else "MODEL.RPN"
+        levels = _levels(cfg, node, "p")
+        stages = _levels(cfg, "MODEL.FPN", "res")
+        has_rois = architecture in ("GeneralizedRCNN", "PanopticFPN")
         own = model.ROI_HEADS.NAME in _PLUGIN_HEADS
         canonical = _DETECTRON2_CANONICAL
         if own:
@@ -92,7 +87,7 @@ class Pyramid:
             node=node,
             stages=stages,
             anchor_levels=levels,
-            roi_levels=roi_levels,
+            roi_levels=_levels(cfg, "MODEL.ROI_HEADS", "p") if has_rois else (),
             canonical_size=canonical[0],
             canonical_level=canonical[1],
             canonical_keys=own,
@@ -108,10 +103,7 @@ class Pyramid:
         return len(self.sizes[0]) * len(self.ratios[0])
 
     def anchor_shapes(self) -> list[np.ndarray]:
-        """Width and height of each level's anchors, ``(A, 2)`` in input pixels: Detectron2's own.
-
-        Its float32 values are given as float64.
-        """
+        """Width and height of Detectron2's anchors of each level, float64 ``(A, 2)``, in pixels."""
         generator = DefaultAnchorGenerator(
             sizes=self.sizes,
             aspect_ratios=self.ratios,
@@ -126,21 +118,23 @@ def level_names(levels: Sequence[int], prefix: str = "p") -> list[str]:
     return [f"{prefix}{level}" for level in levels]
 
 
-def _levels(names: Sequence[str], key: str, prefix: str) -> tuple[int, ...]:
+def _levels(cfg: CfgNode, node: str, prefix: str) -> tuple[int, ...]:
+    key = f"{node}.IN_FEATURES"
+    names = list(value_at(cfg, key))
     found = [re.fullmatch(rf"{prefix}(\d+)", str(name)) for name in names]
     if not names or not all(found):
         raise UserError(
-            f"{key} is {list(names)}, which is no pyramid; expected levels as "
+            f"{key} is {names}, which is no pyramid; expected levels as "
             f"{level_names((3, 4, 5), prefix)}"
         )
-    levels = tuple(int(match.group(1)) for match in found)
+    levels = tuple(int(match[1]) for match in found)
     if levels != tuple(range(levels[0], levels[-1] + 1)):
-        raise UserError(f"{key} is {list(names)}; expected levels without a gap, finest first")
+        raise UserError(f"{key} is {names}; expected levels without a gap, finest first")
     return levels
 
 
 def _per_level(given: Sequence, levels: int, key: str) -> tuple[tuple[float, ...], ...]:
-    """Detectron2's broadcasting: one list is for every level."""
+    """A list for each level; as in Detectron2, a single list is for all levels."""
     lists = [given] if given and not isinstance(given[0], list | tuple) else list(given)
     if len(lists) == 1:
         lists = lists * levels

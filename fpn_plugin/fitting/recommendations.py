@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from fpn_plugin.config import value_at
 
 from .anchors import fit_anchors
-from .density import Density, check_sampling
+from .density import Density, check_sampling, samplers
 from .ground_truth import GroundTruth
 from .measures import Measures, measure
 from .pyramid import Pyramid, level_names
@@ -352,7 +352,6 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
     """
     check_sampling(cfg)
     crowded, model = density.crowded, cfg.MODEL
-    only_proposals = model.META_ARCHITECTURE == "ProposalNetwork"
     if model.META_ARCHITECTURE == "RetinaNet":
         keys = {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": _CANDIDATES_PER_OBJECT * crowded}
         yield _room(cfg, "proposals", keys, 50, density)
@@ -364,10 +363,10 @@ def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
         yield _room(cfg, "proposals", proposals, 100, density)
         samples = {
             f"MODEL.{part}.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model[part].POSITIVE_FRACTION
-            for part in (("RPN",) if only_proposals else ("RPN", "ROI_HEADS"))
+            for part in samplers(cfg)
         }
         yield _room(cfg, "samples", samples, 64, density)
-    if not only_proposals:
+    if model.META_ARCHITECTURE != "ProposalNetwork":
         keys = {"TEST.DETECTIONS_PER_IMAGE": _SPARE * crowded}
         yield _room(cfg, "detections", keys, 50, density)
 
