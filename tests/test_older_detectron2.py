@@ -2,15 +2,22 @@
 main has got since is added.
 """
 
+import math
 import sys
 from functools import partial
 
 import pytest
-import torch.distributed as dist
+import torch
 from detectron2.config import get_cfg, instantiate
 from detectron2.data import build
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    default_argument_parser,
+)
 from detectron2.layers import get_norm
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -20,7 +27,9 @@ from fpn_plugin import UserError, add_fpn_config, model_zoo
 from fpn_plugin.data import train_stream
 from fpn_plugin.engine import launch
 from fpn_plugin.engine.build_errors import explained_build_errors
+from fpn_plugin.engine.nonfinite import NonFiniteCheck
 from fpn_plugin.engine.trainer import FPNTrainer
+from fpn_plugin.errors import NonFiniteError
 from fpn_plugin.lazy import keys, model_node
 from fpn_plugin.lazy import model as lazy_model
 from fpn_plugin.lazy.training import dataloader_node, train_node
@@ -60,13 +69,40 @@ def narrow(name: str):
     return cfg
 
 
-def test_torchrun_is_refused_by_name(monkeypatch):
+@pytest.mark.parametrize(("on_cpu", "instead"), [(True, "train in one process"), (False, "start")])
+def test_torchrun_is_refused_by_name(monkeypatch, on_cpu, instead):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "init_process_group", lambda **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
     monkeypatch.delattr(comm, "create_local_process_group")
-    with pytest.raises(UserError, match="torchrun needs Detectron2 0.7 or later.*--num-gpus"):
-        launch._join_torchrun(on_cpu=True)
+    with pytest.raises(
+        UserError, match=f"^torchrun needs Detectron2 0.7 or later; {instead}.* instead$"
+    ):
+        launch._join_torchrun(on_cpu)
+
+
+def test_processes_on_the_cpu_are_refused_by_name(monkeypatch):
+    monkeypatch.delattr(comm, "create_local_process_group")
+    args = default_argument_parser().parse_args(["--num-gpus", "2"])
+    expected = "^MODEL.DEVICE cpu with 2 processes needs Detectron2 0.7 .*; train in one process"
+    with pytest.raises(UserError, match=expected):
+        launch.launch(print, args, "cpu", ())
+    args.num_gpus = 1
+    launch.launch(args.__setattr__, args, "cpu", ("opts", ["ran"]))
+    assert args.opts == ["ran"]
+
+
+def test_a_loss_that_is_not_finite_is_found_without_after_backward(monkeypatch):
+    monkeypatch.delattr(HookBase, "after_backward")
+    monkeypatch.setattr(TrainerBase, "after_backward", lambda self: None)
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda batch: {"loss_cls": model.weight.sum() * batch[0]["value"]}
+    batches = [[{"file_name": f"{i}.jpg", "value": [1.0, math.nan][i]}] for i in range(2)]
+    trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), 0.1))
+    trainer.register_hooks([NonFiniteCheck(model)])
+    with pytest.raises(NonFiniteError, match="^iteration 1: loss_cls not finite .*batch: 1.jpg"):
+        trainer.train(0, 2)
 
 
 def without_layer_norm(norm, channels):

@@ -108,6 +108,7 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
         )
     processes = args.num_gpus * args.num_machines
     if on_cpu and processes > 1:
+        _check_version(f"MODEL.DEVICE {device} with {processes} processes", "train in one process")
         # Detectron2's launcher takes NCCL wherever it sees a GPU, whatever the model's device.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     spawn(
@@ -129,10 +130,15 @@ def _join_torchrun(on_cpu: bool) -> None:
                 f"than the {torch.cuda.device_count()} found here"
             )
         torch.cuda.set_device(local_rank)
+    _check_version("torchrun", "train in one process" if on_cpu else "start with --num-gpus")
     dist.init_process_group(backend="gloo" if on_cpu else "nccl")
-    if not hasattr(comm, "create_local_process_group"):
-        raise UserError("torchrun needs Detectron2 0.7 or later; start with --num-gpus instead")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _check_version(what: str, instead: str) -> None:
+    """Refuses what release 0.6 cannot do, whose launcher starts processes on GPUs only."""
+    if not hasattr(comm, "create_local_process_group"):
+        raise UserError(f"{what} needs Detectron2 0.7 or later; {instead} instead")
 
 
 def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:

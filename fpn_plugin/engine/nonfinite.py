@@ -95,6 +95,8 @@ class NonFiniteCheck(HookBase):
     def _keep_losses(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training and isinstance(output, dict):
             self._losses = {name: loss.detach() for name, loss in output.items()}
+            if not hasattr(HookBase, "after_backward"):  # Detectron2 0.6
+                self.after_backward()
 
 
 def _in_any_process(bad: bool, device: torch.device) -> bool:

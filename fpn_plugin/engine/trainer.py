@@ -117,6 +117,20 @@ class FPNTrainer(DefaultTrainer):
         finish(RunConfig(self.cfg), self.results)
         return self.results
 
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, hooks, and the optimizer, which Detectron2 0.6 leaves out."""
+        return {**TrainerBase.state_dict(self), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them over."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+            return
+        logging.getLogger(__name__).warning(
+            "the checkpoint holds no optimizer (Detectron2 0.6 saved none): momentum begins at 0"
+        )
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The config's model, made to train fast.

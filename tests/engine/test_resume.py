@@ -89,6 +89,27 @@ def test_a_cut_run_is_the_uncut_one_bit_for_bit(squares, tmp_path, uncut, cuts, 
     assert differing_tensors(uncut, tmp_path / "model_final.pth") == []
 
 
+def test_detectron2_0_6_saves_no_optimizer_and_the_plugin_does(
+    squares, tmp_path, uncut, monkeypatch, caplog
+):
+    monkeypatch.delattr(DefaultTrainer, "state_dict")
+    monkeypatch.delattr(DefaultTrainer, "load_state_dict")
+    cfg = config(squares, tmp_path)
+    train(cfg, 3)
+    train(cfg)
+    assert differing_tensors(uncut, tmp_path / "model_final.pth") == []
+    last = torch.load(tmp_path / "model_0000003.pth")
+    del last["trainer"]["_trainer"]
+    torch.save(last, tmp_path / "model_0000003.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    caplog.clear()
+    trainer = FPNTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    (line,) = [r.getMessage() for r in caplog.records if "optimizer" in r.getMessage()]
+    assert line.endswith("holds no optimizer (Detectron2 0.6 saved none): momentum begins at 0")
+
+
 def test_the_comparison_sees_one_bit(uncut, tmp_path):
     state = torch.load(uncut)
     bias = state["model"]["backbone.fpn_lateral5.bias"]
