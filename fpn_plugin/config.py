@@ -88,12 +88,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
 
 
 def flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Names of all keys of a config, those of its sections too, as ``"MODEL.FPN.NORM"``.
-
-    Args:
-        cfg: the config.
-        prefix: what all of them begin with.
-    """
+    """All keys and sections of a config, such as ``"MODEL.FPN.NORM"``, after ``prefix``."""
     for key, value in cfg.items():
         yield prefix + key
         if isinstance(value, CfgNode):
@@ -101,10 +96,5 @@ def flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def value_at(cfg: CfgNode, key: str) -> Any:
-    """The value of a config under a dotted key such as ``"MODEL.FPN.NORM"``.
-
-    Args:
-        cfg: the config.
-        key: one of its keys, or a section's.
-    """
+    """The value, or the section, of a config under a key such as ``"MODEL.FPN.NORM"``."""
     return functools.reduce(operator.getitem, key.split("."), cfg)

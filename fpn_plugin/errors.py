@@ -11,7 +11,6 @@ __all__ = [
     "NonFiniteError",
     "UserError",
     "by_keys",
-    "first_line",
     "naming_keys",
     "near_names",
     "one_line",
@@ -21,15 +20,10 @@ __all__ = [
 class UserError(ValueError):
     """Something the user gave cannot be used: a key, a file, a name, a value.
 
-    The message is one line that says what was given, what was expected and which key or command
-    mends it. The commands print it without a traceback and exit with status 2. Code that catches
+    The message is one line: what was given, what was expected, and which key or command corrects
+    it. The commands print it without a traceback and exit with status 2. Code that catches
     ``ValueError`` catches it too.
     """
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """An error's message in one line of ``most`` characters; its type's name if it has none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 class NonFiniteError(UserError, FloatingPointError):
@@ -40,26 +34,25 @@ class NonFiniteError(UserError, FloatingPointError):
 
 
 def by_keys(message: str, keys: Mapping[str, str]) -> str:
-    """A message that names `arguments`, with the config keys they were read from in their place.
+    """Replaces the names of `arguments` in a message, in backquotes, by their config keys.
 
     Args:
-        message: with each argument's name in backquotes.
+        message: what it says.
         keys: the key of each argument; others stay as they are.
     """
     return re.sub(r"`(\w+)`", lambda name: keys.get(name[1], name[0]), message)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException, most: int = 500) -> str:
+    """An error's message in one line of ``most`` characters; its type's name if it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 @contextmanager
 def naming_keys(keys: Mapping[str, str]) -> Iterator[None]:
     """Makes errors raised within it name config keys instead of arguments, see :func:`by_keys`.
 
-    Classes and functions name their arguments. Code that calls them with values of a config wraps
-    the call in this.
+    It is for code that calls a function with values of a config.
     """
     try:
         yield
@@ -67,21 +60,16 @@ def naming_keys(keys: Mapping[str, str]) -> Iterator[None]:
         raise type(error)(by_keys(str(error), keys)) from error
 
 
-def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Says which of the known names the user may have meant.
-
-    Args:
-        name: what the user wrote.
-        known: the names there are.
-        most: how many names to suggest at most.
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The known names that the user may have meant by ``name``.
 
     Returns:
-        ``"did you mean A or B?"`` if a name is near, else ``"known: A, B, ..."`` with all names,
-        or the first twenty and a count if there are more.
+        ``"did you mean A or B?"`` with up to three near names. If there are none,
+        ``"known: A, B, ..."`` with all names, or the first twenty and a count of the others.
     """
     name, known = str(name), sorted(set(known))
     lowered = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=most, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(lowered[match] for match in near)}?"
     if not known:

@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def lazy_names() -> list[str]:
-    """Names of the packaged Python files of lazy configs; the others are made from the YAML."""
+    """Names of the packaged lazy configs in Python; YAML configs have lazy forms too."""
     root = _configs_root()
     return sorted(path.relative_to(root).as_posix() for path in (root / "lazy").rglob("*.py"))
 
@@ -42,7 +42,7 @@ def get_config_file(name: str) -> str:
         name: for example ``"COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``.
 
     Raises:
-        UserError: there is none of that name; says which are near.
+        UserError: there is none of that name; lists near names.
     """
     path = _configs_root() / name
     if not path.is_file():
@@ -64,7 +64,7 @@ def get_config(name: str) -> CfgNode:
 
 
 def get(name: str, device: str | None = None) -> nn.Module:
-    """The model of a packaged config, its weights initialised at random, in training mode.
+    """The model of a packaged config, with random weights, in training mode.
 
     Args:
         name: see :func:`get_config_file`.

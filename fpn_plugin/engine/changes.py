@@ -1,4 +1,4 @@
-"""The keys of a config that changed since a checkpoint, and what becomes of each."""
+"""The keys of a config that changed since a checkpoint, and what a resumed run does with each."""
 
 from __future__ import annotations
 
@@ -18,17 +18,11 @@ __all__ = ["Change", "changes", "check_length", "earlier_config_kept", "flat_con
 
 
 class Fate(NamedTuple):
-    """What becomes of a key's new value.
+    """What a resumed run does with a key's new value."""
 
-    Attributes:
-        outcome: for the user, before the keys that it holds for.
-        refused: whether the run cannot go on with it.
-        redraws: whether the order of images is drawn anew.
-    """
-
-    outcome: str
-    refused: bool = False
-    redraws: bool = False
+    outcome: str  # for the user, before the keys that it holds for
+    refused: bool = False  # whether the run cannot continue with it
+    redraws: bool = False  # whether the order of images is drawn anew
 
 
 _TAKEN = Fate("from here on")
@@ -36,7 +30,7 @@ _REDRAWN = Fate("from here on, with images in a new order", redraws=True)
 _SAME_RUN = Fate("")
 _WEIGHTS = Fate("not read, because weights are the checkpoint's")
 _SEED = Fate("not drawn, because the checkpoint keeps its seed")
-_REFUSED = Fate("what the optimizer has gathered cannot be kept with it", refused=True)
+_REFUSED = Fate("the optimizer's state cannot be kept with it", refused=True)
 
 
 def _is_drawn(seed: Any) -> bool:
@@ -44,64 +38,46 @@ def _is_drawn(seed: Any) -> bool:
 
 
 class _Row(NamedTuple):
-    keys: str
+    keys: tuple[str, ...]
     fate: Fate
     holds: Callable[[Any], bool] = lambda value: True
 
 
-# The first row counts that a key fits and whose condition holds for the new value. Rates and the
-# schedule are among those that are taken: each iteration's rate is the one that the config says.
+# The first row counts that names a key and whose condition holds for the new value. The rates and
+# the schedule are taken: each iteration's rate is the one that the config says.
 FATES = (
-    _Row("OUTPUT_DIR", _SAME_RUN),  # a folder may be moved
-    _Row("train.output_dir", _SAME_RUN),
-    _Row("MODEL.WEIGHTS", _WEIGHTS),
-    _Row("train.init_checkpoint", _WEIGHTS),
-    _Row("SEED", _SEED, _is_drawn),
-    _Row("SEED", _REDRAWN),
-    _Row("train.seed", _SEED, _is_drawn),
-    _Row("train.seed", _REDRAWN),
+    _Row(("OUTPUT_DIR", "train.output_dir"), _SAME_RUN),  # a folder may be moved
+    _Row(("MODEL.WEIGHTS", "train.init_checkpoint"), _WEIGHTS),
+    _Row(("SEED", "train.seed"), _SEED, _is_drawn),
+    _Row(("SEED", "train.seed", "DATASETS.TRAIN", "dataloader.train.dataset.*"), _REDRAWN),
     # A sampler that takes a part of the images has drawn which.
-    _Row("DATASETS.TRAIN", _REDRAWN),
-    _Row("DATALOADER.SAMPLER_TRAIN", _REDRAWN),
-    _Row("DATALOADER.RANDOM_SUBSET_RATIO", _REDRAWN),
-    _Row("dataloader.train.dataset.*", _REDRAWN),
-    _Row("dataloader.train.sampler*", _REDRAWN),
-    # They sort parameters into groups, by which an optimizer keeps its momentum.
-    _Row("SOLVER.WEIGHT_DECAY_NORM", _REFUSED),
-    _Row("SOLVER.WEIGHT_DECAY_BIAS", _REFUSED),
-    _Row("SOLVER.BIAS_LR_FACTOR", _REFUSED),
-    _Row("optimizer.params.base_lr", _TAKEN),
-    _Row("optimizer.params.*", _REFUSED),
-    _Row("optimizer._target_", _REFUSED),
-    # There is no loss scale to go on with.
-    _Row("SOLVER.AMP.ENABLED", _REFUSED, bool),
-    _Row("train.amp.enabled", _REFUSED, bool),
-    _Row("*", _TAKEN),
+    _Row(("DATALOADER.SAMPLER_TRAIN", "dataloader.train.sampler*"), _REDRAWN),
+    _Row(("DATALOADER.RANDOM_SUBSET_RATIO",), _REDRAWN),
+    # These sort parameters into groups, and an optimizer keeps its momentum by group.
+    _Row(("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"), _REFUSED),
+    _Row(("SOLVER.BIAS_LR_FACTOR", "optimizer._target_"), _REFUSED),
+    _Row(("optimizer.params.base_lr",), _TAKEN),
+    _Row(("optimizer.params.*",), _REFUSED),
+    # The checkpoint has no loss scale.
+    _Row(("SOLVER.AMP.ENABLED", "train.amp.enabled"), _REFUSED, bool),
+    _Row(("*",), _TAKEN),
 )
 
 
 class Change(NamedTuple):
-    """A key whose value is another than the checkpoint's.
-
-    Attributes:
-        key: as the config's user writes it.
-        text: the key with both values.
-        fate: of :data:`FATES`.
-    """
+    """A key whose value differs from the checkpoint's."""
 
     key: str
-    text: str
+    text: str  # the key with both values
     fate: Fate
 
 
 def flat_config(cfg: CfgNode | DictConfig) -> dict[str, Any]:
-    """Every key of a config by its path, with plain values: to keep in a checkpoint and compare.
-
-    Args:
-        cfg: a yacs config, or a lazy one, whose interpolations stay as they are written.
+    """Every key of a config with a plain value, to keep in a checkpoint and compare.
 
     Returns:
-        ``{"SOLVER.BASE_LR": 0.02, ...}``: numbers, text, None and lists of them.
+        ``{"SOLVER.BASE_LR": 0.02, ...}``: numbers, text, None and lists of them. Interpolations of
+        a lazy config stay as they are written.
     """
     tree = OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
     return dict(_leaves(tree, ""))
@@ -122,24 +98,28 @@ def _comparable(value: Any) -> Any:
         return [_comparable(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    # Objects of lazy configs: without an address, which differs from process to process.
+    # An object of a lazy config. Its repr has an address, which differs between processes.
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """The keys in which a config differs from the one of a checkpoint.
+    """The keys in which a resumed run's config differs from the checkpoint's.
 
     Args:
-        before: of the checkpoint, as :func:`flat_config` returns it.
-        now: of the run that goes on.
+        before: the checkpoint's, by :func:`flat_config`.
+        now: the run's, likewise.
     """
     found = []
     for key in sorted(before.keys() | now.keys()):
         if key in before and key in now and before[key] == now[key]:
             continue
         value = now.get(key)
-        fate = next(row.fate for row in FATES if fnmatchcase(key, row.keys) and row.holds(value))
+        fate = next(
+            row.fate
+            for row in FATES
+            if any(fnmatchcase(key, keys) for keys in row.keys) and row.holds(value)
+        )
         if fate is not _SAME_RUN:
             given = f"{key} {value!r}" if key in now else f"{key} left out"
             was = repr(before[key]) if key in before else "not there"
@@ -148,7 +128,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 
 def summary(found: list[Change]) -> str:
-    """The changes as a line: what becomes of which keys."""
+    """The changes as a line, by what the run does with them."""
     by_fate: dict[str, list[str]] = {}
     for change in found:
         by_fate.setdefault(change.fate.outcome, []).append(change.text)
@@ -156,32 +136,22 @@ def summary(found: list[Change]) -> str:
 
 
 def check_length(done: int, length: int, key: str) -> None:
-    """Refuses to go on with a training that is longer than it shall be.
-
-    Args:
-        done: iterations of the checkpoint.
-        length: iterations asked for.
-        key: the config key that asks for them.
-
-    Raises:
-        UserError: fewer are asked for than are done.
-    """
+    """Refuses to resume a training with fewer iterations (``key``'s ``length``) than are done."""
     if done > length:
         raise UserError(
             f"cannot resume: the checkpoint has {done} iterations, and {key} is {length}: give "
-            "as many or more, or evaluate it with --eval-only --resume"
+            "as many or more, or evaluate it with fpn-plugin evaluate --resume"
         )
 
 
 @contextmanager
 def earlier_config_kept(folder: str, always: bool) -> Iterator[None]:
-    """Within it, Detectron2 may write a folder's config.yaml; where what is within fails, the one
-    that was there is put back, because no iteration was trained by the other.
+    """Within it, a run begins and writes its config.yaml; if it fails, the earlier file returns.
 
     Args:
         folder: of the run.
-        always: put it back in any case, where the folder holds a training: an evaluation's config
-            is not the one that it was trained by.
+        always: the earlier file returns in any case if the folder has a checkpoint, because the
+            config of an evaluation is not the one that trained it.
     """
     path = Path(folder) / "config.yaml"
     earlier = path.read_bytes() if comm.is_main_process() and path.is_file() else None

@@ -7,10 +7,9 @@ import pickle
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlparse
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from fpn_plugin.errors import NonFiniteError, UserError, first_line
+from fpn_plugin.errors import NonFiniteError, UserError, one_line
 from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
 from fpn_plugin.utils.pickles import NO_PICKLE, load_arrays
 
@@ -32,26 +31,20 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _Dependent:
-    """Tensors of which one dimension depends on the data.
+class _Dependent(NamedTuple):
+    """Tensors of which one dimension depends on the data."""
 
-    Args:
-        names: pattern that the beginning of their names matches.
-        axis: the dimension.
-        on: what the dimension depends on.
-        keys: the config keys that set it.
-    """
-
-    names: str
-    axis: int
-    on: tuple[str, ...]
-    keys: str
+    names: str  # a pattern of the beginning of their names
+    axis: int  # the dimension
+    on: tuple[str, ...]  # what it depends on
+    keys: str  # the config keys that set it
 
 
 _BOXES = r"roi_heads\.box_predictor\.(\d+\.)?"  # cascades number their stages
+_POINTS = r"roi_heads\.keypoint_head\.score_lowres"
 _CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES (lazy: roi_heads.num_classes)"
 _ANCHORS = "MODEL.ANCHOR_GENERATOR (lazy: anchor_generator, num_anchors)"
+_KEYPOINTS = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (lazy: num_keypoints)"
 # All of Detectron2's architectures; FCOS has RetinaNet's names. The last row is for a user's heads.
 _DEPENDENT = (
     _Dependent(_BOXES + r"cls_score\.", 0, ("classes",), _CLASSES),
@@ -62,15 +55,9 @@ _DEPENDENT = (
         r"roi_heads\.mask_head\.predictor\.", 0, ("classes",),
         f"{_CLASSES}, ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
     ),
-    # A transposed convolution: its weight begins with the dimension of the input.
-    _Dependent(
-        r"roi_heads\.keypoint_head\.score_lowres\.weight", 1, ("keypoints",),
-        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (lazy: num_keypoints)",
-    ),
-    _Dependent(
-        r"roi_heads\.keypoint_head\.score_lowres\.bias", 0, ("keypoints",),
-        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS (lazy: num_keypoints)",
-    ),
+    # The weight of a transposed convolution begins with the dimension of the input.
+    _Dependent(_POINTS + r"\.weight", 1, ("keypoints",), _KEYPOINTS),
+    _Dependent(_POINTS + r"\.bias", 0, ("keypoints",), _KEYPOINTS),
     _Dependent(
         r"sem_seg_head\.predictor\.", 0, ("classes",),
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES (lazy: sem_seg_head.num_classes)",
@@ -90,8 +77,8 @@ _FIRST_CONVOLUTION = _Dependent(
     "", 1, ("channels of the image",), "MODEL.PIXEL_MEAN, PIXEL_STD, INPUT.FORMAT"
 )
 
-# Patterns of tensors' names, and the other keys that decide whether they exist and their shapes.
-_MENDED_BY = {
+# Patterns of tensors' names, and the other keys that decide on their existence and shape.
+_KEYS = {
     r"fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
     r"top_block": "MODEL.FPN.TOP_BLOCK, OUT_CHANNELS",
     r"bottom_up": "MODEL.RESNETS.DEPTH, NORM, NUM_GROUPS, WIDTH_PER_GROUP; MODEL.FPN.BOTTOM_UP",
@@ -104,10 +91,10 @@ _MENDED_BY = {
     r"^head\.": "MODEL.META_ARCHITECTURE, MODEL.RETINANET, MODEL.FPN.OUT_CHANNELS",
 }
 
-# What torch, pickle and Detectron2 raise if a file is not a checkpoint.
+# What torch, pickle and Detectron2 raise for a file that is not a checkpoint.
 _NO_CHECKPOINT = (*NO_PICKLE, AssertionError, RuntimeError)
 
-_OF_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # an archive; before torch 1.6, pickles
+_OF_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # an archive; a pickle, before torch 1.6
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 
 _TRUSTED = (
@@ -139,14 +126,7 @@ def _read(path: str, trust_pickle: bool = False) -> dict[Any, Any]:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Names the file in errors of reading it.
-
-    Args:
-        path: as the user gave it, a URL for example.
-
-    Raises:
-        UserError: the file cannot be read, would run code, or is not a checkpoint.
-    """
+    """Within it, a file is read; errors name it by what the user gave, for example a URL."""
     try:
         yield
     except UserError as error:
@@ -154,22 +134,20 @@ def _explained(path: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
     except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
-        raise UserError(f"{path!r} is not a checkpoint: {first_line(error)}") from error
+        raise UserError(f"{path!r} is not a checkpoint: {one_line(error)}") from error
 
 
-def _a_dict(content: Any) -> dict[Any, Any]:
+def _a_dict(content: Any, where: str = "it") -> dict[Any, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a value of type {_type(content)}, expected a dict of tensors")
+        kind = type(content).__name__
+        raise ValueError(f"{where} holds a value of type {kind}, expected a dict of tensors")
     return content
 
 
 def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
-    """A checkpoint with its weights under "model".
+    """A checkpoint of any layout that Detectron2 reads, with its weights under "model".
 
-    Args:
-        content: of any layout that Detectron2 reads: its own, its model zoo's, those of Caffe2
-            (.pkl) and pycls (.pyth).
-        path: of the file.
+    The layouts are Detectron2's own, its model zoo's, Caffe2's (.pkl) and pycls's (.pyth).
     """
     if path.endswith(".pyth"):
         if "model_state" not in content:
@@ -184,21 +162,10 @@ def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
     return {"model": kept, "__author__": author, "matching_heuristics": True}
 
 
-def _type(value: Any) -> str:
-    return type(value).__name__
-
-
 def _check_kind(path: str, of_torch_save: bool) -> None:
-    """Refuses files that hold no weights, and archives of which torch before 2.6 runs code in spite
-    of ``weights_only`` (CVE-2025-32434).
+    """Refuses files that hold no weights, and those that hold code, if torch.load shall run none.
 
-    Args:
-        path: of a file.
-        of_torch_save: whether torch.load is to read it without running code.
-
-    Raises:
-        ValueError: it holds no weights; the message says what it is.
-        UserError: it may hold code.
+    torch before 2.6 runs code of some archives in spite of ``weights_only`` (CVE-2025-32434).
     """
     with open(path, "rb") as file:
         head = file.read(512)
@@ -206,22 +173,23 @@ def _check_kind(path: str, of_torch_save: bool) -> None:
         if not head:
             raise ValueError("it is empty")
         if head.startswith(b"version https://git-lfs"):
-            raise ValueError(
-                "it is a pointer of git-lfs, which stands for the weights: get them by git lfs pull"
-            )
+            raise ValueError("it is git-lfs's pointer to the weights: get them by git lfs pull")
         if head.lstrip().lower().startswith(_HTML):
             raise ValueError(
-                "it is an HTML page, which a server sends that needs a log-in or has an error: "
-                "download the weights again"
+                "it is an HTML page, which servers send for a log-in or an error: download the "
+                "weights again"
             )
         if not of_torch_save:
             return
-        if _is_tar(file):
+        with (
+            suppress(tarfile.TarError),
+            tarfile.open(fileobj=file, mode="r:"),
+        ):  # as torch.load does
             raise UserError("it is a tar file, as torch before 0.1.10 wrote; these may run code")
     if not head.startswith(_OF_TORCH_SAVE):
-        raise ValueError(f"it begins with {head[:20]!r}, as no file of its kind does")
+        raise ValueError(f"it begins with {head[:20]!r}, unlike any file of torch.save")
     if head.startswith(_OF_TORCH_SAVE[0]):
-        # By torch's own reader: another one might see another content.
+        # torch's own reader, because another one may see other content.
         members = torch._C.PyTorchFileReader(path).get_all_records()
         if any(member.rpartition("/")[2] == "constants.pkl" for member in members):
             raise UserError(
@@ -229,54 +197,39 @@ def _check_kind(path: str, of_torch_save: bool) -> None:
             )
 
 
-def _is_tar(file: IO[bytes]) -> bool:
-    try:
-        with tarfile.open(fileobj=file, mode="r:"):  # as torch.load does
-            return True
-    except tarfile.TarError:
-        return False
-
-
 def weights_of(checkpoint: Any, *parts: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name.
 
     Args:
         checkpoint: the content of a file.
-        parts: keys that the weights may be under; without any of them, they are all of it.
+        parts: keys that the weights may be under; if it has none of them, it is all weights.
 
     Raises:
         ValueError: it holds no tensors, or anything else.
     """
     part = next((part for part in parts if isinstance(checkpoint, dict) and part in checkpoint), "")
-    weights = checkpoint[part] if part else checkpoint
     where = f"its {part!r}" if part else "it"
-    if not isinstance(weights, dict):
-        raise ValueError(
-            f"{where} holds a value of type {_type(weights)}, expected a dict of tensors"
-        )
+    weights = _a_dict(checkpoint[part] if part else checkpoint, where)
     if not weights:
         raise ValueError(f"{where} holds no tensors")
     for key, value in weights.items():
         named = f"{where} has {str(key)[:60]!r}"
         if not isinstance(key, str):
-            raise ValueError(f"{named} of type {_type(key)} for the name of a tensor")
+            raise ValueError(f"{named} of type {type(key).__name__} for the name of a tensor")
         if not isinstance(value, Tensor | np.ndarray):
-            raise ValueError(f"{named} of type {_type(value)}, expected a tensor")
+            raise ValueError(f"{named} of type {type(value).__name__}, expected a tensor")
         if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
             raise ValueError(f"{named} of dtype {value.dtype}, expected numbers")
     return {key: torch.as_tensor(value) for key, value in weights.items()}
 
 
 def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
-    """Reads a file of weights without running code that is in it.
+    """The content of a file of weights, read without running code that is in it.
 
     Args:
-        path: ``.safetensors``; ``.pkl`` of arrays, as in Detectron2's model zoo; or any file of
-            torch.save that holds tensors and plain values.
+        path: ``.safetensors``, whose weights are returned under "model"; ``.pkl`` of arrays, as in
+            Detectron2's model zoo; or torch.save's file of tensors and plain values.
         trust_pickle: also read files of torch.save that hold more. This runs code that is in them.
-
-    Returns:
-        The content; weights in safetensors are under "model".
 
     Raises:
         UserError: the file cannot be read, would run code, or holds something else.
@@ -288,11 +241,8 @@ def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str
 def classes_in(path: str | Path) -> list[str] | None:
     """Names of the classes that a checkpoint's model was trained on, in its order.
 
-    Args:
-        path: of a file; it may be missing or no checkpoint, which loading reports.
-
     Returns:
-        None if the file does not name them, as files of other programs do not.
+        None if the file does not name them, does not exist or is no checkpoint.
     """
     try:
         _check_kind(str(path), of_torch_save=True)
@@ -306,12 +256,12 @@ def classes_in(path: str | Path) -> list[str] | None:
 
 
 def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool = False) -> None:
-    """Writes a state dict.
+    """Writes a state dict, by safetensors to ``.safetensors``, else by torch.save.
 
     Args:
         state: tensors by name.
-        path: safetensors writes ``.safetensors``, torch.save all other suffixes.
-        bare: torch.save writes the state dict itself, as torchvision's files have it, instead of
+        path: of the file; its folder is made.
+        bare: torch.save writes the state dict itself, as in torchvision's files, instead of
             ``{"model": state dict}``.
     """
     path = Path(path)
@@ -326,20 +276,18 @@ class StrictCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also refuses weights that would leave a model half random.
 
     A training may start from weights of a part, such as a backbone; Detectron2 warns of the rest.
-    It may start from a detector of other classes, keypoints, anchors or image channels: tensors
-    that depend on their number are left out, and one line names them. Refused are a file of which
-    nothing fits, a tensor of another shape for any other reason, and, if ``complete`` is set or a
-    training is resumed, a file that lacks a parameter.
+    It may start from a detector of other classes, keypoints, anchors or image channels. Tensors
+    that depend on their number are then left out, and one line names them. A file of which nothing
+    fits is refused, and a tensor that has another shape for any other reason. So is a file that
+    lacks a parameter, if ``complete`` is set or a training is resumed.
 
-    Reading runs no code of the file, see :func:`read_checkpoint`. A file gets its name when it is
-    complete and on the disk.
+    Reading runs no code of the file. A file gets its name when it is complete and on the disk.
 
     Args:
         model: the model to load into.
-        save_dir: where checkpoints are kept.
+        save_dir: the folder of the checkpoints.
         complete: whether a file must have every parameter, as for evaluation.
-        classes: names of the model's classes in its order, which each checkpoint keeps; None if
-            they are not known.
+        classes: names of the model's classes in its order, for the checkpoints; None if unknown.
         checkpointables: see :class:`fvcore.common.checkpoint.Checkpointer`.
     """
 
@@ -362,7 +310,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         """Writes a checkpoint; see :meth:`fvcore.common.checkpoint.Checkpointer.save`.
 
         Raises:
-            UserError: the disk is full; earlier checkpoints stay.
+            UserError: the disk is full; earlier checkpoints remain.
             NonFiniteError: a weight is NaN or infinite.
         """
         if self.save_dir and self.save_to_disk:
@@ -383,11 +331,10 @@ class StrictCheckpointer(DetectionCheckpointer):
                 )
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Loads the last checkpoint or else ``path``; see
-        :meth:`fvcore.common.checkpoint.Checkpointer.resume_or_load`.
+        """Loads the last checkpoint or else ``path``; see :meth:`Checkpointer.resume_or_load`.
 
         Raises:
-            UserError: as :meth:`load`. If the last checkpoint cannot be loaded, the message names
+            UserError: see :meth:`load`. If the last checkpoint cannot be loaded, the message names
                 the others in its folder.
         """
         if not resume or not self.has_checkpoint():
@@ -431,9 +378,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         try:
             loaded = super().load(path, checkpointables=[])
         except OSError as error:
-            remedy = (
-                '; without a network, give a file, or "" to train from scratch, as MODEL.WEIGHTS'
-            )
+            remedy = "; without a network, set MODEL.WEIGHTS to a file, or to '' for random weights"
             remedy = remedy if "://" in path else ""
             raise UserError(f"cannot read weights {path!r}: {error}{remedy}") from error
         for key in self.checkpointables if checkpointables is None else checkpointables:
@@ -451,10 +396,9 @@ class StrictCheckpointer(DetectionCheckpointer):
         except UserError:
             raise
         except _NO_CHECKPOINT as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(
-                f"{key!r} of {self._path!r} cannot be loaded ({reason}): is it from another config "
-                "or another program?"
+                f"{key!r} of {self._path!r} cannot be loaded ({type(error).__name__}: "
+                f"{one_line(error)}): is it from another config or another program?"
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -479,11 +423,10 @@ class StrictCheckpointer(DetectionCheckpointer):
         try:
             incompatible = super()._load_model(checkpoint)
         except _NO_CHECKPOINT as error:  # matching names, or a tensor without values
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self._path!r} does not fit this model: {reason}") from error
+            raise UserError(f"{self._path!r} does not fit this model: {one_line(error)}") from error
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]
-        # Batch norms count batches in a tensor that torch never reports as missing.
+        # torch never reports the tensors in which batch norms count batches as missing.
         parameters = [k for k in state if not k.endswith("num_batches_tracked")]
         if not set(parameters) - set(missing) - set(wrong):
             raise UserError(
@@ -495,11 +438,11 @@ class StrictCheckpointer(DetectionCheckpointer):
             for key, shapes in wrong.items()
             if key in dependent and _differ_in_one(*shapes, dependent[key].axis)
         }
-        # Shapes that other data does not explain are reported first.
+        # Report the shapes that other data does not explain first.
         for key in sorted(wrong, key=lambda key: key in left):
             if self._complete or key not in left:
                 saved, built = wrong[key]
-                keys = left[key].keys if key in left else _mended_by(key)
+                keys = left[key].keys if key in left else _keys_of(key)
                 raise UserError(
                     f"{self._path!r} does not fit in {len(wrong)} tensors: {key} is {saved} in "
                     f"the file and {built} in the model; see {keys}"
@@ -507,11 +450,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         if self._complete and missing:
             raise UserError(
                 f"{self._path!r} lacks {len(missing)} of the model's {len(parameters)} tensors, "
-                f"{', '.join(missing[:3])} among them; see {_mended_by(missing[0])}"
+                f"{', '.join(missing[:3])} among them; see {_keys_of(missing[0])}"
             )
         if left:
-            # 9 anchors of 3 classes have the shape of 3 anchors of 9 classes: only a tensor that
-            # depends on one of the two distinguishes them.
+            # 9 anchors of 3 classes have the shape of 3 anchors of 9 classes. Only a tensor that
+            # depends on one of the two can tell them apart.
             single = {row.on[0] for row in left.values() if len(row.on) == 1}
             for key, row in dependent.items():
                 if len(row.on) > 1 and single & set(row.on) and key not in (*left, *missing):
@@ -519,7 +462,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                     left[key] = row
                     wrong[key] = (tuple(state[key].shape),) * 2
             self.logger.warning(self._left_out(left, wrong, len(parameters) - len(missing)))
-            # Detectron2 would warn of each again.
+            # Otherwise Detectron2 warns of each again.
             incompatible.incorrect_shapes.clear()
             incompatible.missing_keys[:] = missing
         return incompatible
@@ -569,8 +512,6 @@ def _differ_in_one(saved: Sequence[int], built: Sequence[int], axis: int) -> boo
     return len(saved) == len(built) and places == [axis]
 
 
-def _mended_by(key: str) -> str:
-    for part, config_keys in _MENDED_BY.items():
-        if re.search(part, key):
-            return config_keys
-    return "the config that the weights were trained with"
+def _keys_of(tensor: str) -> str:
+    found = (keys for pattern, keys in _KEYS.items() if re.search(pattern, tensor))
+    return next(found, "the config that the weights were trained with")

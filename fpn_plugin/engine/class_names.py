@@ -22,19 +22,19 @@ def match_datasets(
     training: bool,
     classes: int | None,
 ) -> None:
-    """Has all datasets of a run number their categories as its model does.
+    """Makes all datasets of a run number their categories as its model does.
 
-    The order is that of the weights, if they have one and the classes are those trained on; or else
-    that of the first dataset to train on.
+    The order is that of the weights, if the file names classes and they are those trained on.
+    Otherwise it is that of the first dataset to train on.
 
     Args:
         train: names of the datasets to train on.
         test: names of those to evaluate on.
-        weights: what the run begins with.
+        weights: what the run begins with, unless it resumes a checkpoint of ``output_dir``.
         output_dir: where its checkpoints are.
-        resume: whether it goes on from the last of these, if there is one.
+        resume: whether it resumes the last of these, if there is one.
         training: whether it trains, or only evaluates.
-        classes: the model's number of them; None for a model without.
+        classes: how many the model has; None for a model without classes.
 
     Raises:
         UserError: a dataset has categories of other names.
@@ -46,7 +46,7 @@ def match_datasets(
         weights = str(Path(output_dir, last.read_text(errors="replace").strip()))
     known, first = classes_in(weights), class_order(train[0]) if train else None
     datasets = (*train, *test) if training else test
-    # Training on others than the weights know is fine-tuning.
+    # A training on other classes than the weights' is fine-tuning.
     if known is not None and (not training or sorted(known) == sorted(first or ())):
         follow_classes(datasets, known, f"the weights {Path(weights).name!r}")
     elif first is not None and (training or len(first) == classes):

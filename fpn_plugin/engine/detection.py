@@ -35,13 +35,13 @@ def detect_images(
     Args:
         detector: the config's.
         cfg: the config.
-        images: with annotations, a picture shows them next to the detections.
+        images: if one has annotations, its picture shows them next to the detections.
         output: folder to write to.
         threshold: least score to draw; the JSON has all detections.
-        truth_names: of the categories of the annotations; by default those of the model.
+        truth_names: categories of the annotations; by default those of the model.
 
     Returns:
-        Which images cannot be read, a message each; the others are written.
+        A message for each image that cannot be read. The others are written.
 
     Raises:
         UserError: a picture would be written over an image.
@@ -67,15 +67,9 @@ def detect_images(
             truth = _drawn_truth(given.annotations, truth_names or names)
         drawn = [_drawn(d) for d in detections if d["score"] >= threshold]
         draw_detections(rgb_of(cfg, image), drawn, output / picture, truth, layout)
-        records.append(
-            {
-                "file": str(given.path),
-                "picture": picture,
-                "width": image.shape[1],
-                "height": image.shape[0],
-                "detections": detections,
-            }
-        )
+        height, width = image.shape[:2]
+        record = {"file": str(given.path), "picture": picture, "width": width, "height": height}
+        records.append({**record, "detections": detections})
     output.mkdir(parents=True, exist_ok=True)
     (output / "detections.json").write_text(json.dumps(records, indent=1))
     return unreadable
@@ -88,37 +82,28 @@ def _class_name(index: int, names: Sequence[str]) -> str:
 def _describe(
     found: Instances, names: Sequence[str], layout: KeypointLayout
 ) -> list[dict[str, Any]]:
-    """Detections as JSON has them, best first; boxes XYWH in pixels, as COCO's."""
-    points = found.pred_keypoints.tolist() if found.has("pred_keypoints") else [None] * len(found)
-    levels = found.pyramid_level.tolist() if found.has("pyramid_level") else [None] * len(found)
-    rows = zip(
-        found.pred_boxes.tensor.tolist(),
-        found.scores.tolist(),
-        found.pred_classes.tolist(),
-        levels,
-        points,
-        strict=True,
-    )
-    return [
+    """Detections for the JSON, best first; boxes XYWH in pixels, as COCO's."""
+    fields = found.get_fields()
+    levels = fields["pyramid_level"].tolist() if "pyramid_level" in fields else [None] * len(found)
+    boxes, scores = found.pred_boxes.tensor.tolist(), found.scores.tolist()
+    described: list[dict[str, Any]] = [
         {
             "category": _class_name(index, names),
             "class": index,
             "score": round(score, 5),
             "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
             "level": level,
-            **({} if keypoints is None else {"keypoints": _named_keypoints(keypoints, layout)}),
         }
-        for (x0, y0, x1, y1), score, index, level, keypoints in rows
+        for (x0, y0, x1, y1), score, index, level in zip(
+            boxes, scores, found.pred_classes.tolist(), levels, strict=True
+        )
     ]
-
-
-def _named_keypoints(
-    points: Sequence[Sequence[float]], layout: KeypointLayout
-) -> list[dict[str, Any]]:
-    return [
-        {"name": layout.name(index), "x": round(x, 2), "y": round(y, 2), "score": round(score, 5)}
-        for index, (x, y, score) in enumerate(points)
-    ]
+    for detection, points in zip(described, fields.get("pred_keypoints", ()), strict=False):
+        detection["keypoints"] = [
+            {"name": layout.name(k), "x": round(x, 2), "y": round(y, 2), "score": round(score, 5)}
+            for k, (x, y, score) in enumerate(points.tolist())
+        ]
+    return described
 
 
 def _drawn(detection: dict[str, Any]) -> DrawnBox:

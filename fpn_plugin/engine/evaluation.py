@@ -1,4 +1,4 @@
-"""COCO's evaluation for models that may give more detections than COCO counts."""
+"""COCO's evaluation, also of more detections than COCO counts."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from detectron2.utils.logger import create_small_table
 
 __all__ = ["DetectionEvaluator"]
 
-# Detections of a category in an image that COCO's evaluation takes, the best first.
+# How many detections of a category in an image COCO's evaluation takes, the best first.
 _COCO_LIMITS = {"bbox": 100, "segm": 100, "keypoints": 20}
 
 
 class DetectionEvaluator(COCOEvaluator):
-    """COCOEvaluator that also evaluates all that a model may give.
+    """COCOEvaluator that also evaluates all detections that a model may give.
 
-    COCO takes the best 100 detections of a category in an image, and the best 20 by keypoints. Of
-    more objects the others count as missed, even if they were found. Where a model may give more,
-    the results have each task twice: ``"bbox"`` is COCO's, ``"bbox@300"`` takes all of the 300
-    that the model may give. Both then have AR as well.
+    COCO takes the best 100 detections of a category in an image, and 20 with keypoints. Objects
+    beyond that count as missed, even if the model found them. If a model may give more detections,
+    the results have each task twice: ``"bbox"`` is COCO's, and ``"bbox@300"`` takes all 300 that
+    the model may give. Both then have AR too.
 
     Args:
-        dataset_name: as of COCOEvaluator.
-        tasks: likewise.
-        distributed: likewise.
-        output_dir: likewise.
-        detections_per_image: as many as the model may give for an image; negative for no limit
-            (``"bbox@all"``).
+        dataset_name: see COCOEvaluator.
+        tasks: see COCOEvaluator.
+        distributed: see COCOEvaluator.
+        output_dir: see COCOEvaluator.
+        detections_per_image: how many the model may give; negative for no limit (``"bbox@all"``).
         options: further arguments of COCOEvaluator.
     """
 
@@ -69,7 +68,7 @@ class DetectionEvaluator(COCOEvaluator):
     ) -> dict[str, float]:
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if class_names is not None and numbers:
-            # COCO's evaluation has categories in the order of their ids.
+            # COCO's evaluation orders categories by their ids.
             class_names = [class_names[numbers[category]] for category in sorted(numbers)]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         coco_limit = _COCO_LIMITS[iou_type]
@@ -116,6 +115,6 @@ def _summary(coco_eval: Any, metric: str) -> OrderedDict[str, float]:
 
 
 def _mean(values: Any) -> float:
-    """In percent; COCO's -1 is for what is not there."""
+    """The mean in percent, without COCO's -1 for missing values."""
     there = values[values > -1]
     return float(there.mean() * 100) if there.size else float("nan")

@@ -8,25 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+import torch.distributed as dist
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
-from torch import nn
-from torch.optim import Optimizer
 
 from fpn_plugin.utils.atomic import explained_full_disk
 from fpn_plugin.visualization import plot_losses
 
-from .cpu_ddp import distributed_model
-from .evaluation_hook import JointEvalHook
 from .level_statistics import LevelStatistics
 from .nonfinite import NonFiniteCheck, SkippedSteps
-from .precision import settle_precision
 from .resume import ResumeState
 from .run_config import RunConfig
-from .settings import check_mixed_precision
 
-__all__ = ["LossCurve", "TrainingHooks", "step_trainer"]
+__all__ = ["JointEvalHook", "LossCurve", "TrainingHooks"]
 
 
 class LossCurve(HookBase):
@@ -47,28 +42,40 @@ class LossCurve(HookBase):
             logging.getLogger(__name__).info("Loss curve in %s", picture)
 
 
-def step_trainer(
-    model: nn.Module, loader: Any, optimizer: Optimizer, config: RunConfig, **ddp: Any
-) -> SimpleTrainer:
-    """Detectron2's trainer of single steps, in the precision that the config names.
+class JointEvalHook(EvalHook):
+    """Detectron2's EvalHook for several processes.
 
-    Args:
-        model: wrapped for distributed training if there are several processes.
-        loader: gives the batches.
-        optimizer: of the model's parameters.
-        config: of the run.
-        ddp: arguments of Detectron2's ``create_ddp_model``.
+    All of them evaluate the model that a checkpoint would hold, with the main process's buffers.
+    Statistics of batch normalisation that is not frozen are each process's own, because Detectron2
+    trains with ``broadcast_buffers=False``.
 
-    Raises:
-        UserError: the device or this Detectron2 cannot train in that precision.
+    After an iteration that failed, nothing is evaluated. Detectron2's hook evaluates after the last
+    iteration even if one process failed in it, and the others then wait for that process.
     """
-    check_mixed_precision(config["amp"], config["device"], config.key("amp"))
-    model = distributed_model(model, config["device"], **ddp)
-    if not config["amp"]:
-        return SimpleTrainer(model, loader, optimizer)
-    trainer = AMPTrainer(model, loader, optimizer)
-    settle_precision(trainer, config["amp_dtype"], config.key("amp_dtype"))
-    return trainer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._finished = True
+
+    def before_step(self) -> None:
+        """Notes that an iteration has begun."""
+        self._finished = False
+
+    def after_step(self) -> None:
+        """Evaluates if the period says so."""
+        self._finished = True
+        super().after_step()
+
+    def after_train(self) -> None:
+        """Evaluates if all iterations are done."""
+        if self._finished:
+            super().after_train()
+
+    def _do_eval(self) -> None:
+        if comm.get_world_size() > 1:
+            for buffer in self.trainer.model.buffers():
+                dist.broadcast(buffer, src=0)
+        super()._do_eval()
 
 
 class TrainingHooks:
@@ -130,7 +137,7 @@ class TrainingHooks:
             NonFiniteError: a loss or a prediction is NaN or infinite; names the iteration and
                 the batch's files.
         """
-        remedy = "make room, then go on with --resume"
+        remedy = "make room, then continue with --resume"
         full = explained_full_disk(f"to {self._config['output_dir']}", remedy)
         with full, self._nonfinite.explained():
             yield

@@ -29,11 +29,10 @@ class Detector:
 
     It takes the same image and resizes it in the same way. It differs in this:
 
-    * It returns the ``Instances`` themselves, on the CPU, not a dict that holds them. A panoptic
-      model's segmentation is left out. A model that gives proposals only is refused.
-    * Detections of R-CNN models carry ``pyramid_level``, see
-      :func:`fpn_plugin.inspection.forward_trace.recorded_levels`.
-    * Weights that lack a parameter of the model are refused.
+    * It returns the ``Instances``, on the CPU, not a dict that holds them. It leaves out a panoptic
+      model's segmentation, and refuses a model that gives only proposals.
+    * Detections of R-CNN models have ``pyramid_level``.
+    * It refuses weights that lack a parameter of the model.
     * INPUT.FORMAT may also be L or RGBA.
 
     Args:
@@ -48,7 +47,7 @@ class Detector:
         self._cfg = cfg.clone()
         with explained_build_errors(cfg):
             self.model: nn.Module = build_model(self._cfg).eval()
-        """The model; it may be replaced by an optimised copy."""
+        """The model; an optimised copy may replace it."""
         StrictCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
         if optimize is not None:
             self.model = optimize_for_inference(self.model, dtype=optimize)
@@ -61,13 +60,13 @@ class Detector:
                 RGB), else in INPUT.FORMAT, as :func:`fpn_plugin.data.read_picture` reads it.
 
         Returns:
-            ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``, and,
-            for R-CNN models other than cascades that pool from a pyramid, ``pyramid_level``:
-            int64, k of Eq. (1) for the proposal that each detection comes from.
+            ``Instances`` on the CPU with Detectron2's fields, boxes in pixels of ``image``. R-CNN
+            models that pool from a pyramid, except cascades, add ``pyramid_level``: int64, k of
+            Eq. (1) for the proposal that each detection comes from.
 
         Raises:
-            UserError: the image has other channels than INPUT.FORMAT, or the model gives proposals
-                only (RPN).
+            UserError: the image has other channels than INPUT.FORMAT, or the model gives only
+                proposals (RPN).
         """
         height, width = image.shape[:2]
         resized, _ = resized_picture(self._cfg, image)
@@ -88,13 +87,10 @@ def class_names(cfg: CfgNode) -> list[str]:
     if saved is not None:
         return saved
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("thing_classes") is None and Path(metadata.get("json_file", "")).is_file():
+            DatasetCatalog.get(name)  # a JSON's categories are known when it is loaded
         names = MetadataCatalog.get(name).get("thing_classes")
-        if names is None and name in DatasetCatalog.list():
-            # A JSON's categories are known once it is loaded.
-            if not Path(MetadataCatalog.get(name).get("json_file", "")).is_file():
-                continue
-            DatasetCatalog.get(name)
-            names = MetadataCatalog.get(name).get("thing_classes")
         if names is not None:
             return list(names)
     return []

@@ -1,4 +1,4 @@
-"""Starting processes, and ending them in one clear line where the user has something to mend."""
+"""Processes: how a command starts them, and how an error of the user ends them in one line."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ["launch", "quiet_third_parties", "run_tool"]
 
 _USER_ERROR_STATUS = 2
 _INTERRUPTED_STATUS = 130  # what a shell reports for SIGINT
-# What gloo and torch's store say where another process has ended.
+# What gloo and torch's store report if another process has ended.
 _PEER_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused", re.I)
-_GRACE = 2.0  # seconds
-_PATIENCE = 10.0  # seconds in which a launcher ends what is left of its processes
+_RANK_0_FIRST = 2.0  # seconds
+_LAUNCHER_FIRST = 10.0  # seconds in which a launcher ends the processes that are left
 
 
 def run_tool(main: Callable[[], Any]) -> None:
     """Runs a command's main function; a :class:`UserError` becomes one line and exit status 2.
 
-    Errors of other kinds are defects and keep their traceback.
+    Other errors are defects and keep their traceback.
     """
     quiet_third_parties()
     try:
@@ -44,26 +44,26 @@ def run_tool(main: Callable[[], Any]) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _leave(0)
     except UserError as error:
-        # torchrun's processes all come here before they are joined; one of them says why.
+        # Before torchrun's processes are joined, all of them come here, and one reports the error.
         if os.environ.get("RANK", "0") != "0":
             _leave(_USER_ERROR_STATUS)
         _exit_with(error)
     except ProcessExitedException as error:
-        if error.exit_code >= 0:  # of a process that has said why
+        if error.exit_code >= 0:  # the process has reported its error
             sys.exit(error.exit_code)
         why = " (out of memory?)" if -error.exit_code == signal.SIGKILL else ""
         reason = f"process {error.error_index} was ended by {error.signal_name}{why}"
         print(f"error: {reason}; the others were stopped", file=sys.stderr, flush=True)
         sys.exit(128 - error.exit_code)  # as a shell reports signals
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on (fpn-plugin train: with --resume)"
+        message = "interrupted; run the same command to continue (fpn-plugin train: with --resume)"
         print(f"\n{message}", file=sys.stderr)
         sys.exit(_INTERRUPTED_STATUS)
 
 
 @contextmanager
 def _explained_files() -> Iterator[None]:
-    """Within it, what the system says of a file or folder is a :class:`UserError`."""
+    """Within it, an error that names a file or folder is a :class:`UserError`."""
     try:
         yield
     except OSError as error:
@@ -75,18 +75,18 @@ def _explained_files() -> Iterator[None]:
 def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tuple) -> None:
     """Runs ``worker(*worker_args)`` in every process that the command line asks for.
 
-    Under torchrun the processes are there already. Otherwise Detectron2's launcher starts
-    ``args.num_gpus`` of them on this machine. On the CPU they talk through gloo. Where one ends
-    with an error, by itself or by a signal, either launcher ends the others.
+    torchrun has started the processes already. Otherwise Detectron2's launcher starts
+    ``args.num_gpus`` on this machine. On the CPU they communicate by gloo. If one ends with an
+    error or by a signal, either launcher ends the others.
 
     Args:
-        worker: importable by name; each process calls it.
+        worker: can be pickled, as its arguments.
         args: of Detectron2's argument parser.
         device: the config's MODEL.DEVICE.
-        worker_args: can be pickled.
+        worker_args: arguments of the worker.
 
     Raises:
-        UserError: there is no machine of that rank, or no way to it.
+        UserError: no machine has that rank, or its address is missing.
     """
     on_cpu = not device.startswith("cuda")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -109,7 +109,7 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
     processes = args.num_gpus * args.num_machines
     if on_cpu and processes > 1:
         _check_version(f"MODEL.DEVICE {device} with {processes} processes", "train in one process")
-        # Detectron2's launcher takes NCCL wherever it sees a GPU, whatever the model's device.
+        # Detectron2's launcher uses NCCL if it sees a GPU, whatever the model's device.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     spawn(
         _guarded,
@@ -142,7 +142,7 @@ def _check_version(what: str, instead: str) -> None:
 
 
 def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
-    """A worker whose user errors are one line; runs in processes of their own as well."""
+    """Runs a worker, in this process or a started one; a user's error becomes one line."""
     quiet_third_parties()
     try:
         with _explained_files():
@@ -151,34 +151,34 @@ def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
             _leave(0)
     except UserError as error:
         if comm.get_rank() > 0:
-            time.sleep(_GRACE)  # what all of them find, the first says; the launcher ends this one
+            time.sleep(_RANK_0_FIRST)  # it reports what all find, and the launcher ends the others
         _exit_with(error)
     except RuntimeError as error:
         if comm.get_world_size() == 1 or not _PEER_LOST.search(str(error)):
             raise
-        # Launchers report the process that ends first: let that be the one that failed. They end
-        # this one meanwhile, unless the process lost is another machine's.
-        time.sleep(_PATIENCE)
-        reason = f"process {comm.get_rank()} lost another process, which says why: {error}"
+        # Launchers report the process that ends first, which should be the one that failed. They
+        # end this one meanwhile, unless the lost process is another machine's.
+        time.sleep(_LAUNCHER_FIRST)
+        reason = f"process {comm.get_rank()} lost another process, which reports why: {error}"
         _exit_with(UserError(" ".join(reason.split())))
 
 
 def _exit_with(error: UserError) -> NoReturn:
-    # A data loader's worker hands its error on wrapped in a traceback, as text.
+    # A data loader's worker passes its error on as the text of a traceback.
     text = str(error)
     if "Traceback (most recent call last)" in text:
         text = text.strip().splitlines()[-1].partition(f"{UserError.__name__}: ")[2] or text
-    # Line and line end in one: other processes may write to the same place meanwhile.
+    # The line and its end in one call: other processes may write to the same place.
     sys.stderr.write(f"error: {text}\n")
     sys.stderr.flush()
     _leave(_USER_ERROR_STATUS)
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process; one of several does without the interpreter's own taking apart.
+    """Ends the process. If it is one of several, the interpreter does not clean up.
 
-    There gloo's threads have been seen to abort a process that had done its work, and launchers
-    to report that signal as the failure.
+    In that clean-up, gloo's threads sometimes abort a process that has done its work, and the
+    launcher reports the signal as the failure.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or _is_spawned():
         sys.stdout.flush()
@@ -191,25 +191,23 @@ def _leave(status: int) -> NoReturn:
 
 
 def _is_spawned() -> bool:
-    """Whether this is a process of Detectron2's launcher's."""
+    """Whether Detectron2's launcher has started this process."""
     return comm.get_world_size() > 1 and multiprocessing.parent_process() is not None
 
 
-class _WithoutUserErrors(logging.Filter):
-    """Drops Detectron2's log of a traceback where another line reports the error."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        reason = (UserError, FloatingPointError)
-        return not (record.exc_info and isinstance(record.exc_info[1], reason))
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    """False for Detectron2's traceback of an error that another line reports."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, UserError | FloatingPointError)
 
 
-def _says_more_than_no_version(record: logging.LogRecord) -> bool:
-    """False for Detectron2's warning of a config of today without VERSION, which none needs."""
+def _is_not_about_version(record: logging.LogRecord) -> bool:
+    """False for Detectron2's warning that a config has no VERSION, which no config needs."""
     return "compatible with latest" not in record.getMessage()
 
 
 def quiet_third_parties() -> None:
-    """Hides from users what other libraries log for their own developers."""
+    """Hides what other libraries log for their own developers."""
     for category, module, message in (
         (FutureWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
         (DeprecationWarning, r"torch\.jit.*", r"`torch\.jit\.script.*"),
@@ -222,5 +220,5 @@ def quiet_third_parties() -> None:
         (FutureWarning, r"fvcore\..*", ""),
     ):
         warnings.filterwarnings("ignore", message=message, category=category, module=module)
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_WithoutUserErrors())
-    logging.getLogger("detectron2.config.compat").addFilter(_says_more_than_no_version)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    logging.getLogger("detectron2.config.compat").addFilter(_is_not_about_version)

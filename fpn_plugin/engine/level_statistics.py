@@ -16,10 +16,9 @@ __all__ = ["LevelStatistics"]
 
 
 class LevelStatistics(HookBase):
-    """Logs the figures of :func:`.level_scalars` once a period to Detectron2's event storage, which
-    writes them to TensorBoard and metrics.json.
+    """Logs the figures of :func:`.level_scalars` once a period to TensorBoard and metrics.json.
 
-    The last iteration of each period is observed; others run as without the hook. Figures are of
+    It observes the last iteration of each period; others run as without the hook. Figures are of
     that iteration's batch in all processes, and are not smoothed. Every process needs the hook,
     before hooks that write.
 
@@ -34,8 +33,8 @@ class LevelStatistics(HookBase):
     def __init__(self, model: nn.Module, period: int) -> None:
         if period < 1:
             raise UserError(
-                f"MODEL.FPN.LEVEL_STATS_PERIOD is {period}; expected a number of "
-                "iterations, or 0 for no statistics"
+                f"MODEL.FPN.LEVEL_STATS_PERIOD is {period}, expected a number of iterations, or 0 "
+                "for no statistics"
             )
         self._model = model
         self._period = period

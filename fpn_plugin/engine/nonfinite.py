@@ -1,4 +1,4 @@
-"""Hooks that stop a training at numbers that are not finite, and say where they came from."""
+"""Hooks that stop a training at NaN or infinite numbers, and say where they come from."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from fpn_plugin.errors import NonFiniteError
+from fpn_plugin.errors import NonFiniteError, one_line
 
 __all__ = ["NonFiniteCheck", "SkippedSteps"]
 
+# GradScaler begins with a loss scale of 2^16, and after so many halvings it is 2^-16.
 _MOST_SKIPPED_IN_A_ROW = 32
-"""Halved so often, the loss scale is 2^-16 of the one that GradScaler begins with, below 1."""
 
 
 class NonFiniteCheck(HookBase):
     """Stops a training at the first loss that is NaN or infinite, before weights are changed.
 
-    Every process looks at its own losses, so the files named are those of the batch that gave
-    them. Gradients are averaged over processes by then, and bad ones are in all of them: where
-    one process stops, all do. To be registered with the trainer that runs the step: a
-    DefaultTrainer's ``_trainer``. Losses are read where Detectron2 reads them too, after the
-    backward pass: no wait is added but, in several processes, that for one number of each.
+    Every process looks at its own losses, so the error names the files of the batch that gave
+    them. Gradients are averaged over processes by then, so if one process stops, all do. The hook
+    belongs to the trainer that runs the step: a DefaultTrainer's ``_trainer``. It reads losses
+    after the backward pass, where Detectron2 reads them too, and so adds no wait in one process.
 
     Args:
         model: the one trained; returns a dict of losses.
-        remedy: what a run that diverged is resumed with, by the keys of its config.
+        remedy: what to resume with after a run diverged, by the keys of its config.
     """
 
     def __init__(self, model: nn.Module, remedy: str = "a lower learning rate") -> None:
@@ -46,11 +45,11 @@ class NonFiniteCheck(HookBase):
         model.register_forward_hook(self._keep_losses)
 
     def after_backward(self) -> None:
-        """Looks at the losses.
+        """Checks the losses.
 
         Raises:
-            NonFiniteError: one is NaN or infinite in some process; names it, the iteration and
-                the files of that process's batch, in every process.
+            NonFiniteError: one is NaN or infinite in some process; in every process, the message
+                names it, the iteration and the files of that batch.
         """
         if not self._losses:
             return
@@ -67,24 +66,19 @@ class NonFiniteCheck(HookBase):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it, what Detectron2 or the plugin find not finite is reported with the batch.
-
-        Raises:
-            NonFiniteError: instead of any FloatingPointError.
-        """
+        """Within it, any FloatingPointError becomes a NonFiniteError that names the batch."""
         try:
             yield
         except FloatingPointError as error:
             if str(error).startswith("iteration "):
                 raise
-            raise NonFiniteError(self._message(" ".join(str(error).split()))) from error
+            raise NonFiniteError(self._message(one_line(error))) from error
 
     def _message(self, what: str) -> str:
         return (
             f"iteration {self.trainer.iter}: {what}; batch: {', '.join(self._names)}. Either the "
-            "annotations of these images are broken, or training diverged: the same command with "
-            f"--resume and {self._remedy} goes on with that from the checkpoint that "
-            "last_checkpoint names"
+            "annotations of these images are broken, or training diverged: continue from the last "
+            f"checkpoint by the same command with --resume and {self._remedy}"
         )
 
     def _keep_names(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -100,7 +94,7 @@ class NonFiniteCheck(HookBase):
 
 
 def _in_any_process(bad: bool, device: torch.device) -> bool:
-    """Whether it is so in any; all processes must ask, with a device that they talk through."""
+    """Whether ``bad`` is true in any process; all must call it, with a device of their backend."""
     if comm.get_world_size() == 1:
         return bad
     flag = torch.tensor(float(bad), device=device)
@@ -109,10 +103,10 @@ def _in_any_process(bad: bool, device: torch.device) -> bool:
 
 
 class SkippedSteps(HookBase):
-    """Counts the steps that mixed precision leaves out because gradients overflowed.
+    """Counts the steps that mixed precision skips because gradients overflowed.
 
-    GradScaler then halves the loss scale and goes on without a word. The count is the scalar
-    ``skipped_steps`` of metrics.json; each step left out is logged.
+    GradScaler then halves the loss scale and reports nothing. The count is the scalar
+    ``skipped_steps`` of metrics.json, and each skipped step is logged.
 
     Args:
         optimizer: the one trained with.
@@ -130,14 +124,14 @@ class SkippedSteps(HookBase):
         self._stepped = True
 
     def before_step(self) -> None:
-        """Begins to watch an iteration."""
+        """Notes that an iteration has begun."""
         self._stepped = False
 
     def after_step(self) -> None:
         """Counts it if the optimizer did not step.
 
         Raises:
-            NonFiniteError: no step of the last 32 was taken.
+            NonFiniteError: the last 32 steps were all skipped.
         """
         self._in_a_row = 0 if self._stepped else self._in_a_row + 1
         if not self._stepped:
@@ -161,5 +155,5 @@ class SkippedSteps(HookBase):
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on counting."""
+        """Continues the count."""
         self.skipped = state["skipped"]

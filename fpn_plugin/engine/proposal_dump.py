@@ -1,6 +1,6 @@
 """An RPN's proposals of datasets, in files that Detectron2 reads.
 
-Fast R-CNN on fixed proposals (paper, section 5.2) is trained on such files, through
+Fast R-CNN on fixed proposals (paper, section 5.2) trains on such files, through
 MODEL.LOAD_PROPOSALS.
 """
 
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import pickle
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
@@ -35,6 +32,8 @@ from fpn_plugin.data import (
     registered_specs,
 )
 from fpn_plugin.errors import UserError
+from fpn_plugin.utils.atomic import written_whole
+from fpn_plugin.utils.pickles import load_arrays
 
 from .checkpoint import StrictCheckpointer
 from .launch import launch
@@ -59,7 +58,7 @@ def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: a dataset cannot be used, the model gives no proposals, or the output holds
             proposals of other weights or another config.
     """
-    register_datasets(args.dataset, checked=True)  # below
+    register_datasets(args.dataset, checked=True)  # the next lines check
     check_datasets(args.splits, "--splits")
     check_records(args.splits, Needs.of(cfg, training=False))
     args.dataset = registered_specs(args.dataset)
@@ -80,19 +79,20 @@ def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     for split in args.splits:
         target = Path(args.output) / f"{split}.pkl"
-        if target.is_file() and _stamp_of(target).is_file():
-            _check_stamp(cfg, _stamp_of(target), target)
+        stamp = target.with_suffix(".made_by")
+        if target.is_file() and stamp.is_file():
+            _check_stamp(cfg, stamp, target)
             print(f"{target} exists already")
-            continue
-        _dump(cfg, model, split, target)
+        else:
+            _dump(cfg, model, split, target, stamp)
 
 
-def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path) -> None:
-    """One dataset's file, merged from parts; parts that exist are not made again."""
+def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path, stamp: Path) -> None:
+    """One dataset's file, merged from parts; a part that exists is not made again."""
     records = DatasetCatalog.get(split)
     parts_folder = target.with_suffix(".parts")
     work = {
-        parts_folder / f"{start:07d}.npz": records[start : start + _IMAGES_PER_PART]
+        parts_folder / f"{start:07d}.pkl": records[start : start + _IMAGES_PER_PART]
         for start in range(0, len(records), _IMAGES_PER_PART)
     }
     if comm.is_main_process():
@@ -113,8 +113,14 @@ def _dump(cfg: CfgNode, model: nn.Module, split: str, target: Path) -> None:
             bar.update(len(of_part))
     comm.synchronize()
     if comm.is_main_process():
-        _merge(list(work), target)
-        _stamp_of(target).write_text(_stamp(cfg))
+        # What Detectron2's load_proposals_into_dataset reads: lists with one entry an image.
+        merged: dict[str, Any] = {"ids": [], "boxes": [], "objectness_logits": []}
+        for part in work:
+            with part.open("rb") as file:
+                for key, entries in load_arrays(file).items():
+                    merged[key] += entries
+        _write(target, {**merged, "bbox_mode": BoxMode.XYXY_ABS.value})
+        stamp.write_text(_stamp(cfg))
         shutil.rmtree(parts_folder)
 
 
@@ -123,10 +129,6 @@ def _stamp(cfg: CfgNode) -> str:
     weights = Path(cfg.MODEL.WEIGHTS)
     written = weights.stat().st_mtime_ns if weights.is_file() else ""
     return hashlib.sha256(f"{cfg.dump()}{written}".encode()).hexdigest()
-
-
-def _stamp_of(target: Path) -> Path:
-    return target.with_suffix(".made_by")
 
 
 def _check_stamp(cfg: CfgNode, stamp: Path, what: Path) -> None:
@@ -145,47 +147,16 @@ def _write_part(cfg: CfgNode, model: nn.Module, records: list[dict[str, Any]], p
         sampler=SequentialSampler(records),  # processes have divided the parts among them already
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    boxes, logits = [], []
     with torch.inference_mode():
-        for inputs in loader:
-            for output in model(inputs):
-                proposals = output["proposals"].to("cpu")
-                boxes.append(proposals.proposal_boxes.tensor.numpy())
-                logits.append(proposals.objectness_logits.numpy())
-    partial = part.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            ids=[record["image_id"] for record in records],
-            boxes=np.concatenate(boxes),
-            logits=np.concatenate(logits),
-            counts=[len(of_image) for of_image in boxes],
-        )
-    os.replace(partial, part)  # a part that has its name is whole
+        outputs = [output["proposals"].to("cpu") for inputs in loader for output in model(inputs)]
+    content = {
+        "ids": [record["image_id"] for record in records],
+        "boxes": [output.proposal_boxes.tensor.numpy() for output in outputs],
+        "objectness_logits": [output.objectness_logits.numpy() for output in outputs],
+    }
+    _write(part, content)
 
 
-def _merge(parts: Sequence[Path], target: Path) -> None:
-    """Writes what Detectron2's load_proposals_into_dataset reads: a pickle of lists, one entry an
-    image.
-    """
-    ids: list[int | str] = []
-    boxes: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
-    for part in parts:
-        with np.load(part) as content:
-            ids += content["ids"].tolist()
-            borders = np.cumsum(content["counts"])[:-1]
-            boxes += np.split(content["boxes"], borders)
-            logits += np.split(content["logits"], borders)
-    partial = target.with_suffix(".partial")
-    with partial.open("wb") as file:
-        pickle.dump(
-            {
-                "ids": ids,
-                "boxes": boxes,
-                "objectness_logits": logits,
-                "bbox_mode": BoxMode.XYXY_ABS.value,
-            },
-            file,
-        )
-    os.replace(partial, target)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(str(path)) as file:
+        pickle.dump(content, file)

@@ -1,21 +1,24 @@
-"""Results of an evaluation: a table of them, and the files that a run leaves."""
+"""Results of an evaluation: their table, the files that a run leaves, and those expected of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.utils.atomic import written_whole
 from fpn_plugin.utils.metrics import task_metrics
 
-from .expectations import verify_expected
 from .run_config import RunConfig
 
-__all__ = ["finish", "results_table", "save_results"]
+__all__ = ["finish", "results_table", "save_results", "verify_expected"]
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -28,9 +31,7 @@ def results_table(results: dict[str, Any]) -> str:
     found = list(task_metrics(results))
     for name, metrics in found:
         overall = {key: value for key, value in metrics.items() if "-" not in key}
-        table = tabulate(
-            [list(overall.values())], headers=list(overall), tablefmt="github", floatfmt=".1f"
-        )
+        table = tabulate([overall], headers="keys", tablefmt="github", floatfmt=".1f")
         tables.append(f"{name}\n\n{table}\n")
     if any("@" in name for name, _ in found):
         tables.append(
@@ -57,13 +58,35 @@ def save_results(results: dict[str, Any], output_dir: str) -> None:
 def finish(config: RunConfig, results: dict[str, Any]) -> None:
     """Saves a run's results and compares them with those that its config expects.
 
-    Args:
-        config: of the run.
-        results: see :func:`results_table`.
-
     Raises:
-        UserError: they are not those.
+        UserError: see :func:`verify_expected`.
     """
     if comm.is_main_process():
         save_results(results, config["output_dir"])
         verify_expected(config.key("expected_results"), config["expected_results"], results)
+
+
+def verify_expected(key: str, expected: Sequence[Any], results: dict[str, Any]) -> None:
+    """Compares results with those that are expected, by Detectron2's rule.
+
+    Args:
+        key: the config key of the expected results.
+        expected: ``[[task, metric, value, tolerance], ...]``.
+        results: ``{task: {metric: value}}``.
+
+    Raises:
+        UserError: a result is missing, not finite, or off by more than its tolerance.
+    """
+    for task, *_ in expected:
+        if task not in results:
+            raise UserError(f"{key} names {task!r}, no task here: {near_names(task, results)}")
+    node = CfgNode({"TEST": {"EXPECTED_RESULTS": [list(entry) for entry in expected]}})
+    try:
+        verify_results(node, results)
+    except SystemExit as error:
+        message = ", ".join(
+            f"{task} {metric} is {results[task].get(metric, 'missing')} (expected {value} within "
+            f"{tolerance})"
+            for task, metric, value, tolerance in expected
+        )
+        raise UserError(f"{key} is not met: {message}") from error

@@ -1,4 +1,4 @@
-"""What makes a run that was cut the same run, bit for bit on a CPU, as one that was not."""
+"""Resuming: a run that was cut equals the uncut run, bit for bit on a CPU."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ __all__ = ["ResumeState"]
 class ResumeState(HookBase):
     """Makes data and random numbers of each iteration a function of the seed and the iteration.
 
-    So a checkpoint, whose iteration, weights, optimizer and schedule Detectron2 keeps, says all
-    of a run, in every process and whatever else draws random numbers, as evaluation does. It
-    keeps the seed too: ``SEED: -1`` is resumed with the seed that was drawn. Checkpoints without
-    it, such as plain Detectron2's, go on at their place of this config's stream. With another
-    number of processes or another batch it is another run, which the log says.
+    Detectron2's checkpoints keep the iteration, weights, optimizer and schedule. With the seed,
+    which this hook adds, they determine the rest of the run in every process, whatever else draws
+    random numbers. ``SEED: -1`` resumes with the seed that was drawn. A checkpoint without a seed,
+    such as plain Detectron2's, continues at its iteration with this config's seed. If the number
+    of processes or the batch size differs, the log says that the run is another one.
 
-    It keeps the config as well. Where a run goes on with another, that one holds from there on,
-    rates and schedule included, and the log names each key; :data:`.changes.FATES` has those that
-    are not taken. Detectron2 by itself goes on with the checkpoint's rates, whatever the config.
+    Checkpoints keep the config too. A run that resumes with another config uses it from there on,
+    rates and schedule included, and the log names each key that differs. :data:`.changes.FATES`
+    has the exceptions. Detectron2 itself keeps the checkpoint's rates, whatever the config says.
 
     Args:
         seed: the config's; below 0, one is drawn, the same in all processes.
-        loader: the trainer's; its place is set if it is a :class:`TrainStream`.
-        output_dir: rows that its metrics.json has of iterations to come are dropped.
+        loader: the trainer's; its position is set if it is a :class:`TrainStream`.
+        output_dir: its metrics.json loses the rows of iterations that run again.
         cfg: the run's config, yacs or lazy.
-        optimizer: as the config has it, nothing loaded yet.
+        optimizer: as the config has it, before a checkpoint is loaded.
     """
 
-    # Detectron2 keeps a hook's state in checkpoints under this name; earlier ones have it.
+    # Checkpoints keep a hook's state under this name, and earlier versions have used it.
     __qualname__ = "ExactResume"
 
     def __init__(
@@ -71,7 +71,7 @@ class ResumeState(HookBase):
             }
             for group in optimizer.param_groups
         ]
-        self._changes: list[Change] | None = None  # not known
+        self._changes: list[Change] | None = None  # unknown
 
     def before_train(self) -> None:
         """Sets the stream to the iteration that training begins with, and the config's rates."""
@@ -87,38 +87,25 @@ class ResumeState(HookBase):
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Within it, a checkpoint is loaded; if it does not fit, the message says which keys
-        of the config are others than the checkpoint's.
-        """
+        """Within it, a checkpoint is loaded; if it does not fit, the error names changed keys."""
         try:
             yield
         except UserError as error:
             if not self._changes or any(change.fate.refused for change in self._changes):
                 raise
             keys = ", ".join(change.text for change in self._changes)
-            raise UserError(
-                f"{error}. Keys of another value than the checkpoint's: {keys}"
-            ) from error
+            raise UserError(f"{error}. Keys that differ from the checkpoint's: {keys}") from error
 
     def _report_changes(self) -> None:
-        logger = logging.getLogger(__name__)
-        at = f"resumed at iteration {self.trainer.iter}"
-        if self._changes is None:
-            logger.warning(
-                "%s from a checkpoint that does not hold its config: this one holds from here on, "
-                "rates and schedule included",
-                at,
-            )
-        elif self._changes:
-            logger.warning(
-                "%s with another config than the checkpoint's; %s", at, summary(self._changes)
-            )
+        if self._changes == []:
+            return
+        how = "from a checkpoint without a config; from here on this one holds, with its schedule"
+        if self._changes:
+            how = f"with another config than the checkpoint's; {summary(self._changes)}"
+        logging.getLogger(__name__).warning("resumed at iteration %d %s", self.trainer.iter, how)
 
     def _apply_settings(self) -> None:
-        """Gives the optimizer and its schedule the config's settings: theirs are the checkpoint's.
-
-        The state that the optimizer has gathered, its momentum, stays.
-        """
+        """Replaces the checkpoint's rates and settings by the config's; the momentum stays."""
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
             group.update(settings)
         schedule = getattr(self.trainer, "scheduler", None)  # a lazy trainer makes its own later
@@ -131,11 +118,11 @@ class ResumeState(HookBase):
                 group["lr"] = rate
 
     def before_step(self) -> None:
-        """Seeds the generators."""
+        """Seeds the random number generators."""
         seed_rngs(self._seed, comm.get_rank(), self.trainer.iter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed, config, what the sampler drew, and what else an iteration's images depend on."""
+        """Seed, config, the sampler's state, and what else an iteration's images depend on."""
         return {
             "seed": self._seed,
             "stream": {} if self._stream is None else self._stream.state_dict(),
@@ -144,18 +131,18 @@ class ResumeState(HookBase):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes seed and draws over; warns where the rest is not this run's.
+        """Takes the seed and the sampler's state; warns if the images cannot be the same.
 
         Raises:
-            UserError: a key has another value with which the run cannot go on.
+            UserError: a key has another value, with which the run cannot continue.
         """
         if "config" in state:
             self._changes = changes(state["config"], self._config)
         refused = [change for change in self._changes or () if change.fate.refused]
         if refused:
             raise UserError(
-                f"{summary(refused)}. Give the earlier value, or begin another run "
-                "from the checkpoint's weights, in a folder of its own"
+                f"{summary(refused)}. Give the earlier value, or start another run from the "
+                "checkpoint's weights, in another OUTPUT_DIR"
             )
         if self._given_seed < 0:
             self._seed = state["seed"]
@@ -167,13 +154,13 @@ class ResumeState(HookBase):
         if changed and comm.is_main_process():
             sizes = ", ".join(f"{name}: {ours[name]}, was {theirs[name]}" for name in changed)
             logging.getLogger(__name__).warning(
-                "resumed as another run than the one that was cut (%s): it goes on with other "
+                "resumed as another run than the one that was cut (%s): it continues with other "
                 "images and other random numbers",
                 sizes,
             )
 
     def _sizes(self) -> dict[str, int]:
-        """Processes, and images a batch of all of them if that is known."""
+        """The number of processes, and the size of their common batch if it is known."""
         processes = comm.get_world_size()
         if self._stream is None:
             return {"processes": processes}
@@ -183,7 +170,7 @@ class ResumeState(HookBase):
 def _drop_rows_from(metrics: Path, iteration: int) -> None:
     """Cuts a file of JSON lines before the first that is half written or will be written again.
 
-    In place, because Detectron2's writer has it open for appending.
+    It does so in place, because Detectron2's writer has the file open for appending.
     """
     if not metrics.is_file():
         return

@@ -34,11 +34,10 @@ from fpn_plugin.utils.atomic import explained_full_disk, make_output_dir
 from .changes import earlier_config_kept
 from .checkpoint import StrictCheckpointer
 from .class_names import match_datasets
-from .expectations import check_augmentation, check_expected
 from .launch import launch
 from .results import finish
 from .run_config import RunConfig
-from .settings import check_mixed_precision, find_config_file, settled_device
+from .settings import find_config_file, settled_device
 from .trainer import FPNTrainer
 
 __all__ = ["Run", "YacsRun"]
@@ -50,8 +49,8 @@ class Run(ABC):
     Args:
         cfg: its config, which :meth:`start` changes.
         args: of Detectron2's argument parser, with ``dataset``: a list of ``NAME=JSON:IMAGES``.
-        optimize: makes the fast copy of a model that an evaluation runs; None for the model
-            itself. Can be pickled.
+        optimize: makes the fast copy of a model that an evaluation runs, and can be pickled; None
+            evaluates the model itself.
 
     Raises:
         UserError: a training is given ``optimize``.
@@ -72,7 +71,7 @@ class Run(ABC):
 
     @abstractmethod
     def needs(self, split: str) -> Needs:
-        """What the model and its loader need of the data of a split, "train" or "test"."""
+        """What model and loader need of the data of a split, "train" or "test"."""
 
     @abstractmethod
     def classes(self) -> tuple[str, int | None]:
@@ -88,15 +87,11 @@ class Run(ABC):
 
     @abstractmethod
     def keypoint_sigmas(self) -> Sequence[float] | None:
-        """The sigmas that keypoints are evaluated by; empty for COCO's; None if they are not."""
+        """Sigmas that keypoints are evaluated by: empty for COCO's, None if they are not."""
 
     @abstractmethod
     def check_config(self) -> None:
-        """Refuses what only this kind of config can have wrong; its datasets are registered.
-
-        Raises:
-            UserError: names the key.
-        """
+        """Refuses what only this kind of config can have wrong; its datasets are registered."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -104,11 +99,11 @@ class Run(ABC):
 
     @abstractmethod
     def trainer(self) -> Callable[[], Any]:
-        """Makes all of a training, its weights loaded; the function returned runs it."""
+        """Makes all of a training, with weights loaded; the function that it returns runs it."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Results of the test sets, with those of test-time augmentation if it is enabled."""
+        """Results of the test sets, and those with test-time augmentation if it is enabled."""
 
     # ---- what is the same
 
@@ -122,30 +117,30 @@ class Run(ABC):
         config.check_seed()
         if self.training:
             config.check_solver()
-        key, expected = config.key("expected_results"), config["expected_results"]
-        check_expected(key, expected, config.names("test"))
+        config.check_expected_results()
         if self._optimize is not None and config["augmented_test"]:
             key = config.key("augmented_test")
             raise UserError(f"{key} is True: --optimize has no test-time augmentation")
         key = config.key("device")
         named = any(word == key or word.startswith(f"{key}=") for word in args.opts)
         config["device"] = settled_device(config["device"], named, args.num_gpus, key)
-        check_mixed_precision(self.training and config["amp"], config["device"], config.key("amp"))
-        register_datasets(args.dataset, checked=True)  # by the next line
+        if self.training:
+            config.check_mixed_precision()
+        register_datasets(args.dataset, checked=True)  # the next line checks
         self.check_data()
         args.dataset = registered_specs(args.dataset)
         self._match_datasets()
         make_output_dir(config["output_dir"], config.key("output_dir"))
         ensure_mini_datasets([*config.names("train"), *config.names("test")])
-        launch(_work, args, config["device"], (self,))
+        launch(self.work, args, config["device"], ())
 
     def check_data(self) -> None:
         """Refuses datasets that the model cannot be trained or evaluated on.
 
         Raises:
-            UserError: a dataset is not there, or has another number of classes than the model;
-                images cannot be prepared; keypoints do not fit, see :func:`check_keypoints`; or
-                proposals that the loader reads are not there.
+            UserError: a dataset or a file of proposals does not exist, a dataset has another
+                number of classes than the model, images cannot be prepared, or keypoints do not
+                fit.
         """
         config = self.config
         splits = ("train", "test") if self.training else ("test",)
@@ -170,28 +165,8 @@ class Run(ABC):
                 flips=self.flips(),
                 sigmas=sigmas or (),
             )
-        # Those that a training evaluates on are matched with its own by name.
+        # The test sets of a training are matched with its training sets by name.
         check_classes(names[splits[0]], *self.classes())
-
-    def check_augmented_test(self, model: object, *, keypoints: bool, proposals: bool) -> None:
-        """Refuses test-time augmentation, if it is enabled, of models that have none.
-
-        Args:
-            model: see :func:`check_augmentation`.
-            keypoints: likewise.
-            proposals: likewise.
-
-        Raises:
-            UserError: says what it is that has none.
-        """
-        if self.config["augmented_test"]:
-            check_augmentation(
-                self.config.key("augmented_test"),
-                model,
-                keypoints=keypoints,
-                proposals=proposals,
-                min_sizes=self.config["augmented_sizes"],
-            )
 
     def _match_datasets(self) -> None:
         match_datasets(
@@ -212,7 +187,7 @@ class Run(ABC):
         """
         config, folder = self.config, self.config["output_dir"]
         with explained_full_disk(f"to {folder}", "make room, then give the command again"):
-            # Started processes begin with what an import registers.
+            # A started process has registered only what an import registers.
             register_datasets(self.args.dataset, checked=True)
             self._match_datasets()
             with earlier_config_kept(folder, always=not self.training):
@@ -227,21 +202,16 @@ class Run(ABC):
             finish(config, self.evaluate(self._optimize(model) if self._optimize else model))
 
 
-def _work(run: Run) -> None:
-    run.work()
-
-
 class YacsRun(Run):
-    """A run of a yacs config; see :class:`Run`."""
+    """A run of a yacs config."""
 
     def start(self) -> None:
-        """See :meth:`Run.start`."""
         if self.args.config_file:
             self.args.config_file = find_config_file(self.args.config_file)  # Detectron2 logs it
         model = self.config.cfg.MODEL
         # The model's builder reports a name that is not registered.
         if model.META_ARCHITECTURE in META_ARCH_REGISTRY:
-            self.check_augmented_test(
+            self.config.check_augmented_test(
                 META_ARCH_REGISTRY.get(model.META_ARCHITECTURE),
                 keypoints=model.KEYPOINT_ON,
                 proposals=model.LOAD_PROPOSALS,
@@ -249,34 +219,27 @@ class YacsRun(Run):
         super().start()
 
     def work(self) -> None:
-        """See :meth:`Run.work`."""
         self.config.cfg.freeze()
         super().work()
 
     def needs(self, split: str) -> Needs:
-        """See :meth:`Run.needs`."""
         return Needs.of(self.config.cfg, training=split == "train")
 
     def classes(self) -> tuple[str, int | None]:
-        """See :meth:`Run.classes`."""
         return number_of_classes(self.config.cfg)
 
     def proposal_files(self, split: str) -> Sequence[str] | None:
-        """See :meth:`Run.proposal_files`."""
         loads = self.config.cfg.MODEL.LOAD_PROPOSALS
         return self.config[f"{split}_proposals"] if loads else None
 
     def flips(self) -> Sequence[str]:
-        """See :meth:`Run.flips`."""
         flip = self.config.cfg.INPUT.RANDOM_FLIP
         return () if flip == "none" else (flip,)
 
     def keypoint_sigmas(self) -> Sequence[float]:
-        """See :meth:`Run.keypoint_sigmas`."""
         return self.config.cfg.TEST.KEYPOINT_OKS_SIGMAS
 
     def check_config(self) -> None:
-        """Checks INPUT, and how each test set is evaluated."""
         cfg = self.config.cfg
         check_augmentations(cfg, training=self.training)
         for name in cfg.DATASETS.TEST:
@@ -293,17 +256,14 @@ class YacsRun(Run):
                 )
 
     def model(self) -> nn.Module:
-        """See :meth:`Run.model`."""
         return FPNTrainer.build_model(self.config.cfg)
 
     def trainer(self) -> Callable[[], Any]:
-        """See :meth:`Run.trainer`."""
         trainer = FPNTrainer(self.config.cfg)
         trainer.resume_or_load(resume=self.args.resume)
         return trainer.train
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """See :meth:`Run.evaluate`."""
         results = FPNTrainer.test(self.config.cfg, model)
         if self.config["augmented_test"]:
             results = {**results, **FPNTrainer.test_with_TTA(self.config.cfg, model)}

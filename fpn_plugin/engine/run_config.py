@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import operator
+import sys
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from omegaconf import DictConfig, OmegaConf
 
+from fpn_plugin.config import value_at
 from fpn_plugin.errors import UserError
-
-from .settings import check_number, check_seed
 
 __all__ = ["RunConfig"]
 
@@ -40,10 +39,13 @@ _KEYS = {
 # What a lazy config may leave out.
 _DEFAULTS = {"amp_dtype": "float16", "compile": False, "expected_results": [], "seed": -1}
 _LEAST = {"max_iter": 1, "checkpoint_period": 1, "batch_size": 1, "learning_rate": 0}
+_LARGEST_SEED = 2**32 - 2**10  # numpy takes 32 bits, and each process adds its rank
 
 
 class RunConfig:
     """The settings of a run, by names that are the same for yacs and lazy configs.
+
+    Its checks raise a :class:`UserError` that names the key and what is expected of it.
 
     Args:
         cfg: a config of either kind; it is kept, not copied.
@@ -59,15 +61,15 @@ class RunConfig:
 
     def __getitem__(self, name: str) -> Any:
         if not self.is_lazy:
-            return functools.reduce(operator.getitem, self.key(name).split("."), self.cfg)
+            return value_at(self.cfg, self.key(name))
         value = OmegaConf.select(self.cfg, self.key(name))
         if value is None:
             return _DEFAULTS.get(name)
         return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        *nodes, last = self.key(name).split(".")
-        functools.reduce(operator.getitem, nodes, self.cfg)[last] = value
+        node, _, last = self.key(name).rpartition(".")
+        value_at(self.cfg, node)[last] = value
 
     def names(self, split: str) -> list[str]:
         """Names of the datasets of a split, "train" or "test"."""
@@ -75,19 +77,15 @@ class RunConfig:
         return [names] if isinstance(names, str) else list(names)
 
     def check_solver(self) -> None:
-        """Refuses numbers that no training could begin with.
-
-        Raises:
-            UserError: names the key, and what it is expected to be.
-        """
+        """Refuses numbers that no training can begin with."""
         for name, least in _LEAST.items():
             if not self.is_lazy or self[name] is not None:  # a lazy config may leave it out
-                check_number(self.key(name), self[name], least)
+                _check_number(self.key(name), self[name], least)
         if self.is_lazy:
             return
         key, batch = "SOLVER.REFERENCE_WORLD_SIZE", self["batch_size"]
         reference = self.cfg.SOLVER.REFERENCE_WORLD_SIZE
-        check_number(key, reference, 0)
+        _check_number(key, reference, 0)
         if reference and batch % reference:
             raise UserError(
                 f"{self.key('batch_size')} is {batch}, which {key} {reference} does not divide: "
@@ -95,5 +93,64 @@ class RunConfig:
             )
 
     def check_seed(self) -> None:
-        """Refuses a seed that no generator takes."""
-        check_seed(self.key("seed"), self["seed"])
+        """Refuses a seed that not every generator takes."""
+        _check_number(self.key("seed"), self["seed"], -sys.maxsize, _LARGEST_SEED)
+
+    def check_mixed_precision(self) -> None:
+        """Refuses mixed precision on the CPU, where Detectron2's trainer has none."""
+        device = self["device"]
+        if self["amp"] and not device.startswith("cuda"):
+            raise UserError(
+                f"{self.key('amp')} is True: mixed precision trains on a GPU, not on {device!r}"
+            )
+
+    def check_augmented_test(self, model: object, *, keypoints: bool, proposals: bool) -> None:
+        """Refuses test-time augmentation, if it is enabled, of models that Detectron2 has none for.
+
+        Args:
+            model: class of the model.
+            keypoints: whether it has a keypoint head.
+            proposals: whether it reads proposals from files.
+        """
+        if not self["augmented_test"]:
+            return
+        key, sizes, without = self.key("augmented_test"), self["augmented_sizes"], ""
+        is_rcnn = isinstance(model, type) and issubclass(model, GeneralizedRCNN)
+        if not is_rcnn or issubclass(model, PanopticFPN):
+            without = getattr(model, "__name__", str(model))
+        elif keypoints:
+            without = "a model with keypoints"
+        elif proposals:
+            without = "a model that reads proposals from files"
+        if without:
+            raise UserError(
+                f"{key} is True, and Detectron2 has no test-time augmentation for {without}, only "
+                "for Faster, Mask and Cascade R-CNN: set it to False"
+            )
+        if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+            raise UserError(
+                f"{key} is True, and {self.key('augmented_sizes')} is {list(sizes)}: expected one "
+                "or more sizes in pixels"
+            )
+
+    def check_expected_results(self) -> None:
+        """Refuses expected results that no evaluation can be compared with."""
+        key, tests = self.key("expected_results"), self.names("test")
+        for entry in self["expected_results"]:
+            fits = isinstance(entry, list | tuple) and len(entry) == 4
+            kinds = [type(part) in (int, float) for part in entry] if fits else []
+            if kinds != [False, False, True, True]:
+                raise UserError(
+                    f"{key} has {entry!r}: expected [task, metric, value, tolerance], such as "
+                    "['bbox', 'AP', 37.9, 0.5]"
+                )
+        if self["expected_results"] and len(tests) != 1:
+            raise UserError(f"{key} is for one test set, and there are {len(tests)}")
+
+
+def _check_number(key: str, value: Any, least: int, most: int = sys.maxsize) -> None:
+    # NaN is in no range.
+    if type(value) not in (int, float) or not least <= value <= most:
+        at_least = "" if least == -sys.maxsize else f", {least} or more"
+        at_most = "" if most == sys.maxsize else f", {most} at most"
+        raise UserError(f"{key} is {value}, expected a number{at_least}{at_most}")

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 
 from fpn_plugin import model_zoo
-from fpn_plugin.config import add_fpn_config, flat_keys
+from fpn_plugin.config import add_fpn_config, flat_keys, value_at
 from fpn_plugin.errors import UserError, near_names
 
 from .config_files import check_config_file
 
-__all__ = [
-    "check_mixed_precision",
-    "check_number",
-    "check_seed",
-    "config_on_device",
-    "find_config_file",
-    "load_config",
-    "settled_device",
-]
-
-_LARGEST_SEED = 2**32 - 2**10  # numpy takes 32 bits, and each process adds its rank
+__all__ = ["config_on_device", "find_config_file", "load_config", "settled_device"]
 
 
 def find_config_file(name: str) -> str:
-    """Path of a config: a path as it is or, failing that, the packaged config of that name.
+    """Path of a config: the path that is given or, if no file is there, the packaged config.
 
     Raises:
         UserError: there is neither; says which packaged configs have near names.
@@ -56,15 +43,15 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     """Detectron2's defaults, the plugin's keys, a config file and options, in this order.
 
     Args:
-        config_file: see :func:`find_config_file`; "" for none.
+        config_file: a path or the name of a packaged config; "" for none.
         opts: ``["KEY", "value", ...]`` as typed on a command line.
 
     Returns:
         The config, not frozen.
 
     Raises:
-        UserError: a key that does not exist, with near ones; a value of another type than the
-            key's, or NaN; a file that is not there or not a config.
+        UserError: a key does not exist, with near ones; a value is NaN or of another type than
+            the key's; a file does not exist or is not a config.
     """
     cfg = get_cfg()
     add_fpn_config(cfg)
@@ -72,48 +59,50 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
         path = find_config_file(config_file)
         if path.endswith(".py"):
             raise UserError(
-                f"{path} is Python, which is not run here: YAML is expected; lazy configs are for "
-                "fpn-plugin train"
+                f"{path} is Python, which is not run here: expected YAML; only fpn-plugin train "
+                "and evaluate take lazy configs"
             )
         check_config_file(path)
-        try:
-            # Tags that would run code while a file is read are refused.
+        with _explained_merge(cfg, f"{path}: "):
+            # allow_unsafe would run code that the file's tags name.
             cfg.merge_from_file(path, allow_unsafe=False)
-        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(f"{path}: {_explain(error, cfg)}") from error
-        _refuse_nan(cfg, f"{path}: ")
     _check_opts(cfg, opts)
-    try:
+    with _explained_merge(cfg, ""):
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(_explain(error, cfg)) from error
-    _refuse_nan(cfg, "")
     _device_kind(cfg.MODEL.DEVICE, "MODEL.DEVICE")
     return cfg
 
 
-def check_seed(key: str, seed: Any) -> None:
-    """Refuses a seed that no generator takes; see :func:`check_number`."""
-    check_number(key, seed, -sys.maxsize, _LARGEST_SEED)
+@contextmanager
+def _explained_merge(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Within it, values are merged into a config; those that do not fit are reported."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        unknown = re.match(r"Non-existent config key: (\S+)", reason)
+        if unknown:
+            key = unknown.group(1)
+            reason = f"no config key {key!r}: {near_names(key, flat_keys(cfg))}"
+        elif reason.startswith("Type mismatch") and "'tuple'" in reason.partition(" with ")[0]:
+            reason += "; a tuple is written (value,)"
+        raise UserError(f"{where}{reason or f'not a config ({type(error).__name__})'}") from error
+    for key in flat_keys(cfg):
+        value = value_at(cfg, key)
+        if any(v != v for v in (value if isinstance(value, list | tuple) else (value,))):
+            raise UserError(f"{where}{key} is {value}: expected numbers, not NaN")
 
 
-def check_number(key: str, value: Any, least: int, most: int = sys.maxsize) -> None:
-    """Refuses a number that is out of its range.
-
-    Args:
-        key: the config key, for the message.
-        value: the config's.
-        least: smallest that is allowed.
-        most: largest that is allowed.
-
-    Raises:
-        UserError: it is, or it is NaN or no number at all.
-    """
-    # NaN is in no range.
-    if type(value) not in (int, float) or not least <= value <= most:
-        at_least = "" if least == -sys.maxsize else f", {least} or more"
-        at_most = "" if most == sys.maxsize else f", {most} at most"
-        raise UserError(f"{key} is {value}, expected a number{at_least}{at_most}")
+def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
+    known = set(flat_keys(cfg))
+    for flag in opts:
+        if flag.startswith("--"):
+            raise UserError(f"{flag} is among the config options: give it before KEY VALUE pairs")
+    for key, value in zip_longest(opts[::2], opts[1::2]):
+        if key not in known:
+            raise UserError(f"no config key {key!r}: {near_names(key, known)}")
+        if value is None or (value in known and not isinstance(value_at(cfg, value), CfgNode)):
+            raise UserError(f"config key {key!r} has no value; give pairs: KEY VALUE")
 
 
 def config_on_device(name: str, opts: Sequence[str], num_gpus: int = 1) -> CfgNode:
@@ -121,12 +110,12 @@ def config_on_device(name: str, opts: Sequence[str], num_gpus: int = 1) -> CfgNo
 
     Args:
         name: see :func:`load_config`.
-        opts: likewise. MODEL.DEVICE asks for a device only here: the config file that a run leaves
-            behind holds every key.
+        opts: likewise. Only MODEL.DEVICE here asks for a device, not the config file's: the file
+            that a run leaves behind holds every key.
         num_gpus: processes asked for on this machine.
 
     Raises:
-        UserError: see :func:`load_config`; or GPUs were asked for and are not there.
+        UserError: see :func:`load_config` and :func:`settled_device`.
     """
     cfg = load_config(name, opts)
     named = "MODEL.DEVICE" in opts[::2]
@@ -135,16 +124,16 @@ def config_on_device(name: str, opts: Sequence[str], num_gpus: int = 1) -> CfgNo
 
 
 def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
-    """The device, or "cpu" if it is a GPU that is not there and the user did not ask for one.
+    """The device, or "cpu" if it is a GPU that does not exist and the user did not ask for one.
 
     Args:
-        device: as the config has it.
-        named: whether the command line named it.
+        device: the config's.
+        named: whether the command line names it.
         num_gpus: processes asked for on this machine.
         key: the config key that names the device, for messages.
 
     Raises:
-        UserError: GPUs were asked for and are not there, or it is no device that a model runs on.
+        UserError: more GPUs are asked for than exist, or models cannot run on the device.
     """
     kind = _device_kind(device, key)
     if kind == "cpu":
@@ -173,59 +162,8 @@ def settled_device(device: str, named: bool, num_gpus: int, key: str) -> str:
 
 
 def _device_kind(device: str, key: str) -> str:
-    """What a device is, as "cuda"; refuses what torch knows no device for."""
+    """The kind of a device, such as "cuda"."""
     try:
         return torch.device(device).type
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{key} is {device!r}, expected cpu, cuda or cuda:1") from error
-
-
-def check_mixed_precision(enabled: bool, device: str, key: str) -> None:
-    """Refuses mixed precision where Detectron2's trainer has none.
-
-    Args:
-        enabled: the config's.
-        device: the model's.
-        key: the config's key, for the message.
-
-    Raises:
-        UserError: it is enabled and the device no GPU.
-    """
-    if enabled and not device.startswith("cuda"):
-        raise UserError(f"{key} is True: mixed precision trains on a GPU, not on {device!r}")
-
-
-def _refuse_nan(cfg: CfgNode, where: str) -> None:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            _refuse_nan(value, f"{where}{key}.")
-        elif any(v != v for v in (value if isinstance(value, list | tuple) else (value,))):
-            raise UserError(f"{where}{key} is {value}: NaN is no number to compute with")
-
-
-def _node(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(operator.getitem, key.split("."), cfg)
-
-
-def _check_opts(cfg: CfgNode, opts: Sequence[str]) -> None:
-    known = set(flat_keys(cfg))
-    for flag in opts:
-        if flag.startswith("--"):
-            raise UserError(f"{flag} stands among config options: give it before KEY VALUE pairs")
-    for key, value in zip_longest(opts[::2], opts[1::2]):
-        if key not in known:
-            raise UserError(f"no config key {key!r}: {near_names(key, known)}")
-        if value is None or (value in known and not isinstance(_node(cfg, value), CfgNode)):
-            raise UserError(f"config key {key!r} has no value; give pairs: KEY VALUE")
-
-
-def _explain(error: Exception, cfg: CfgNode) -> str:
-    """What yacs or Detectron2 meant, with near keys where a key does not exist."""
-    reason = " ".join(str(error.args[0] if error.args else error).split())
-    unknown = re.match(r"Non-existent config key: (\S+)", reason)
-    if unknown:
-        key = unknown.group(1)
-        return f"no config key {key!r}: {near_names(key, flat_keys(cfg))}"
-    if reason.startswith("Type mismatch") and "'tuple'" in reason.partition(" with ")[0]:
-        reason += "; a tuple is written (value,)"
-    return reason or f"not a config ({type(error).__name__})"

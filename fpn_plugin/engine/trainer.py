@@ -35,16 +35,17 @@ from torch import nn
 from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
 from fpn_plugin.data.dataset_records import config_arguments, dataset_records
 from fpn_plugin.deploy.fast_training import optimize_for_training
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import UserError, one_line
 from fpn_plugin.utils.atomic import written_whole
 
 from .build_errors import explained_build_errors
 from .changes import check_length
 from .checkpoint import StrictCheckpointer
 from .evaluation import DetectionEvaluator
-from .hooks import TrainingHooks, step_trainer
+from .hooks import TrainingHooks
 from .results import finish
 from .run_config import RunConfig
+from .step_trainer import step_trainer
 
 __all__ = ["FPNTrainer"]
 
@@ -52,27 +53,26 @@ __all__ = ["FPNTrainer"]
 class FPNTrainer(DefaultTrainer):
     """DefaultTrainer that evaluates COCO-format datasets and also trains in processes on the CPU.
 
-    Detection is evaluated with :class:`DetectionEvaluator`; a model that gives only proposals
-    (RPN) is evaluated by their recall. An image that cannot be read and weights that do not fit
-    are a :class:`UserError`. A resumed run is the run that was cut, see :class:`ResumeState`. When
-    training ends, ``loss_curve.png`` is in OUTPUT_DIR.
+    It evaluates detections with :class:`DetectionEvaluator`, and a model that gives only proposals
+    (RPN) by their recall. An image that cannot be read and weights that do not fit are a
+    :class:`UserError`. A resumed run equals the uncut run, see :class:`ResumeState`. When training
+    ends, ``loss_curve.png`` is in OUTPUT_DIR.
 
     Args:
         cfg: the config.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's own wraps a model for distributed training as if it had a GPU.
+        # DefaultTrainer's own wraps the model for distributed training on GPUs.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # nobody has called default_setup
+            setup_logger()  # default_setup was not called
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        self._trainer = step_trainer(
-            model, loader, optimizer, RunConfig(cfg), broadcast_buffers=False
-        )
+        config = RunConfig(cfg)
+        self._trainer = step_trainer(model, loader, optimizer, config, broadcast_buffers=False)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = StrictCheckpointer(
             self._trainer.model,
@@ -81,7 +81,7 @@ class FPNTrainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
-        self._added = TrainingHooks(self._trainer, RunConfig(cfg))
+        self._added = TrainingHooks(self._trainer, config)
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -91,20 +91,15 @@ class FPNTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint or MODEL.WEIGHTS; see :meth:`DefaultTrainer.resume_or_load`.
 
-        A run goes on with this config, unless :class:`ResumeState` says otherwise.
-
         Raises:
-            UserError: the run cannot go on from its checkpoint with this config.
+            UserError: the run cannot continue from its checkpoint with this config.
         """
         with self._added.resume.explained():
             super().resume_or_load(resume=resume)
         check_length(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
 
     def train(self) -> Any:
-        """Trains; see :meth:`DefaultTrainer.train`. Results of the last evaluation are written.
-
-        Returns:
-            These results; empty if there are none.
+        """Trains, writes the results of the last evaluation, and returns them.
 
         Raises:
             UserError: the disk is full, or results are not those of TEST.EXPECTED_RESULTS.
@@ -112,7 +107,7 @@ class FPNTrainer(DefaultTrainer):
                 the batch's files.
         """
         with self._added.explained():
-            # DefaultTrainer's own would exit before results are written.
+            # DefaultTrainer's own may exit before results are written.
             TrainerBase.train(self, self.start_iter, self.max_iter)
         finish(RunConfig(self.cfg), self.results)
         return self.results
@@ -136,7 +131,7 @@ class FPNTrainer(DefaultTrainer):
         """The config's model, made to train fast.
 
         Raises:
-            UserError: a key that Detectron2 only asserts on, or a level that is not there.
+            UserError: Detectron2 cannot build it; names the key.
         """
         with explained_build_errors(cfg):
             model = super().build_model(cfg)
@@ -150,13 +145,13 @@ class FPNTrainer(DefaultTrainer):
         with _explained_loading(cfg.DATASETS.TRAIN):
             given["dataset"] = dataset_records(**config_arguments(cfg, training=True))
             if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
-                # Named, as Detectron2s differ in its seed: it is drawn, as a lazy config's is.
+                # Versions of Detectron2 differ in its seed; here it is drawn, as in a lazy config.
                 given["sampler"] = TrainingSampler(len(given["dataset"]))
             return train_stream(build_detection_train_loader(cfg, **given))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Detectron2's test loader, whose unreadable images are named."""
+        """Detectron2's test loader; unreadable images are named."""
         mapper = ReadableImageMapper(cfg, is_train=False)
         with _explained_loading(dataset_name):
             arguments = config_arguments(cfg, training=False, names=[dataset_name])
@@ -168,8 +163,9 @@ class FPNTrainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """DetectionEvaluator, which infers from predictions whether to evaluate boxes, masks,
-        keypoints or proposals; for panoptic datasets, Detectron2's two others as well.
+        """A :class:`DetectionEvaluator`, with Detectron2's two others for panoptic datasets.
+
+        It infers from predictions whether to evaluate boxes, masks, keypoints or proposals.
         """
         output = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
         coco = DetectionEvaluator(
@@ -185,7 +181,7 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """Detectron2's evaluation; how long the model took goes to inference/speed.json."""
+        """Detectron2's evaluation, which also writes the model's time to inference/speed.json."""
         with _timed(model) as seconds:
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and seconds:
@@ -198,11 +194,7 @@ class FPNTrainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluates with test-time augmentation, TEST.AUG, as Detectron2's train_net.py does.
-
-        Returns:
-            The results, by their names with ``_TTA`` behind.
-        """
+        """Results with test-time augmentation (TEST.AUG); each task's name ends in ``_TTA``."""
         logging.getLogger(__name__).info("Evaluating with test-time augmentation")
         folder = str(Path(cfg.OUTPUT_DIR) / "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -222,21 +214,19 @@ class FPNTrainer(DefaultTrainer):
 
 @contextmanager
 def _explained_loading(names: object) -> Iterator[None]:
-    """Within it, a dataset that Detectron2 cannot load is named, with what it said."""
+    """Within it, a dataset that Detectron2 cannot load is named, with Detectron2's reason."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot load dataset {names}: {reason}") from error
+        raise UserError(f"cannot load dataset {names}: {one_line(error)}") from error
 
 
 @contextmanager
 def _timed(model: nn.Module) -> Iterator[list[float]]:
-    """Within it, the list given has the seconds of each call of the model, its results ready."""
+    """Within it, each call of the model appends its seconds to the list."""
     seconds: list[float] = []
-    begun = 0.0
 
     def now() -> float:
         if torch.cuda.is_available():
@@ -244,11 +234,10 @@ def _timed(model: nn.Module) -> Iterator[list[float]]:
         return time.perf_counter()
 
     def begin(*_: Any) -> None:
-        nonlocal begun
-        begun = now()
+        seconds.append(-now())
 
     def end(*_: Any) -> None:
-        seconds.append(now() - begun)
+        seconds[-1] += now()
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
     try:

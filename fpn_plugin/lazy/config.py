@@ -68,7 +68,7 @@ def load_lazy_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     for override in overrides:
         if override.startswith("--"):
-            raise UserError(f"{override} stands among config options: give it before key=value")
+            raise UserError(f"{override} is among the config options: give it before key=value")
         if "=" not in override:
             raise UserError(
                 f"option {override!r}: lazy configs take key=value, as train.max_iter=9"

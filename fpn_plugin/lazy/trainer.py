@@ -22,9 +22,10 @@ from fpn_plugin.deploy.fast_training import optimize_for_training
 from fpn_plugin.engine.changes import check_length
 from fpn_plugin.engine.checkpoint import StrictCheckpointer
 from fpn_plugin.engine.evaluation import DetectionEvaluator
-from fpn_plugin.engine.hooks import TrainingHooks, step_trainer
+from fpn_plugin.engine.hooks import TrainingHooks
 from fpn_plugin.engine.results import finish
 from fpn_plugin.engine.run import Run
+from fpn_plugin.engine.step_trainer import step_trainer
 from fpn_plugin.errors import UserError
 
 __all__ = ["LazyRun", "build_node"]
@@ -108,7 +109,7 @@ class LazyRun(Run):
     def model(self) -> nn.Module:
         """See :meth:`Run.model`."""
         model = build_node(self.config.cfg.model, "model").to(self.config["device"])
-        self.check_augmented_test(
+        self.config.check_augmented_test(
             type(model),
             keypoints=getattr(getattr(model, "roi_heads", None), "keypoint_on", False),
             proposals=getattr(model, "proposal_generator", None) is None,

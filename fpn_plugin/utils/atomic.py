@@ -22,7 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a file for writing that gets its name when it is complete and on the disk.
 
-    Until then, the name keeps its earlier content. It keeps it for good if writing fails.
+    Until then, and if writing fails, the name keeps its earlier content.
 
     Args:
         path: of the file, in a folder that exists.
@@ -48,11 +48,7 @@ def written_whole(path: str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 class AtomicWrites:
-    """A path manager that writes local files by :func:`written_whole`.
-
-    Args:
-        path_manager: does all else.
-    """
+    """A path manager that writes local files by :func:`written_whole`, else uses another."""
 
     def __init__(self, path_manager: Any) -> None:
         self._path_manager = path_manager
@@ -69,19 +65,16 @@ class AtomicWrites:
 
 @contextmanager
 def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
-    """Names what is written, and the remedy, in errors of a full disk.
+    """Within it, a full disk, a full quota or a file too large is a :class:`UserError`.
 
     Args:
-        what: is written, in words.
+        what: is written, for the message.
         remedy: what the user can do.
-
-    Raises:
-        UserError: the disk is full, a quota is reached or a file is too large.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's writer of archives raises an error of its own while it handles the system's.
+        # torch's writer of archives raises its own error while it handles the system's.
         cause: BaseException | None = error
         while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
             cause = cause.__context__
@@ -91,14 +84,10 @@ def explained_full_disk(what: str, remedy: str) -> Iterator[None]:
 
 
 def make_output_dir(folder: str, key: str) -> None:
-    """Makes a folder for output, unless it exists.
-
-    Args:
-        folder: its path; "" is the working directory.
-        key: the config key that names it, for the message.
+    """Makes a folder for output, unless it exists; "" is the working directory.
 
     Raises:
-        UserError: the folder cannot be made, or files cannot be written to it.
+        UserError: the folder, which the config's ``key`` names, cannot be made or written to.
     """
     if "://" in folder:  # Detectron2's path manager makes it
         return
@@ -109,5 +98,5 @@ def make_output_dir(folder: str, key: str) -> None:
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{key} is {folder!r}, where no files can be written: {reason}; name another folder"
+            f"{key} is {folder!r}, where no files can be written: {reason}; give another folder"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
     Args:
         metrics_file: one JSON object a line, as Detectron2 writes it; may be missing.
     """
-    return _rows(metrics_file, lambda row: "total_loss" in row)
+    return _rows(metrics_file, "total_loss")
 
 
 def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -26,7 +26,7 @@ def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]
         metrics_file: as for :func:`loss_rows`.
     """
     figures: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in _rows(metrics_file, lambda row: any(key.startswith("fpn_") for key in row)):
+    for row in _rows(metrics_file, "fpn_"):
         for key, value in row.items():
             if key.startswith("fpn_"):
                 figure, _, level = key.removeprefix("fpn_").partition("/")
@@ -35,15 +35,16 @@ def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]
     return figures
 
 
-def _rows(metrics_file: Path, wanted: Callable[[dict[str, float]], bool]) -> list[dict[str, float]]:
+def _rows(metrics_file: Path, prefix: str) -> list[dict[str, float]]:
+    """The rows with a key that begins so."""
     rows: list[dict[str, float]] = []
     for line in metrics_file.read_text().splitlines() if metrics_file.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue  # half a line, of a run that was killed
-        if wanted(row):
-            # A resumed or restarted run replaces the rows from its first iteration on.
+        if any(key.startswith(prefix) for key in row):
+            # A run that resumed or started again replaces the rows from its first iteration on.
             while rows and rows[-1]["iteration"] >= row["iteration"]:
                 rows.pop()
             rows.append(row)
@@ -53,7 +54,7 @@ def _rows(metrics_file: Path, wanted: Callable[[dict[str, float]], bool]) -> lis
 def task_metrics(
     results: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each task's name and its metrics; the name begins with the dataset's if there are several.
+    """Each task's name, after its dataset's if there are several, and its metrics.
 
     Args:
         results: of an evaluation, by task, or by dataset and task.

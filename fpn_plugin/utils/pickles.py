@@ -1,7 +1,7 @@
 """Reading pickles of arrays without running code that is in them.
 
-A pickle gets no function of numpy: numpy's own ``__setstate__`` does not check its input, which may
-hold pointers to Python objects.
+A pickle gets none of numpy's functions: ``__setstate__`` of numpy's arrays does not check its
+input, which may hold pointers to Python objects.
 """
 
 from __future__ import annotations
@@ -17,29 +17,18 @@ from typing import IO, Any
 
 import numpy as np
 
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import UserError, one_line
 
 __all__ = ["NO_PICKLE", "load_arrays"]
 
 # What pickle and torch raise if a file is not a pickle.
 NO_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+    pickle.UnpicklingError, struct.error, AttributeError, EOFError, ImportError, LookupError,
+    MemoryError, OverflowError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 _NUMBERS_AND_TEXT = re.compile(r"b1|[iufc]\d{1,2}|[SU]\d{1,9}", re.ASCII)
 _OBJECTS = re.compile(r"O[48]?", re.ASCII)
-_ORDERS = ("<", ">", "=", "|")
 
 
 class _Dtype:
@@ -52,16 +41,15 @@ class _Dtype:
         self.of_objects = named and _OBJECTS.fullmatch(self.code) is not None
         if not self.of_objects and not (named and _NUMBERS_AND_TEXT.fullmatch(self.code)):
             raise ValueError(
-                f"it holds an array of dtype {str(self.code)[:20]!r}; numbers, text and lists are "
-                "read"
+                f"it holds an array of dtype {str(self.code)[:20]!r}, expected numbers, text or "
+                "lists"
             )
 
     def __setstate__(self, state: Any) -> None:
         order = state[1]
-        order = order.decode("latin1") if isinstance(order, bytes) else order
-        if order not in _ORDERS:
-            raise ValueError(f"{str(order)[:20]!r} is no byte order of a dtype")
-        self.order = order
+        self.order = order.decode("latin1") if isinstance(order, bytes) else order
+        if self.order not in ("<", ">", "=", "|"):
+            raise ValueError(f"{str(self.order)[:20]!r} is no byte order of a dtype")
 
     def real(self) -> np.dtype:
         """The dtype as numpy's."""
@@ -74,7 +62,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array or a number in a pickle."""
+    """An array or a number in a pickle; ``make`` makes it of a function that converts objects."""
 
     def __init__(self, make: Callable[[Callable[[Any], Any]], Any] | None = None) -> None:
         self._make = make
@@ -88,12 +76,12 @@ class _Array:
         """The array as numpy's; ``plain`` converts its objects."""
         make, self._make = self._make, None  # releases its bytes, which are copied
         if make is None:
-            raise ValueError("it names an array without saying what is in it")
+            raise ValueError("it names an array without its content")
         return make(plain)
 
 
 class _Standin:
-    """What a pickle gets for a name: it can be called and not changed."""
+    """What a pickle gets for a name: it can be called, and not changed."""
 
     __slots__ = ("_call",)
 
@@ -123,27 +111,21 @@ def _array(
         for index, value in enumerate(content):
             flat[index] = plain(value)
         return flat.reshape(shape, order=order)
-    content, real = _raw(content), dtype.real()
+    if isinstance(content, str):  # of Python 2
+        content = content.encode("latin1")
+    if not isinstance(content, bytes | bytearray):
+        raise ValueError(f"it holds an array given by a {type(content).__name__}, not by bytes")
+    real = dtype.real()
     if len(content) != count * real.itemsize:
         raise ValueError(
             f"it holds an array of shape {str(shape)[:40]} and dtype {dtype.code} in "
             f"{len(content)} bytes"
         )
-    # In the machine's byte order, which torch needs.
     array = np.frombuffer(content, real).reshape(shape, order=order)
-    array = array.astype(real.newbyteorder("="), copy=True)
+    array = array.astype(real.newbyteorder("="), copy=True)  # torch needs the machine's byte order
     if real.kind == "U" and (array.reshape(-1).view(np.uint32) > sys.maxunicode).any():
         raise ValueError("it holds an array of text that is no text")
     return array
-
-
-def _raw(content: Any) -> bytes | bytearray:
-    """Bytes of an array; pickles of Python 2 have text."""
-    if isinstance(content, str):
-        return content.encode("latin1")
-    if not isinstance(content, bytes | bytearray):
-        raise ValueError(f"it holds an array given by a {type(content).__name__}, not by bytes")
-    return content
 
 
 def _scalar(dtype: Any, content: Any = b"") -> _Array:
@@ -155,7 +137,7 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any, axis_order: An
         if not isinstance(dtype, _Dtype) or dtype.of_objects:
             raise ValueError("it holds an array of objects that is not given by a list of them")
         array = _array(content, dtype, shape, "F" if order == "F" else "C", plain)
-        # numpy 2.3 gives shape and order of axes of an array that is neither C's nor Fortran's.
+        # numpy 2.3 adds the order of axes for an array that is neither C's nor Fortran's.
         return array if axis_order is None else array.transpose(axis_order)
 
     return _Array(make)
@@ -214,7 +196,7 @@ class _Real:
         if key in self._done:
             return self._done[key]
         if key in self._within:
-            raise ValueError("it holds an array or a tuple that is within itself")
+            raise ValueError("it holds an array or a tuple that contains itself")
         self._within.add(key)
         self._done[key] = made = self._made(value)
         self._within.discard(key)
@@ -245,7 +227,7 @@ def load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
         encoding: of Python 2's text.
 
     Raises:
-        UserError: the pickle names anything else, which is not called.
+        UserError: the pickle names anything else, which does not run.
         pickle.UnpicklingError: the file is not a pickle, or its arrays are inconsistent.
     """
     try:
@@ -253,5 +235,4 @@ def load_arrays(file: IO[bytes], encoding: str = "latin1") -> Any:
     except UserError:
         raise
     except NO_PICKLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise pickle.UnpicklingError(reason) from error
+        raise pickle.UnpicklingError(one_line(error)) from error

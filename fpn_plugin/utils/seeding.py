@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,15 @@ __all__ = ["rng_replayed", "rng_state", "seed_rngs", "seeded"]
 
 
 def seed_rngs(*entropy: int) -> None:
-    """Seeds the generators of Python, numpy and torch, a used GPU's too.
+    """Seeds the generators of Python, numpy and torch, also a used GPU's.
 
-    Different tuples give unrelated streams, which sums of seed and position do not.
+    Different tuples give unrelated streams; sums of seed and position would not.
 
     Args:
         entropy: not negative; for example seed, rank and iteration.
     """
     _seed_cpu(*entropy)
-    # Not torch.manual_seed: on a machine with an unused GPU, it keeps a stack of each call.
+    # Not torch.manual_seed: on a machine with an unused GPU, it stores a traceback of each call.
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(torch.default_generator.initial_seed())
 
@@ -36,26 +36,23 @@ def _seed_cpu(*entropy: int) -> None:
 
 
 def rng_state() -> tuple[Any, ...]:
-    """The state of the generators of Python, numpy and torch, a used GPU's too."""
+    """The state of the generators of Python, numpy and torch, also a used GPU's."""
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu
 
 
 def _set_rng_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state(state[3])
+    python, numpy, cpu, gpu = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
 
 
 @contextmanager
 def rng_replayed(state: tuple[Any, ...] | None = None) -> Iterator[None]:
-    """Random numbers within it are those that followed ``state``; later ones are unaffected.
-
-    Args:
-        state: of :func:`rng_state`; None for the current one.
-    """
+    """Within it, random numbers follow ``state`` or the current one; later ones do not change."""
     current = rng_state()
     if state is not None:
         _set_rng_state(state)
@@ -67,16 +64,10 @@ def rng_replayed(state: tuple[Any, ...] | None = None) -> Iterator[None]:
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`; later random numbers are
-    unaffected, except in processes that load data, which draw none in between.
+    """Within it, the CPU's generators are seeded as by :func:`seed_rngs`.
 
-    Args:
-        entropy: not negative.
+    Later random numbers do not change, except in processes that load data: they draw none outside.
     """
-    if get_worker_info() is not None:
-        _seed_cpu(*entropy)
-        yield
-        return
-    with rng_replayed():
+    with rng_replayed() if get_worker_info() is None else nullcontext():
         _seed_cpu(*entropy)
         yield

@@ -186,7 +186,7 @@ def test_wrong_config_keys_are_refused_in_one_line(tool, files, capsys):
             ("MODEL.WEIGTHS", "w"): "did you mean MODEL.WEIGHTS",
             ("MODLE.WEIGHTS", "w"): "did you mean MODEL.WEIGHTS",
             ("model.weights", "w"): "did you mean MODEL.WEIGHTS",
-            ("SEED", "1", "--help"): "--help stands among config options",
+            ("SEED", "1", "--help"): "--help is among the config options",
             ("SEED", "1", "--no-such"): "no option --no-such",
         }.items():
             assert message in told(tool, [*argv_of(tool), *given], capsys)

@@ -247,7 +247,7 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
     while not (first / "train.log").is_file() and time.monotonic() < deadline:
         pass
     cut.send_signal(signal.SIGINT)
-    assert b"the same command goes on" in cut.communicate(timeout=60)[0]
+    assert b"run the same command to continue" in cut.communicate(timeout=60)[0]
     assert cut.returncode == 130
     reproduce_main(args)
     told = capsys.readouterr()

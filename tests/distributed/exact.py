@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, default_argument_parser
+from detectron2.engine import default_argument_parser
 from detectron2.utils.env import seed_all_rng
 
 from evidence.tiny import tiny_options
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, load_config
 from fpn_plugin.engine.launch import launch, run_tool
+from tests.helpers.runs import Cut
 
 LENGTH = 5
 CUT_AT = 3  # between two checkpoints
@@ -29,15 +30,6 @@ def config(dataset: str, output: Path, *opts: str) -> CfgNode:
     length = ["SOLVER.MAX_ITER", str(LENGTH), "SOLVER.CHECKPOINT_PERIOD", "2"]
     more = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "3", "DATASETS.TEST", "()"]
     return load_config(options[1], [*options[5:], *length, *more, *opts])
-
-
-class Cut(HookBase):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.at:
-            raise KeyboardInterrupt
 
 
 def train(cfg: CfgNode, cut_at: int | None = None) -> None:

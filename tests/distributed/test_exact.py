@@ -45,7 +45,7 @@ def test_a_cut_run_of_several_processes_is_the_uncut_one_bit_for_bit(
     # One process would go on with other images: that is told.
     resumed_as(squares, tmp_path / "cut")
     (warning,) = [r.getMessage() for r in caplog.records if "another run" in r.getMessage()]
-    assert f"(processes: 1, was {processes}): it goes on with other images" in warning
+    assert f"(processes: 1, was {processes}): it continues with other images" in warning
 
 
 def test_another_batch_is_told_and_an_older_checkpoint_is_not(squares, tmp_path, caplog):

@@ -28,7 +28,7 @@ CPU = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
          r"Res5ROIHeads pools from one map, .*IN_FEATURES names \['p2'.*it is FPNROIHeads"),
         (["MODEL.RPN.IN_FEATURES", "['p2', 'p9']"], "MODEL.RPN.IN_FEATURES names 'p9'"),
         (["MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "True", "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True"],
-         "USE_FED_LOSS weighs classes by .* dataset 'mini_train' does not say"),
+         "USE_FED_LOSS needs the number of .* dataset 'mini_train' does not give"),
     ],
 )  # fmt: skip
 def test_the_key_is_named(opts, message):
@@ -44,7 +44,7 @@ def test_without_the_compiled_part_the_key_of_deformable_convolutions_is_named(m
     monkeypatch.setattr(resnet, "DeformConv", NotCompiled)
     opts = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.DEFORM_ON_PER_STAGE"]
     opts += ["[True, True, True, True]"]
-    with pytest.raises(UserError, match="DEFORM_ON_PER_STAGE asks .* detectron2._C, does not"):
+    with pytest.raises(UserError, match="DEFORM_ON_PER_STAGE asks .* detectron2._C, cannot"):
         FPNTrainer.build_model(load_config(MINI, [*CPU, *opts]))
 
 

@@ -1,15 +1,11 @@
 """Test-time augmentation and expected results: what Detectron2's own train_net.py does of them."""
 
 import json
-import logging
-import os
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, defaults
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 
@@ -17,12 +13,14 @@ from evidence.tiny import tiny_options
 from fpn_plugin import UserError
 from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import register_datasets
-from fpn_plugin.engine import FPNTrainer, run_tool
-from fpn_plugin.engine.expectations import check_expected, verify_expected
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer, run_tool
+from fpn_plugin.engine.results import verify_expected
+from fpn_plugin.engine.run_config import RunConfig
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.lazy.trainer import LazyRun
 from fpn_plugin.mini import ensure_mini
+from tests.helpers.runs import Stock, error_line, lazy_options
 
 MASK = "mini/mask_rcnn_R_18_FPN.yaml"
 AUGMENTED = [
@@ -35,23 +33,6 @@ ALIKE = [
     "MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "5",
     "DATALOADER.NUM_WORKERS", "0",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch) -> None:
-    # Detectron2's log handlers outlive the streams that a test captures.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
-
-
-class Stock(DefaultTrainer):
-    """Detectron2's loader and evaluator as they are."""
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        mapper = DatasetMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +98,11 @@ def test_a_lazy_models_are_too(stock, tmp_path):
 
 def test_a_training_augments_once_when_it_ends(squares, tmp_path, monkeypatch):
     calls: list[int] = []
-    augmented = FPNTrainer.test_with_TTA.__func__
+    evaluate = FPNTrainer.test_with_TTA.__func__
 
     def counted(cls, cfg, model):
         calls.append(1)
-        return augmented(cls, cfg, model)
+        return evaluate(cls, cfg, model)
 
     monkeypatch.setattr(FPNTrainer, "test_with_TTA", classmethod(counted))
     opts = [*AUGMENTED, "TEST.AUG.MIN_SIZES", "(48,)", "SOLVER.MAX_ITER", "2"]
@@ -136,9 +117,8 @@ def test_a_training_augments_once_when_it_ends(squares, tmp_path, monkeypatch):
     assert logged == results["bbox_TTA"]["AP"]
     # The files and figures of the plain evaluation are of that alone.
     assert json.loads((tmp_path / "inference" / "speed.json").read_text())["calls"] == 8
-    files = [tmp_path / name / "coco_instances_results.json" for name in ("inference",
-             "inference_TTA")]  # fmt: skip
-    assert files[0].read_text() != files[1].read_text()
+    plain, augmented = tmp_path.glob("inference*/coco_instances_results.json")
+    assert plain.read_text() != augmented.read_text()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +129,7 @@ def test_a_training_augments_once_when_it_ends(squares, tmp_path, monkeypatch):
         ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", [], "for PanopticFPN"),
         ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", [], "for a model with keypoints"),
         ("mini/table2_c_FPN.yaml", [], "for a model that reads proposals from files"),
-        (MASK, ["TEST.AUG.MIN_SIZES", "()"], r"sizes \[\]: expected one or more"),
+        (MASK, ["TEST.AUG.MIN_SIZES", "()"], r"TEST.AUG.MIN_SIZES is \[\]: expected one or more"),
     ],
 )
 def test_what_has_no_augmentation_is_one_line_beforehand(config, opts, message):
@@ -185,7 +165,7 @@ RESULTS = {"bbox": {"AP": 40.0, "AP50": float("nan")}, "segm": {"AP": 30.0}}
         ([["bbox", "AP", 40.6, 0.5]], r"bbox AP is 40.0 \(expected 40.6 within 0.5\)"),
         ([["segm", "AP", 30, 1], ["bbox", "AP", 39.4, 0.5]], "segm AP is 30.0 .*bbox AP is 40.0"),
         ([["bbox", "AP50", 1, 99]], "AP50 is nan"),
-        ([["bbox", "AP99", 1, 99]], "AP99 is not there"),
+        ([["bbox", "AP99", 1, 99]], "AP99 is missing"),
         ([["box", "AP", 40, 1]], "names 'box', no task here: did you mean bbox"),
     ],
 )
@@ -198,19 +178,25 @@ def test_results_are_compared_as_detectron2_does(expected, message):
     assert "\n" not in str(error.value)
 
 
+def check_expected(expected: list, tests: tuple[str, ...]) -> None:
+    cfg = load_config()
+    cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST = expected, tests
+    RunConfig(cfg).check_expected_results()
+
+
 @pytest.mark.parametrize(
     "entry", ["bbox", ["bbox", "AP", 1], ["bbox", "AP", "1", 1], [1, "AP", 1, 1], 3]
 )
 def test_what_is_no_expectation_is_refused_beforehand(entry):
-    with pytest.raises(UserError, match=r"KEY has .*: expected \[task, metric, value, tolerance\]"):
-        check_expected("KEY", [entry], ["set"])
+    with pytest.raises(UserError, match=r"RESULTS has .*: expected \[task, metric, value, "):
+        check_expected([entry], ("set",))
 
 
 def test_expectations_are_for_one_test_set():
-    check_expected("KEY", [], [])
-    for names in ([], ["one", "other"]):
+    check_expected([], ())
+    for names in ((), ("one", "other")):
         with pytest.raises(UserError, match=f"one test set, and there are {len(names)}"):
-            check_expected("KEY", [["bbox", "AP", 1, 1]], names)
+            check_expected([["bbox", "AP", 1, 1]], names)
 
 
 @pytest.mark.parametrize("how", ["training", "eval-only", "lazy"])
@@ -226,21 +212,15 @@ def test_results_that_are_not_met_are_a_status_and_are_written(
     opts = ["TEST.EXPECTED_RESULTS", f"[['bbox', 'AP', {value}, 1.0]]", "SOLVER.MAX_ITER", "1"]
     args = [*tiny_options(squares, tmp_path, 0), *opts]
     if how == "lazy":
-        args = ["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", "--dataset", squares]
-        args += [f"train.output_dir={tmp_path}", "model.roi_heads.num_classes=1"]
-        args += [f"dataloader.{split}.dataset.names=squares" for split in ("train", "test")]
-        args += [f"train.expected_results=[[bbox,AP,{value},1.0]]", "--eval-only"]
+        expected = f"train.expected_results=[[bbox,AP,{value},1.0]]"
+        args = lazy_options(squares, tmp_path, expected)
     if how != "training":
-        monkeypatch.setattr("fpn_plugin.engine.checkpoint.StrictCheckpointer.load",
-                            lambda *_, **__: {})  # fmt: skip
-        args = ["--eval-only", *(arg for arg in args if arg != "--eval-only")]
+        monkeypatch.setattr(StrictCheckpointer, "load", lambda *_, **__: {})
+        args = ["--eval-only", *args]
     main = lazy_main if how == "lazy" else train_main
     if met:
         run_tool(lambda: main(args))
     else:
-        with pytest.raises(SystemExit) as ended:
-            run_tool(lambda: main(args))
-        assert ended.value.code == 2
-        (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+        line = error_line(capfd, run_tool, lambda: main(args))
         assert line.endswith("is not met: bbox AP is 40.0 (expected 50.0 within 1.0)")
     assert json.loads((tmp_path / "results.json").read_text())["bbox"]["AP"] == 40.0

@@ -15,6 +15,7 @@ from fpn_plugin.engine import FPNTrainer, StrictCheckpointer
 from fpn_plugin.engine.nonfinite import NonFiniteCheck, SkippedSteps
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import NonFiniteError, UserError
+from tests.helpers.runs import error_line, lazy_options
 
 
 class Toy(nn.Module):
@@ -136,12 +137,8 @@ def test_mixed_precision_on_a_cpu_is_refused(squares, tmp_path):
     opts = [*tiny_options(squares, tmp_path / "out"), "SOLVER.AMP.ENABLED", "True"]
     with pytest.raises(UserError, match="SOLVER.AMP.ENABLED is True"):
         train_main(opts)
-    args = ["--config-file", "lazy/mini/faster_rcnn_R_18_FPN.py", "--dataset", squares]
-    args += ["dataloader.train.dataset.names=squares", "dataloader.test.dataset.names=squares"]
-    args += ["model.roi_heads.num_classes=1", "train.amp.enabled=True"]
-    args += [f"train.output_dir={tmp_path / 'lazy'}"]
     with pytest.raises(UserError, match="train.amp.enabled is True"):
-        lazy_main(args)
+        lazy_main(lazy_options(squares, tmp_path / "lazy", "train.amp.enabled=True"))
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):
@@ -159,10 +156,7 @@ def test_a_detector_that_diverges_stops_in_one_line(squares, tmp_path, capfd):
     args = tiny_options(squares, tmp_path / "out", workers=0)
     args += ["SOLVER.MAX_ITER", "30", "SOLVER.WARMUP_ITERS", "0", "SOLVER.BASE_LR", "1e6"]
     args += ["SOLVER.CHECKPOINT_PERIOD", "1000", "DATASETS.TEST", "()"]
-    with pytest.raises(SystemExit) as ended:
-        train_main(args)
-    assert ended.value.code == 2
-    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    line = error_line(capfd, train_main, args)
     assert line.startswith("error: iteration ")
     assert ".png" in line
     assert "SOLVER.BASE_LR" in line

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
+from omegaconf import OmegaConf
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.engine.run_config import RunConfig
 from fpn_plugin.engine.settings import (
-    check_seed,
     config_on_device,
     find_config_file,
     load_config,
@@ -47,7 +48,7 @@ def test_options_come_last():
         (["MODEL.FPN.K0", "3"], "no config key 'MODEL.FPN.K0'"),
         (["SOLVER.MAX_ITER"], "has no value"),
         (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
-        (["SOLVER.MAX_ITER", "6", "--resume"], "--resume stands among .* before KEY VALUE"),
+        (["SOLVER.MAX_ITER", "6", "--resume"], "--resume is among .* before KEY VALUE"),
         (["DATASETS.TRAIN", "cells"], r"DATASETS.TRAIN; a tuple is written \(value,\)"),
     ],
 )
@@ -62,17 +63,17 @@ def test_options_that_do_not_fit_are_named(opts, message):
     [
         ("MODEL:\n  FPN:\n    CANONICAL_LEVL: 3\n", "did you mean MODEL.FPN.CANONICAL_LEVEL"),
         ("SOLVER:\n  MAX_ITER: many\n", "SOLVER.MAX_ITER"),
-        ("_BASE_: nowhere.yaml\n", "_BASE_ 'nowhere.yaml' is not there"),
-        ('_BASE_: "no\\nwhere.yaml"\n', r"_BASE_ 'no\\nwhere.yaml' is not there"),
-        ('_BASE_: "no\\0where.yaml"\n', r"_BASE_ 'no\\x00where.yaml' is not there"),
+        ("_BASE_: nowhere.yaml\n", "_BASE_ 'nowhere.yaml' does not exist"),
+        ('_BASE_: "no\\nwhere.yaml"\n', r"_BASE_ 'no\\nwhere.yaml' does not exist"),
+        ('_BASE_: "no\\0where.yaml"\n', r"_BASE_ 'no\\x00where.yaml' does not exist"),
         ("_BASE_: .\n", "_BASE_ '.' is a folder"),
         ("_BASE_: 3\n", "_BASE_ is 3: expected a path or a list of them"),
         ("_BASE_: [[own.yaml]]\n", r"_BASE_ is \[\['own.yaml'\]\]: expected a path"),
-        ("_BASE_: own.yaml\n", "_BASE_ 'own.yaml' stands on this file in turn"),
-        ("_BASE_: [other.yaml]\n", "other.yaml: its _BASE_ './own.yaml' stands on this file"),
+        ("_BASE_: own.yaml\n", "_BASE_ 'own.yaml' leads back to this file"),
+        ("_BASE_: [other.yaml]\n", "other.yaml: its _BASE_ './own.yaml' leads back to"),
         ("_BASE_: twice.yaml\n", "twice.yaml cannot be .* key 'SEED' is there twice: .* line 2"),
         ("SEED: 1\nSOLVER: {}\n'SEED': 2\n", "key 'SEED' is there twice: .* line 3"),
-        ("SEED: " + "[" * 5000 + "]" * 5000, "within one another too deeply"),
+        ("SEED: " + "[" * 5000 + "]" * 5000, "nests lists or mappings too deeply"),
         ("SEED: &a [*a]\n", "cannot be read as plain YAML: .*recursive"),
         ("MODEL: &a {X: *a}\n", "cannot be read as plain YAML: .*recursive"),
         ("MODEL: [1\n", "cannot be read as plain YAML"),
@@ -105,7 +106,7 @@ def test_a_config_fetches_nothing(scheme, form, tmp_path, monkeypatch):
     monkeypatch.setattr(PathManager, "get_local_path", lambda name, *_, **__: opened.append(name))
     base = f"{scheme}://127.0.0.1:9/x.yaml"
     (tmp_path / "own.yaml").write_text(form.format(base))
-    with pytest.raises(UserError, match=f"own.yaml: its _BASE_ '{base}' would be fetched"):
+    with pytest.raises(UserError, match=f"own.yaml: its _BASE_ '{base}' is a URL"):
         load_config(str(tmp_path / "own.yaml"))
     assert opened == []
 
@@ -117,14 +118,6 @@ def test_bases_are_merged_in_order_and_may_share_one(tmp_path):
     (tmp_path / "own.yaml").write_text("_BASE_: [b.yaml, a.yaml]\nSOLVER: {MAX_ITER: 7}\n")
     cfg = load_config(str(tmp_path / "own.yaml"))
     assert (cfg.SEED, cfg.VIS_PERIOD, cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER) == (2, 5, "b", 7)
-
-
-def test_a_config_does_not_run_code(tmp_path):
-    path, touched = tmp_path / "own.yaml", tmp_path / "touched"
-    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{touched}']\n")
-    with pytest.raises(UserError):
-        load_config(str(path))
-    assert not touched.exists()
 
 
 @pytest.mark.parametrize(
@@ -149,12 +142,12 @@ def test_numbers_that_no_training_could_begin_with_are_named(key, value, told):
 
 def test_a_seed_is_one_that_every_generator_takes():
     for seed in (-1, 0, 7, 2**32 - 2**10):
-        check_seed("SEED", seed)
+        RunConfig(CfgNode({"SEED": seed})).check_seed()
         seed_all_rng(max(seed, 0) + 1023)
     with pytest.raises(UserError, match="SEED is 1000.*, expected a number, 4294966272 at most"):
-        check_seed("SEED", 10**23)
+        RunConfig(CfgNode({"SEED": 10**23})).check_seed()
     with pytest.raises(UserError, match="train.seed is seven, expected a number"):
-        check_seed("train.seed", "seven")
+        RunConfig(OmegaConf.create({"train": {"seed": "seven"}})).check_seed()
 
 
 def test_the_cpu_is_taken_where_no_gpu_is_and_none_was_named(capsys):

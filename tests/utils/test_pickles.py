@@ -20,18 +20,9 @@ from fpn_plugin.engine import load_config
 from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.utils import pickles as unpickling
 from fpn_plugin.utils.pickles import load_arrays
+from tests.helpers.runs import Malicious
 
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
-
-
-class Malicious:
-    """A pickle that writes a file when it is loaded as pickles are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (exec, (f"open({self.path!r}, 'w').write('ran')",))
 
 
 @pytest.fixture
