@@ -294,8 +294,8 @@ def one_line(err: str) -> str:
         (["--config-file", MINI, "--dataset", "a=b"], "NAME=JSON:IMAGES"),
         (["--config-file", MINI, "SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
         (["--config-file", MINI, "SEED", "9" * 23], "SEED is 99"),
-        (["--config-file", MINI, "OUTPUT_DIR", f"{__file__}/out"], "Not a directory; name another"),
-        (["--config-file", MINI, "OUTPUT_DIR", __file__], "File exists; name another"),
+        (["--config-file", MINI, "OUTPUT_DIR", f"{__file__}/out"], "Not a directory; give another"),
+        (["--config-file", MINI, "OUTPUT_DIR", __file__], "File exists; give another"),
         (["--config-file", MINI, "OUTPUT_DIR", "/proc/none"], "OUTPUT_DIR is '/proc/none', where"),
     ],
 )
