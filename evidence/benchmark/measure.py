@@ -345,7 +345,10 @@ def bare_convolutions(
 
 def _recorded_input(module: FusedConv2d, called: list[Any], x: Tensor) -> Tensor:
     x = type(module)._input(module, x)
-    called.append((module.bare, x.detach()))
+    bare = copy.copy(module)
+    bare.relu = False
+    del bare._input  # its own calls are not recorded
+    called.append((bare.forward, x.detach()))
     return x
 
 

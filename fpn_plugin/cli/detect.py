@@ -10,7 +10,7 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from fpn_plugin.data import register_datasets
-from fpn_plugin.deploy.speed import print_steps
+from fpn_plugin.deploy.optimize import print_steps
 from fpn_plugin.engine.detection import detect_images
 from fpn_plugin.engine.inference import Detector, class_names
 from fpn_plugin.engine.settings import config_on_device

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from fpn_plugin.data import read_picture, register_datasets
 from fpn_plugin.data.given_images import images_in
 from fpn_plugin.deploy import optimize_for_inference
-from fpn_plugin.deploy.speed import compare_detectors, dtype_name, print_steps
+from fpn_plugin.deploy.comparison import compare_detectors
+from fpn_plugin.deploy.optimize import dtype_name, print_steps
 from fpn_plugin.engine.inference import Detector
 from fpn_plugin.engine.settings import config_on_device
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from fpn_plugin.deploy import optimize_for_inference
-from fpn_plugin.deploy.speed import print_steps
+from fpn_plugin.deploy.optimize import print_steps
 from fpn_plugin.engine.run import YacsRun
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.errors import UserError

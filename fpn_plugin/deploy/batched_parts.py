@@ -1,4 +1,4 @@
-"""Detectron2's RPN, matcher and box predictor for a whole batch, with few waits for a GPU."""
+"""Detectron2's RPN, matcher and box predictor for a whole batch. They rarely wait for a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,17 +22,17 @@ __all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "PatientMatcher", "decod
 def decoded_best(
     rpn: RPN, anchors: list[Boxes], logits: list[Tensor], deltas: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The best anchors of each level and image, decoded. Only logits decide which those are.
+    """Decodes the anchors with the highest logits of each level and image.
 
     Args:
-        rpn: gives how many, and the transform.
-        anchors: of each level, K.
-        logits: of each level, ``(N, K)``.
-        deltas: of each level, ``(N, K, box_dim)``.
+        rpn: its settings say how many; it has the box transform.
+        anchors: K boxes of each level.
+        logits: ``(N, K)`` of each level.
+        deltas: ``(N, K, box_dim)`` of each level.
 
     Returns:
-        Boxes ``(N, k, box_dim)`` in pixels of the network's input and logits ``(N, k)`` of each
-        level, in order of falling logit.
+        Boxes ``(N, k, box_dim)``, in pixels of the network's input, and logits ``(N, k)`` of each
+        level, highest logit first.
     """
     boxes, scores = [], []
     for of_level, of_each, by in zip(anchors, logits, deltas, strict=True):
@@ -49,13 +48,13 @@ def decoded_best(
 
 
 class PatientMatcher(Matcher):
-    """Detectron2's Matcher, which does not ask a GPU for anything on its way."""
+    """Detectron2's Matcher, without operators that wait for a GPU."""
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the best ground truth, int64, and label, int8, of each of N boxes.
+        """Gives N boxes their best ground truth, an int64 index, and a label, int8.
 
         Args:
-            match_quality_matrix: ``(M, N)``, of M ground truths, 0 or more.
+            match_quality_matrix: ``(M, N)``, of M ground truths; M may be 0.
         """
         if match_quality_matrix.numel() == 0:
             return super().__call__(match_quality_matrix)
@@ -70,7 +69,7 @@ class PatientMatcher(Matcher):
         return matches, labels
 
     def set_low_quality_matches_(self, match_labels: Tensor, match_quality_matrix: Tensor) -> None:
-        """Labels 1, in place, what is some ground truth's best."""
+        """Sets the label of each ground truth's best boxes to 1, in place."""
         best = match_quality_matrix.max(dim=1, keepdim=True).values
         match_labels.masked_fill_((match_quality_matrix == best).any(dim=0), 1)
 
@@ -79,41 +78,27 @@ class BatchedRPN(RPN):
     """Detectron2's RPN: the same losses up to the order of summation, the same proposals, and the
     same random numbers.
 
-    A GPU is waited for three times, for the numbers of anchors to sample from, for Detectron2's
-    check of the anchors, and for the numbers of proposals, not four times an image.
+    It waits for a GPU three times: for the numbers of anchors to sample from, for Detectron2's
+    check of the anchors, and for the numbers of proposals. Detectron2's waits four times an image.
     """
 
     @torch.no_grad()
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See :meth:`RPN.label_and_sample_anchors`; logs the numbers that its losses log."""
-        every = Boxes.cat(anchors)
-        labels, boxes = [], []
-        for of_image in gt_instances:
-            truths = of_image.gt_boxes
-            # Where memory is short, on the CPU.
-            overlaps = retry_if_cuda_oom(pairwise_iou)(truths, every)
-            matches, of_anchors = retry_if_cuda_oom(self.anchor_matcher)(overlaps)
-            of_anchors = of_anchors.to(truths.device)
-            if self.anchor_boundary_thresh >= 0:
-                inside = every.inside_box(of_image.image_size, self.anchor_boundary_thresh)
-                of_anchors.masked_fill_(~inside, -1)
-            labels.append(of_anchors)
-            boxes.append(truths[matches].tensor if len(truths) else torch.zeros_like(every.tensor))
+        """See :meth:`RPN.label_and_sample_anchors`; also logs what Detectron2's losses log."""
+        labels, boxes = super().label_and_sample_anchors(anchors, gt_instances)
         samples = sample_labels(labels, self.batch_size_per_image, self.positive_fraction, 0)
+        for label, (positive, negative) in zip(labels, samples, strict=True):
+            label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
         storage = get_event_storage()
-        for name, which in (("pos", 0), ("neg", 1)):
-            count = sum(len(sample[which]) for sample in samples)
+        for name, indices in zip(("pos", "neg"), zip(*samples, strict=True), strict=True):
+            count = sum(map(len, indices))
             storage.put_scalar(f"rpn/num_{name}_anchors", count / len(labels))
-        self._samples = iter(samples)
-        sampled = [self._subsample_labels(of_image) for of_image in labels]
-        del self._samples
-        return sampled, boxes
+        return labels, boxes
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        positive, negative = next(self._samples)
-        return label.fill_(-1).index_fill_(0, positive, 1).index_fill_(0, negative, 0)
+        return label  # the labels of all images are sampled at once
 
     def losses(
         self,
@@ -123,13 +108,13 @@ class BatchedRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """See :meth:`RPN.losses`; over as many anchors as may be sampled, however many are."""
+        """See :meth:`RPN.losses`; always over the largest number of anchors that may be sampled."""
         labels = torch.stack(gt_labels)
         most = min(self.batch_size_per_image, labels.shape[1])
         labels, at = labels.to(torch.float32).topk(most, dim=1)  # 1 and 0 before -1
         each = at[:, :, None].expand(-1, -1, self.anchor_generator.box_dim)
         boxes = Boxes.cat(anchors).tensor[at]
-        # An anchor that is not positive has its own place as truth and as prediction: no loss.
+        # The truth and the prediction of an anchor that is not positive are the anchor: no loss.
         positive = (labels == 1)[:, :, None]
         deltas = torch.where(positive, cat(pred_anchor_deltas, dim=1).gather(1, each), 0.0)
         truths = torch.where(positive, torch.stack(gt_boxes).gather(1, each), boxes)
@@ -164,10 +149,9 @@ class BatchedRPN(RPN):
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """See :meth:`RPN.predict_proposals`; only boxes of the best anchors are decoded."""
-        if torch.jit.is_tracing():  # which would freeze numbers of proposals
-            return super().predict_proposals(
-                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
-            )
+        given = anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
+        if torch.jit.is_tracing():  # a trace would keep this call's numbers of proposals
+            return super().predict_proposals(*given)
         boxes, scores = decoded_best(self, anchors, pred_objectness_logits, pred_anchor_deltas)
         sizes = torch.tensor(image_sizes)
         if boxes[0].is_cuda:
@@ -188,9 +172,7 @@ class BatchedRPN(RPN):
                 "Predicted boxes or scores contain Inf/NaN. Training has diverged."
             )
         if not exact:  # without Triton, after a long chain of suppression
-            return super().predict_proposals(
-                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
-            )
+            return super().predict_proposals(*given)
         return [
             Instances(
                 size,
@@ -204,8 +186,8 @@ class BatchedRPN(RPN):
 class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
     """Detectron2's box predictor: the same losses up to the order of summation.
 
-    A GPU is waited for twice, for the statistics that are logged and for Detectron2's check of the
-    proposals, not ten times.
+    It waits for a GPU twice: for the statistics that are logged, and for Detectron2's check of the
+    proposals. Detectron2's waits ten times.
     """
 
     def losses(
@@ -231,14 +213,14 @@ class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
     def box_reg_loss(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
     ) -> Tensor:
-        """See :meth:`FastRCNNOutputLayers.box_reg_loss`; over background too, without loss."""
+        """See :meth:`FastRCNNOutputLayers.box_reg_loss`; background is included, with loss 0."""
         foreground = ((gt_classes >= 0) & (gt_classes < self.num_classes))[:, None]
         if pred_deltas.shape[1] != proposal_boxes.shape[1]:  # of each class
             of_class = gt_classes.clamp(0, self.num_classes - 1)[:, None, None]
             box_dim = proposal_boxes.shape[1]
             pred_deltas = pred_deltas.view(-1, self.num_classes, box_dim)
             pred_deltas = pred_deltas.gather(1, of_class.expand(-1, -1, box_dim))[:, 0]
-        # Background predicts a box of one pixel to be where it is.
+        # For background, truth and prediction are the same box of one pixel.
         pixel = torch.arange(4, device=gt_boxes.device).div(2, rounding_mode="floor").to(gt_boxes)
         loss = _dense_box_regression_loss(
             [torch.where(foreground, proposal_boxes, pixel)],
@@ -253,7 +235,7 @@ class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
 
 
 def _log_classification(scores: Tensor, classes: Tensor) -> None:
-    """Detectron2's statistics of a box predictor, in one transfer."""
+    """Logs Detectron2's statistics of a box predictor, with one transfer from the device."""
     if len(classes) == 0:
         return
     background = scores.shape[1] - 1

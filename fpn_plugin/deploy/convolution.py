@@ -1,4 +1,4 @@
-"""Convolutions and linear layers with the ReLU or the sum after them in the same pass."""
+"""Convolutions and linear layers that include the ReLU or the sum after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FusedConv2d", "can_fuse", "fuse_convolutions", "fuse_linears"]
 
 
 def can_fuse(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch has the operators that :class:`FusedConv2d` calls on a device."""
+    """Whether torch has the operators that :class:`FusedConv2d` calls on this device."""
     if device.type == "cuda":
         return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
     supported = {
@@ -38,11 +38,11 @@ def can_fuse(dtype: torch.dtype, device: torch.device) -> bool:
 class FusedConv2d(nn.Module):
     """A convolution for inference, by oneDNN on a CPU and cuDNN on a GPU, channels last.
 
-    A ReLU or a sum after a convolution reads and writes the whole map again; here it is done
-    while an output is still in a register. Input sizes may vary from call to call.
+    A separate ReLU or sum reads and writes the whole map again. Here it is computed while an
+    output is still in a register. Input sizes may vary from call to call.
 
     Args:
-        conv: without a norm; is not changed.
+        conv: without a norm. It is not changed.
         dtype: of weights and output.
         relu: whether a ReLU follows.
     """
@@ -60,27 +60,19 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` of any dtype to ``(N, C', H', W')``, channels last."""
+        weight, bias, padding, stride, dilation, groups = self._what()
         if x.numel() == 0:  # no detections
-            weight, bias, padding, *others = self._what()
-            stride, dilation, groups = others
-            x = x.to(weight.dtype)
-            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return self._convolved(x, "relu" if self.relu else "none")
-
-    def bare(self, x: Tensor) -> Tensor:
-        """Only the convolution, by the same operator, for a benchmark."""
-        return self._convolved(x, "none")
-
-    def _convolved(self, x: Tensor, then: str) -> Tensor:
-        if self.weight.is_cuda:
-            return self._on_gpu(x, then == "relu")
+            return F.conv2d(x.to(weight.dtype), weight, bias, stride, padding, dilation, groups)
+        if weight.is_cuda:
+            return self._on_gpu(x, self.relu)
+        then = "relu" if self.relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(self._input(x), *self._what(), then, [], "")
 
     def add_to(self, other: Tensor, x: Tensor) -> Tensor:
-        """``other`` plus the convolution of ``x``, in place, then the ReLU if there is one.
+        """Adds the convolution of ``x`` to ``other``, in place, then applies the ReLU, if any.
 
         Args:
-            other: of the output's shape and dtype; overwritten if it is channels last.
+            other: of the output's shape and dtype. It is overwritten if it is channels last.
             x: the input.
         """
         other = other.contiguous(memory_format=torch.channels_last)
@@ -96,22 +88,21 @@ class FusedConv2d(nn.Module):
         x = self._input(x)
         if relu:
             return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        if self._is_product():  # cuBLAS adds the bias on the way, cuDNN's convolution does not
+        if self._is_product():  # cuBLAS adds the bias in the same pass, cuDNN's convolution not
             cells = F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias)
             return cells.permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     def _added_on_gpu(self, other: Tensor, x: Tensor) -> Tensor:
         if self.relu:
-            weight, bias, *geometry = self._what()
-            padding, stride, dilation, groups = geometry
+            weight, bias, padding, stride, dilation, groups = self._what()
             return torch.cudnn_convolution_add_relu(
                 self._input(x), weight, other, 1.0, bias, stride, padding, dilation, groups
             )
         return self._on_gpu(x, relu=False).add_(other)
 
     def _is_product(self) -> bool:
-        """Whether it is a matrix product of half precision; one of float32 has other roundings."""
+        """Whether it is a matrix product in half precision. In float32 the rounding differs."""
         return (
             self.weight.dtype != torch.float32
             and self.kernel_size == self.stride == (1, 1)
@@ -136,7 +127,7 @@ class FusedConv2d(nn.Module):
 
 
 class _FusedLinear(nn.Module):
-    """A linear layer as a convolution of one cell, which oneDNN does faster than the BLAS."""
+    """A linear layer as a 1x1 convolution, which is faster in oneDNN than in the BLAS."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, relu: bool) -> None:
         super().__init__()
@@ -148,12 +139,12 @@ class _FusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 0:
             return x.new_zeros(0, len(self.conv.weight), dtype=self.conv.weight.dtype)
-        rows = x.contiguous()[None, :, None, :].permute(0, 3, 1, 2)  # channels last as it lies
+        rows = x.contiguous()[None, :, None, :].permute(0, 3, 1, 2)  # channels last, not copied
         return self.conv(rows)[0, :, :, 0].t()
 
 
 def fuse_linears(head: nn.Sequential, dtype: torch.dtype) -> int:
-    """Replaces the linear layers of a head, in place, and takes ReLUs after them into them."""
+    """Replaces the linear layers of a head, and the ReLUs after them, in place."""
     count = 0
     for name, after in itertools.pairwise([*head._modules, None]):
         linear = head._modules[name]
@@ -167,10 +158,10 @@ def fuse_linears(head: nn.Sequential, dtype: torch.dtype) -> int:
 
 
 def fuse_convolutions(module: nn.Module, dtype: torch.dtype) -> int:
-    """Replaces the convolutions in a module, in place, and takes ReLUs after them into them.
+    """Replaces the convolutions in a module, and the ReLUs after them, in place.
 
-    Left as they are: subclasses of other libraries, which may pad by themselves, and convolutions
-    with a norm or another activation than ReLU.
+    Subclasses of other libraries, which may pad by themselves, are not replaced; nor are
+    convolutions with a norm or an activation other than ReLU.
 
     Returns:
         How many were replaced.

@@ -1,4 +1,4 @@
-"""TorchScript, torch.export and ONNX files of a detector, each held to the detector's output."""
+"""TorchScript, torch.export and ONNX files of a detector."""
 
 from __future__ import annotations
 
@@ -25,27 +25,22 @@ from .same_padding import fix_padding, padded_by_size
 __all__ = ["FORMATS", "TIME_LIMIT", "batched", "export_graph", "exportable", "load_exported"]
 
 TIME_LIMIT = 900
-"""Seconds that writing a file may take, unless said otherwise."""
+"""Seconds that writing a file may take by default."""
 
-FORMATS: dict[str, str] = {
-    "torchscript": "model.ts",
-    "torch_export": "model.pt2",
-    "onnx": "model.onnx",
-}
-"""Name of each format, and of its file."""
+FORMATS = {"torchscript": "model.ts", "torch_export": "model.pt2", "onnx": "model.onnx"}
+"""The name of each format, and of its file."""
 
 Exported = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""``images, sizes`` to ``boxes, scores, classes, image_index``, and ``masks`` of a mask head."""
-
-_OPSET = 18
+"""Takes ``images, sizes``, returns ``boxes, scores, classes, image_index``, and ``masks`` if the
+model has a mask head."""
 
 
 def exportable(model: nn.Module) -> DetectionGraph:
-    """A copy of a model as one function of tensors, batch norms folded and padding fixed.
+    """A copy of a model as one function of tensors, with batch norms folded and padding fixed.
 
     Args:
-        model: Faster or Mask R-CNN, or RetinaNet; left untouched. Not an optimised one, whose
-            operators no other runtime has.
+        model: Faster or Mask R-CNN, or RetinaNet. It is not changed. It must not be optimised: no
+            other runtime has the operators of optimised models.
 
     Raises:
         UserError: another architecture, an optimised model, or a pyramid that pads to squares.
@@ -61,15 +56,16 @@ def exportable(model: nn.Module) -> DetectionGraph:
 
 
 def batched(images: Sequence[Tensor], side: int = 64, channels: int = 3) -> tuple[Tensor, Tensor]:
-    """Images of several sizes as exported models take them.
+    """Puts images of several sizes into one batch, as exported models take it.
 
     Args:
         images: each ``(C, H, W)``; there may be none.
-        side: least height and width of the batch.
+        side: least height and width of the batch, in pixels.
         channels: C, for a batch without images.
 
     Returns:
-        ``(N, C, H, W)`` float32, each image at the upper left; int64 ``(N, 2)``, their sizes.
+        The batch, float32 ``(N, C, H, W)``, each image at the upper left, and the images' heights
+        and widths, int64 ``(N, 2)``.
     """
     sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64).view(-1, 2)
     height, width = torch.cat([sizes, torch.tensor([[side, side]])]).amax(dim=0).tolist()
@@ -82,20 +78,20 @@ def batched(images: Sequence[Tensor], side: int = 64, channels: int = 3) -> tupl
 def export_graph(
     graph: DetectionGraph, kind: str, path: str | Path, time_limit: float = TIME_LIMIT
 ) -> None:
-    """Writes one format.
+    """Writes a file of one format.
 
     Args:
-        graph: as :func:`exportable` gives it.
+        graph: as :func:`exportable` returns it.
         kind: a name in ``FORMATS``.
         path: of the file.
-        time_limit: seconds it may take; kept only in the main thread of a process, as Python
-            cannot be interrupted in others.
+        time_limit: seconds that this may take. It applies only in the main thread of a process,
+            because Python cannot interrupt others.
 
     Raises:
-        UserError: the format cannot carry the model, or a package is missing or too old; says what.
-            Or the time is up; says where the exporter was.
+        UserError: the format cannot carry the model, a package is missing or too old, or the time
+            is up. The message says which, or what the exporter was doing.
     """
-    needs("onnx", kind)
+    _require("onnx", kind)
     if kind != "torchscript" and not hasattr(torch.export.Dim, "DYNAMIC"):
         raise UserError(
             f"{kind} needs a torch whose torch.export has dynamic sizes (Dim.DYNAMIC), "
@@ -104,37 +100,37 @@ def export_graph(
     by_size = padded_by_size(graph.model) if kind != "torchscript" else []
     if by_size:
         raise UserError(
-            f"{kind} would not come to an end with a network that computes its padding from the "
-            f"sizes of maps, as {by_size[0]} does, unless images are padded to its stride: set "
+            f"{kind} takes endless time for a network that computes its padding from the sizes of "
+            f"maps, as {by_size[0]} does, unless images are padded to its stride: set "
             "match_lateral_size (MODEL.FPN.MATCH_LATERAL_SIZE) False, or export torchscript"
         )
-    # Two images of unlike sides: an exporter takes equal sizes, and sizes of 1, for laws.
+    # Two images of different sizes: an exporter takes equal sizes, and sizes of 1, as fixed.
     side = 4 * max(graph.model.backbone.size_divisibility, 64)
     generator = torch.Generator().manual_seed(0)
     channels = image_channels(graph.model)
     images = torch.rand(2, channels, side, side + side // 2, generator=generator) * 255
     example = (images, torch.tensor([[side, side + side // 2], [side - 9, side]]))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # exporters warn of each size they see in Python
+        warnings.simplefilter("ignore")  # exporters warn of each size that Python code reads
         try:
             with _limited(graph, kind, time_limit):
-                _WRITERS[kind](graph, example, str(path))
+                _write(graph, kind, example, str(path))
         except UserError:
             raise
-        except Exception as error:  # exporters raise whatever they meet
+        except Exception as error:  # exporters raise errors of any kind
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
             raise UserError(
                 f"{kind} cannot carry this model: {type(error).__name__}: {reason.strip()[:300]}"
             ) from error
 
 
-class _TimeIsUp(BaseException):  # exporters go on after an Exception
+class _TimeIsUp(BaseException):  # exporters catch every Exception
     pass
 
 
 @contextmanager
 def _limited(graph: DetectionGraph, kind: str, seconds: float) -> Iterator[None]:
-    """Ends what runs within it after some seconds, with the name of the module it was in."""
+    """Interrupts its block after some seconds, with an error that names the current module."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -144,9 +140,9 @@ def _limited(graph: DetectionGraph, kind: str, seconds: float) -> Iterator[None]
         while frame is not None and id(frame.f_locals.get("self")) not in names:
             frame = frame.f_back
         if frame is None:  # all modules are done
-            raise _TimeIsUp("converting what it had followed")
+            raise _TimeIsUp("converting the traced model")
         name, function = names[id(frame.f_locals["self"])], frame.f_code.co_name
-        raise _TimeIsUp(f"following {name or type(graph).__name__} ({function})")
+        raise _TimeIsUp(f"tracing {name or type(graph).__name__} ({function})")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -155,66 +151,53 @@ def _limited(graph: DetectionGraph, kind: str, seconds: float) -> Iterator[None]
     except _TimeIsUp as error:
         raise UserError(
             f"{kind} was not written within {seconds:g} s: the exporter was {error}. Give it "
-            "longer (--time-limit), or export torchscript, which keeps no account of sizes"
+            "longer (--time-limit), or export torchscript, which does not keep track of sizes"
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def _write_torchscript(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
-    torch.jit.trace(graph, example, check_trace=False).save(path)
-
-
-def _program(graph: DetectionGraph, example: tuple[Tensor, Tensor]) -> torch.export.ExportedProgram:
+def _write(graph: DetectionGraph, kind: str, example: tuple[Tensor, Tensor], path: str) -> None:
+    if kind == "torchscript":
+        torch.jit.trace(graph, example, check_trace=False).save(path)
+        return
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic})
-    return torch.export.export(
+    program = torch.export.export(
         graph,
         example,
-        dynamic_shapes=shapes,
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic}, {0: dynamic}),
         strict=False,
-        # What holds for the sizes met so far becomes a check of the file, not a law of it.
+        # Relations between the example's sizes are checked when the file runs; none is fixed.
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-
-
-def _write_program(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
-    torch.export.save(_program(graph, example), path)
-
-
-def _write_onnx(graph: DetectionGraph, example: tuple[Tensor, Tensor], path: str) -> None:
+    if kind == "torch_export":
+        torch.export.save(program, path)
+        return
     torch.onnx.export(
-        _program(graph, example),
+        program,
         example,
         path,
         dynamo=True,
         external_data=False,
-        opset_version=_OPSET,
+        opset_version=18,
         verbose=False,
         input_names=["images", "sizes"],
         output_names=list(graph.output_names),
     )
 
 
-_WRITERS: dict[str, Callable[[DetectionGraph, tuple[Tensor, Tensor], str], None]] = {
-    "torchscript": _write_torchscript,
-    "torch_export": _write_program,
-    "onnx": _write_onnx,
-}
-
-
 def load_exported(path: str | Path) -> Exported:
-    """An exported file as a function, run by the runtime it is for.
+    """Loads an exported file as a function that its own runtime computes.
 
     Args:
         path: of a file that :func:`export_graph` wrote.
 
     Returns:
-        ``images, sizes`` to the output tensors, see :class:`DetectionGraph`.
+        A function from ``images, sizes`` to the output tensors, see :class:`DetectionGraph`.
 
     Raises:
-        UserError: onnxruntime is missing, or the name ends in none of the formats' suffixes.
+        UserError: onnxruntime is missing, or the file's suffix belongs to no format.
     """
     suffix = Path(path).suffix
     if suffix == ".ts":
@@ -224,7 +207,7 @@ def load_exported(path: str | Path) -> Exported:
     if suffix != ".onnx":
         known = ", ".join(Path(name).suffix for name in FORMATS.values())
         raise UserError(f"{str(path)!r}: the suffix is none of {known}")
-    needs("onnxruntime", "onnx")
+    _require("onnxruntime", "onnx")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -238,11 +221,11 @@ def load_exported(path: str | Path) -> Exported:
     return run
 
 
-def needs(package: str, kind: str) -> None:
-    """Refuses the ONNX format where its packages are missing.
+def _require(package: str, kind: str) -> None:
+    """Refuses the ONNX format if one of its packages is missing.
 
     Raises:
-        UserError: names the command that installs them.
+        UserError: a package is missing; the message names the command that installs it.
     """
     if kind != "onnx":
         return

@@ -1,4 +1,4 @@
-"""Exports of a model, each run and compared with the model."""
+"""Exported files, each run and compared with its model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.data import channels_first, resized_picture
-from fpn_plugin.errors import UserError
+from fpn_plugin.errors import UserError, first_line
 from fpn_plugin.modeling import image_channels
 
 from .comparison import Agreement
@@ -27,8 +27,8 @@ from .graph import DetectionGraph
 __all__ = ["detection_differences", "export_checked"]
 
 BOX_PX, SCORE, MASK = 0.05, 1e-3, 1e-2
-"""Greatest differences between a file's detections and the model's: pixels, scores, and mask
-probabilities."""
+"""Largest accepted differences between a file's detections and the model's: pixels, scores, and
+mask probabilities."""
 
 _COLUMNS = ("detections", "other", "box (px)", "score", "mask")
 
@@ -50,19 +50,18 @@ def export_checked(
         classes: their names, for ``model.json``.
         images: to compare detections on, as :func:`fpn_plugin.data.read_picture` reads them.
         formats: names of :data:`FORMATS`.
-        folder: gets the files and ``model.json``.
-        time_limit: seconds after which a format is given up.
+        folder: the files and ``model.json`` are written to it.
+        time_limit: seconds after which writing a format is stopped.
 
     Raises:
-        UserError: a format cannot carry the model, or a file's detections
-            are not the model's. Other formats are written all the same.
+        UserError: a format cannot carry the model, or a file's detections differ from the model's.
+            The other formats are still written.
     """
     cases = _cases(cfg, images)
     graph = exportable(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").write_text(json.dumps(_description(cfg, graph, classes), indent=1))
-    rows: list[list[Any]] = []
-    problems: list[str] = []
+    rows, problems = [], []
     for kind in formats:
         path = folder / FORMATS[kind]
         started = time.perf_counter()
@@ -73,25 +72,26 @@ def export_checked(
         except UserError as error:
             problems.append(str(error))
             continue
-        except RuntimeError as error:  # of the file, for an image of a size that it does not take
-            problems.append(f"{path} fails on the images: {(str(error).splitlines() or [''])[0]}")
+        except RuntimeError as error:  # the file does not take an image of this size
+            problems.append(f"{path} fails on the images: {first_line(error)}")
             continue
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
         within = found["box (px)"] <= BOX_PX and found["score"] <= SCORE and found["mask"] <= MASK
         if found["other"] or not within:
-            problems.append(f"{path} does not give the model's detections: see the table")
+            problems.append(f"the detections of {path} differ from the model's: see the table")
     headers = ["format", "file", "MiB", "seconds", *_COLUMNS]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".3g"))
     print(
-        f"Compared on {len(cases)} batches, one of no image; other: detections that only one of "
-        "them has; box, score, mask: largest differences.\nInput, output and classes: "
-        f"{folder / 'model.json'}. Resizing before, and pasting masks after, is the caller's."
+        f"Compared on {len(cases)} batches, one of them empty. other: detections that only the "
+        "model or only the file has. box, score, mask: largest differences.\nInput, output and "
+        f"classes are described in {folder / 'model.json'}. Resize images before, and paste masks "
+        "after."
     )
     if "torch_export" in formats:
         print(
-            f"torch_export's file takes images above {_coarsest(model)} px a side: a coarsest "
-            "level of one cell is a case of its own to it."
+            f"The file of torch_export takes images with sides above {_coarsest(model)} px: it "
+            "does not run if the coarsest level is one cell."
         )
     if problems:
         raise UserError("\n".join(problems))
@@ -100,45 +100,39 @@ def export_checked(
 def detection_differences(
     model: nn.Module, exported: Exported, cases: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
-    """How far an exported file's detections are from its model's.
+    """How far the detections of an exported file are from its model's.
 
     Args:
         model: Detectron2's, in evaluation mode.
-        exported: as :func:`load_exported` gives it.
+        exported: as :func:`load_exported` returns it.
         cases: batches of images ``(C, H, W)`` in the model's channel order; one may be empty.
 
     Returns:
-        ``detections``, the model's in all; ``other``: those that only one has, see
+        ``detections``: the model's; ``other``: those that only the model or only the file has, see
         :class:`Agreement`; ``box (px)``, ``score`` and ``mask``: largest differences of the
-        rest, of masks in probability, 0 without a mask head.
+        others; masks are compared as probabilities, 0 without a mask head.
     """
-    detections, agreement, masks = 0, Agreement(), [0.0]
+    agreement, masks = Agreement(), [0.0]
     for images in cases:
         with torch.no_grad():
             expected = _detected(model, images)
-            # A coarsest level of one cell is a case of its own to torch.export.
+            # torch.export's file does not run if the coarsest level is one cell.
             side = 64 if images else 2 * _coarsest(model)
             batch = batched(images, side, image_channels(model))
             boxes, scores, classes, index, *of_masks = exported(*batch)
-        # Images beyond those given would be an error of the file's too.
+        # Detections in images that were not given are wrong too.
         agreement.extra += int((index >= len(images)).sum())
         for number, theirs in enumerate(expected):
             mine = index == number
-            ours = Instances(theirs.image_size)
-            ours.pred_boxes, ours.scores = Boxes(boxes[mine]), scores[mine]
-            ours.pred_classes = classes[mine]
-            detections += len(theirs)
+            fields = {"scores": scores[mine], "pred_classes": classes[mine]}
+            ours = Instances(theirs.image_size, pred_boxes=Boxes(boxes[mine]), **fields)
             partners, own = agreement.add(theirs, ours)
             if of_masks and len(own):
                 apart = theirs.pred_masks[partners, 0] - of_masks[0][mine][own]
                 masks.append(float(apart.abs().max()))
-    return {
-        "detections": detections,
-        "other": agreement.missing + agreement.extra,
-        "box (px)": agreement.box_px,
-        "score": agreement.score,
-        "mask": max(masks),
-    }
+    detections, other = agreement.matched + agreement.missing, agreement.missing + agreement.extra
+    figures = (detections, other, agreement.box_px, agreement.score, max(masks))
+    return dict(zip(_COLUMNS, figures, strict=True))
 
 
 def _coarsest(model: nn.Module) -> int:
@@ -146,19 +140,19 @@ def _coarsest(model: nn.Module) -> int:
 
 
 def _detected(model: nn.Module, images: Sequence[Tensor]) -> list[Instances]:
-    """The model's detections, masks as probabilities over their boxes."""
+    """The model's detections. Masks are probabilities over their boxes."""
     if not images:
         return []
     inputs = [{"image": image} for image in images]
     if not getattr(getattr(model, "roi_heads", None), "mask_on", False):
         return [output["instances"] for output in model(inputs)]
-    # Pasted masks are a yes or no a pixel. Postprocessing leaves out empty boxes too.
+    # Pasted masks are yes or no for each pixel. Postprocessing also leaves out empty boxes.
     found = model.inference(inputs, do_postprocess=False)
     return [each[each.pred_boxes.nonempty()] for each in found]
 
 
 def _cases(cfg: CfgNode, images: Sequence[np.ndarray]) -> list[list[Tensor]]:
-    """Each image as the config resizes it; all at once; smaller and narrower ones; none."""
+    """Batches: each resized image, a smaller, a narrower, a black one, several images, none."""
     resized = [channels_first(cfg, resized_picture(cfg, image)[0]) for image in images]
     first = resized[0]
     small = F.interpolate(first[None], scale_factor=0.75, mode="bilinear")[0]
@@ -168,6 +162,7 @@ def _cases(cfg: CfgNode, images: Sequence[np.ndarray]) -> list[list[Tensor]]:
 
 
 def _description(cfg: CfgNode, graph: DetectionGraph, classes: Sequence[str]) -> dict[str, Any]:
+    masks = {"masks": "float32 (D, M, M), probability over each box"}
     return {
         "input": {
             "images": f"float32 (N, {image_channels(graph.model)}, H, W), {cfg.INPUT.FORMAT}, "
@@ -180,14 +175,10 @@ def _description(cfg: CfgNode, graph: DetectionGraph, classes: Sequence[str]) ->
         },
         "output": {
             "boxes": "float32 (D, 4), x1 y1 x2 y2 in pixels of images",
-            "scores": "float32 (D), falling",
+            "scores": "float32 (D), highest first",
             "classes": "int64 (D)",
             "image_index": "int64 (D)",
-            **(
-                {"masks": "float32 (D, M, M), probability over each box"}
-                if "masks" in graph.output_names
-                else {}
-            ),
+            **(masks if "masks" in graph.output_names else {}),
         },
         "classes": list(classes),
     }

@@ -1,6 +1,4 @@
-"""Training made faster: frozen norms inside the weights, the layout that convolutions are fastest
-in, and on a GPU few waits for it.
-"""
+"""Faster training: frozen norms folded into weights, channels last, and few waits for a GPU."""
 
 from __future__ import annotations
 
@@ -24,14 +22,13 @@ __all__ = ["FrozenNormConv2d", "fold_frozen_norms", "optimize_for_training", "us
 
 
 def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
-    """Makes a model train faster, in place; parameters and state dict stay as they are.
+    """Makes a model train faster, in place. Parameters and state dict stay as they are.
 
-    Frozen batch norms are folded, see :class:`FrozenNormConv2d`, and the backbone's maps are
-    channels last, which convolutions and RoIAlign are faster with. Batch norms that train are
-    slower so on a CPU: a model without frozen ones keeps its layout. On a GPU its weights are
-    channels last too, a batch is sent there without a wait, and see :func:`use_batched_parts`.
-    Values are the same up to rounding, random numbers the same, and nothing changes in evaluation
-    on a CPU.
+    Frozen batch norms are folded, see :class:`FrozenNormConv2d`. The backbone's maps are channels
+    last: convolutions and RoIAlign are then faster. Batch norms that train are slower on a CPU, so
+    a model without frozen ones keeps its layout. On a GPU, weights are channels last too, a
+    batch is sent without a wait, and :func:`use_batched_parts` applies. Values are the same up to
+    rounding. Random numbers are the same. Evaluation on a CPU does not change.
 
     Args:
         model: any of Detectron2's architectures, on the device that it is trained on.
@@ -48,30 +45,28 @@ def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
         use_batched_parts(model)
         model.register_forward_pre_hook(_upload)
     if compile and backbone is not None and _compiles(next(model.parameters()).device):
-        # The pyramid's own maps are looked at by hooks, which what is compiled does not see.
+        # Not the whole pyramid: hooks read its maps, and compiled modules call no hooks.
         getattr(backbone, "bottom_up", backbone).compile(dynamic=True)
 
 
 def use_batched_parts(model: nn.Module) -> None:
-    """Gives Detectron2's RPN, matchers and box predictors, in place, classes that handle all
-    images of a batch at once; they have the same state and compute the same.
+    """Changes the classes of Detectron2's RPN, matchers and box predictors, in place, to ones that
+    handle all images of a batch at once. State and values are the same.
     """
     for part in model.modules():
         if type(part) is RPN:
             part.__class__ = BatchedRPN
         elif type(part) is FastRCNNOutputLayers:
             part.__class__ = BatchedFastRCNNOutputLayers
-        for name in ("anchor_matcher", "proposal_matcher"):
-            matcher = getattr(part, name, None)
-            if type(matcher) is Matcher:
-                matcher.__class__ = PatientMatcher
-        for matcher in getattr(part, "proposal_matchers", ()):  # of a cascade
+        names = ("anchor_matcher", "proposal_matcher")
+        matchers = [getattr(part, name, None) for name in names]
+        for matcher in (*matchers, *getattr(part, "proposal_matchers", ())):  # of a cascade
             if type(matcher) is Matcher:
                 matcher.__class__ = PatientMatcher
 
 
 def _compiles(device: torch.device) -> bool:
-    """Whether torch.compile works there; says in one line why not."""
+    """Whether torch.compile works on a device. If not, a warning says why."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # without a compiler, Triton or enough memory: many kinds
@@ -91,7 +86,7 @@ def _channels_last(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Ten
 
 
 def _upload(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A batch for Detectron2's architectures, on the model's device; only in training."""
+    """In training, moves a batch for Detectron2's architectures to the model's device."""
     if not model.training or not isinstance(inputs[0], list):
         return inputs
     device = next(model.parameters()).device
@@ -108,16 +103,16 @@ def _sent(value: Any, device: torch.device) -> Any:
     if isinstance(value, Instances):
         fields = {name: _sent(field, device) for name, field in value.get_fields().items()}
         return Instances(value.image_size, **fields)
-    return value  # masks and keypoints, which Detectron2 sends
+    return value  # Detectron2 moves masks and keypoints
 
 
 class FrozenNormConv2d(Conv2d):
     """Detectron2's convolution with a FrozenBatchNorm2d, as one convolution in training.
 
-    A frozen norm is an affine map: s (w * x) + b = (s w) * x + b. Where gradients are needed
-    Detectron2 computes the left side, which reads and writes each map twice more, forward and
-    backward; this computes the right one. Parameters, state dict and, up to rounding, values and
-    gradients are the same. In evaluation it is Detectron2's.
+    A frozen norm is an affine map: s (w * x) + b = (s w) * x + b. If gradients are needed,
+    Detectron2 computes the left side, and reads and writes each map twice more, forward and
+    backward. This class computes the right side. Parameters and state dict are the same, and so are
+    values and gradients up to rounding. In evaluation it does what Detectron2's does.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,10 +130,10 @@ class FrozenNormConv2d(Conv2d):
 
 
 def fold_frozen_norms(module: nn.Module) -> int:
-    """Makes a FrozenNormConv2d of each Detectron2 convolution with a frozen norm, in place.
+    """Changes each Detectron2 convolution with a frozen norm into a FrozenNormConv2d, in place.
 
     Returns:
-        How many were made.
+        How many were changed.
     """
     count = 0
     for conv in module.modules():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 __all__ = ["fold_batch_norms"]
@@ -18,13 +20,13 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, TorchvisionFrozen
 def fold_batch_norms(model: nn.Module, *, example: Tensor | None = None) -> tuple[int, int]:
     """Folds each batch norm into its convolution, in place: w' = w s, b' = (b - mean) s + shift.
 
-    Norms of Detectron2's convolutions, and those that follow a convolution in an nn.Sequential,
-    are known to belong to it. Where an example is given, a pass shows which others read just
-    what one convolution wrote.
+    A norm belongs to a convolution if it is the ``norm`` of Detectron2's class, or follows it in an
+    nn.Sequential. With an example, a forward pass finds other norms that read only what one
+    convolution wrote.
 
     Args:
         model: in evaluation mode, on any device.
-        example: what ``model`` takes, for that pass.
+        example: an input of ``model`` for that pass.
 
     Returns:
         How many were folded, and how many are left.
@@ -42,7 +44,7 @@ def fold_batch_norms(model: nn.Module, *, example: Tensor | None = None) -> tupl
                 conv, norm = module._modules[name], module._modules[after]
                 if type(conv) is nn.Conv2d and _is_fixed(norm):
                     _fold(conv, norm)
-                    module._modules[after] = _what_is_left(norm)
+                    module._modules[after] = _activation_of(norm)
                     folded += 1
     if example is not None:
         folded += _fold_observed(model, example)
@@ -50,37 +52,33 @@ def fold_batch_norms(model: nn.Module, *, example: Tensor | None = None) -> tupl
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
-    # timm's norms that hold an activation too are subclasses of these, or say so by their "act".
+    # timm's norms with an activation are subclasses of these, or of this name.
     is_norm = isinstance(norm, _NORMS) or type(norm).__name__ == "FrozenBatchNormAct2d"
     return is_norm and not norm.training and norm.running_mean is not None
 
 
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
-    # In double precision: the folded weight is then the nearest float to the exact one.
-    variance, mean = norm.running_var.double(), norm.running_mean.double()
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    bias = 0 if conv.bias is None else conv.bias.double()
-    shift = 0 if norm.bias is None else norm.bias.double()
-    dtype = conv.weight.dtype
-    weight = (conv.weight.double() * scale[:, None, None, None]).to(dtype)
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    conv.bias = nn.Parameter(((bias - mean) * scale + shift).to(dtype), requires_grad=False)
+    # In double precision, so that the folded weight is the float nearest to the exact one.
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, variance, *affine = (None if t is None else t.double() for t in tensors)
+    folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, *affine)
+    conv.weight, conv.bias = (
+        nn.Parameter(each.to(conv.weight.dtype), requires_grad=False) for each in folded
+    )
 
 
-def _what_is_left(norm: nn.Module) -> nn.Module:
+def _activation_of(norm: nn.Module) -> nn.Module:
     if hasattr(norm, "act"):  # of timm's
         return nn.Sequential(norm.drop, norm.act)
     return nn.Identity()
 
 
 def _fold_observed(model: nn.Module, example: Tensor) -> int:
+    """Folds norms that read only what one convolution wrote in a forward pass."""
     writers: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     readers: dict[int, list[nn.Module]] = {}
     pairs: dict[nn.Module, set[nn.Conv2d | None]] = {}
-    calls: dict[nn.Conv2d, int] = {}
 
     def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = [each for each in (*inputs, *keywords.values()) if isinstance(each, Tensor)]
@@ -92,8 +90,7 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
 
     def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            calls[module] = calls.get(module, 0) + 1
-            writers[id(output)] = (module, output)  # kept, so that no other takes its id
+            writers[id(output)] = (module, output)  # kept, so that no other tensor gets its id
 
     leaves = [m for m in model.modules() if not any(m.children()) or isinstance(m, _NORMS)]
     leaves += [m for m in model.modules() if _is_fixed(m) and m not in leaves]
@@ -102,27 +99,27 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
     try:
         with torch.no_grad():
             expected = model(example)
-            outputs = dict(writers.values())
     finally:
         for handle in handles:
             handle.remove()
-    found = []
-    for norm, convs in pairs.items():
-        conv = next(iter(convs))
-        alone = conv is not None and len(convs) == 1 and calls[conv] == 1
+    calls = Counter(conv for conv, _ in writers.values())
+    outputs = dict(writers.values())
+    paths = {module: path for path, module in model.named_modules()}
+    before_folding = []
+    for norm, (conv, *others) in pairs.items():
+        alone = conv is not None and not others and calls[conv] == 1
         if alone and readers[id(outputs[conv])] == [norm]:
-            found.append((conv, norm))
-    if not found:
+            parent, _, name = paths[norm].rpartition(".")
+            place = model.get_submodule(parent), name
+            before_folding.append((conv, conv.weight, conv.bias, norm, *place))
+    if not before_folding:
         return 0
-    before_folding = [
-        (conv, conv.weight, conv.bias, norm, *_place_of(model, norm)) for conv, norm in found
-    ]
     same = False
     try:
         for conv, _, _, norm, parent, name in before_folding:
             _fold(conv, norm)
-            setattr(parent, name, _what_is_left(norm))
-        # An addition reads a tensor without being a module: the values show it.
+            setattr(parent, name, _activation_of(norm))
+        # An addition reads a tensor and is no module: then the values differ.
         with torch.no_grad():
             same = _alike(model(example), expected)
     finally:
@@ -130,15 +127,7 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
             for conv, weight, bias, norm, parent, name in before_folding:
                 conv.weight, conv.bias = weight, bias
                 setattr(parent, name, norm)
-    return len(found) if same else 0
-
-
-def _place_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is module:
-                return parent, name
-    raise ValueError("the module is not part of the model")
+    return len(before_folding) if same else 0
 
 
 def _alike(ours: object, theirs: object) -> bool:

@@ -1,4 +1,4 @@
-"""Detectron2's and the plugin's modules with fused convolutions: the same values, fewer passes."""
+"""Detectron2's and the plugin's modules with fused convolutions: same values, fewer passes."""
 
 from __future__ import annotations
 
@@ -30,25 +30,21 @@ __all__ = [
 
 
 class FusedBlock(nn.Module):
-    """A ResNet block: each ReLU, and the sum with the shortcut, inside a convolution."""
+    """A ResNet block whose convolutions include each ReLU and the sum with the shortcut."""
 
     def __init__(self, block: BasicBlock | BottleneckBlock, dtype: torch.dtype, first: bool):
         super().__init__()
-        names = (
-            ["conv1", "conv2", "conv3"]
-            if isinstance(block, BottleneckBlock)
-            else ["conv1", "conv2"]
-        )
-        self.convs = nn.ModuleList(FusedConv2d(getattr(block, n), dtype, relu=True) for n in names)
+        convs = [getattr(block, f"conv{i}", None) for i in (1, 2, 3)]  # BasicBlock has two
+        self.convs = nn.ModuleList(FusedConv2d(c, dtype, relu=True) for c in convs if c is not None)
         self.shortcut = None if block.shortcut is None else FusedConv2d(block.shortcut, dtype)
         last = self.convs[-1]
         if self.shortcut is not None and None not in (last.bias, self.shortcut.bias):
-            # One addition of a whole map less, where a convolution does not add its own bias.
+            # One bias for both: where a convolution does not add it, this saves a pass.
             both = last.bias.float() + self.shortcut.bias.float()
             last.bias = nn.Parameter(both.to(dtype), requires_grad=False)
             self.shortcut.bias = None
         self.stride = block.stride
-        # Others may read the input of a stage's first block; only the block reads a later one's.
+        # Other modules may read the input of a stage's first block, so it is not overwritten.
         self._first = first
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,14 +52,14 @@ class FusedBlock(nn.Module):
         for conv in self.convs[:-1]:
             out = conv(out)
         if self.shortcut is not None:
-            shortcut = self.shortcut(x)
-        else:
-            shortcut = x.clone() if self._first else x
-        return self.convs[-1].add_to(shortcut, out)
+            x = self.shortcut(x)
+        elif self._first:
+            x = x.clone()
+        return self.convs[-1].add_to(x, out)
 
 
 class FusedStem(nn.Module):
-    """BasicStem with its ReLU inside the convolution."""
+    """BasicStem whose convolution includes the ReLU."""
 
     def __init__(self, stem: BasicStem, dtype: torch.dtype) -> None:
         super().__init__()
@@ -75,7 +71,7 @@ class FusedStem(nn.Module):
 
 
 def fuse_resnets(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replaces stems and blocks of Detectron2's ResNets, in place, where no norm is left.
+    """Replaces stems and blocks without a norm in Detectron2's ResNets, in place.
 
     Returns:
         How many blocks were replaced.
@@ -97,7 +93,7 @@ def _without_norm(module: nn.Module) -> bool:
 
 
 def as_plugin_pyramid(fpn: FPN) -> FeaturePyramidNetwork | None:
-    """The plugin's pyramid with the modules of a stock one; None if it has what ours lacks."""
+    """The plugin's pyramid with the modules of a stock one; None if that pads to squares."""
     if fpn.padding_constraints.get("square_size"):
         return None
     neck = FeaturePyramidNetwork(
@@ -115,7 +111,7 @@ def as_plugin_pyramid(fpn: FPN) -> FeaturePyramidNetwork | None:
 
 
 class FusedNeck(FeaturePyramidNetwork):
-    """The pyramid with the sum of section 3 inside the lateral convolution."""
+    """The pyramid whose lateral convolutions include the sum of section 3."""
 
     def __init__(self, neck: FeaturePyramidNetwork) -> None:
         nn.Module.__init__(self)
@@ -135,7 +131,7 @@ class FusedNeck(FeaturePyramidNetwork):
 
 
 def _plus_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
-    """Adds to a map, in place, one of half its sides: each cell to four, none written apart."""
+    """Adds a map of half the size, in place: each of its cells is added to four cells."""
     images, channels, height, width = coarser.shape
     # A view where maps are channels last.
     cells = finer.permute(0, 2, 3, 1).view(images, height, 2, width, 2, channels)
@@ -144,7 +140,7 @@ def _plus_upsampled(finer: Tensor, coarser: Tensor) -> Tensor:
 
 
 class FusedRPNHead(nn.Module):
-    """StandardRPNHead whose two predictors are one convolution; float32 comes out."""
+    """StandardRPNHead whose two predictors are one convolution. Its output is float32."""
 
     def __init__(self, head: StandardRPNHead, dtype: torch.dtype) -> None:
         super().__init__()
@@ -158,12 +154,9 @@ class FusedRPNHead(nn.Module):
         self.predictor = FusedConv2d(predictor, dtype)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = [], []
-        for level in features:
-            both = self.predictor(self.conv(level)).float().split(self._split, dim=1)
-            logits.append(both[0])
-            deltas.append(both[1])
-        return logits, deltas
+        maps = [self.predictor(self.conv(level)).float() for level in features]
+        logits, deltas = zip(*(both.split(self._split, dim=1) for both in maps), strict=True)
+        return list(logits), list(deltas)
 
 
 def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
@@ -178,9 +171,9 @@ def fuse_rpn_heads(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 class SelectingRPN(RPN):
-    """An RPN that decodes only the candidates that it selects; RPN decodes all and then selects.
+    """An RPN that decodes only the candidates that it selects. Detectron2's decodes all of them.
 
-    Which those are depends only on their logits, so proposals are the same.
+    The selection depends only on logits, so proposals are the same.
     """
 
     def predict_proposals(
@@ -205,6 +198,6 @@ class SelectingRPN(RPN):
 
 
 def select_first(rpn: RPN) -> None:
-    """Makes an RPN decode what it selects, in place."""
-    # By its class, not by a method of its own: copies are independent and can be saved.
+    """Makes an RPN decode only what it selects, in place."""
+    # A new class instead of a new method: copies are independent and can be saved.
     rpn.__class__ = SelectingRPN

@@ -1,9 +1,9 @@
-"""A detector as one function of tensors, which every exporter can follow.
+"""A detector as one function of tensors, which every exporter can trace.
 
-Detectron2's architectures keep detections in objects, one per image, and decide in Python what no
-exporter sees. Here the same modules (backbone, heads, anchors, box transforms) are called on
-tensors that hold all images' regions together, with the index of their image next to them: numbers
-of images, pixels, proposals and detections may all vary from call to call, down to none.
+Detectron2's architectures keep detections in one object per image, and make decisions in Python
+that no exporter sees. Here the same modules (backbone, heads, anchors, box transforms) are called
+on tensors. A tensor holds the regions of all images, and another the index of each region's image.
+The numbers of images, pixels, proposals and detections may vary from call to call, and may be 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["DetectionGraph", "detection_graph"]
 
 
 class DetectionGraph(nn.Module):
-    """What Faster R-CNN, Mask R-CNN and RetinaNet share.
+    """The part that Faster R-CNN, Mask R-CNN and RetinaNet share.
 
     Args:
         model: in evaluation mode.
@@ -39,22 +39,22 @@ class DetectionGraph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """Detects.
+        """Detects objects.
 
         Args:
             images: ``(N, C, H, W)``, of any dtype, values 0 to 255, channels in the order of
-                INPUT.FORMAT; smaller images padded right and below with anything.
+                INPUT.FORMAT. Smaller images are padded on the right and below with any values.
             sizes: int64 ``(N, 2)``, height and width of each image without padding.
 
         Returns:
-            ``boxes`` float32 ``(D, 4)``, XYXY in pixels of ``images``; ``scores`` ``(D,)``,
-            falling; ``classes`` and ``image_index`` int64 ``(D,)``; with a mask head, ``masks``
+            ``boxes`` float32 ``(D, 4)``, XYXY in pixels of ``images``; ``scores`` ``(D,)``, highest
+            first; ``classes`` and ``image_index`` int64 ``(D,)``; with a mask head, ``masks``
             ``(D, M, M)``, the probability of each cell of a box's mask.
         """
         raise NotImplementedError
 
     def _pyramid(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """The backbone's levels; images are normalised, then padded with zeros."""
+        """The backbone's levels. Images are normalised first, then padded with zeros."""
         model, device = self.model, images.device
         height, width = images.shape[-2:]
         inside = torch.arange(height, device=device)[None, :] < sizes[:, :1]
@@ -80,7 +80,7 @@ def detection_graph(model: nn.Module) -> DetectionGraph:
     if type(model) is RetinaNet:
         return RetinaNetGraph(model)
     what = type(model).__name__
-    # Subclasses do more: PanopticFPN segments, which a graph without that would drop in silence.
+    # Subclasses do more. PanopticFPN also segments; a graph without that would drop it in silence.
     if type(model) is GeneralizedRCNN:
         what = _without_graph(model.roi_heads)
         if model.proposal_generator is None:
@@ -94,7 +94,7 @@ def detection_graph(model: nn.Module) -> DetectionGraph:
 
 
 def _without_graph(heads: nn.Module) -> str:
-    """The name of what RCNNGraph does not know in RoI heads; empty if there is nothing."""
+    """The name of a part of RoI heads that RCNNGraph does not support; empty if it supports all."""
     if type(heads) not in (StandardROIHeads, FPNROIHeads):
         return type(heads).__name__
     if heads.keypoint_on:
@@ -211,7 +211,7 @@ def _decoded_top(
     # N, A x K, H, W to N, H x W x A x K: the order of anchors.
     logits = logits.unflatten(1, (per_cell, classes)).permute(0, 3, 4, 1, 2).flatten(1)
     deltas = deltas.unflatten(1, (per_cell, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-    # A row more than there are images: onnxruntime before 1.24 divides by the number of rows.
+    # One row more than images: onnxruntime before 1.24 divides by the number of rows.
     top, index = F.pad(logits, (0, 0, 0, 1)).topk(_at_most(logits.shape[1], most), dim=1)
     top, index = top[: logits.shape[0]], index[: logits.shape[0]]
     image = torch.arange(index.shape[0] * index.shape[1], device=index.device) // index.shape[1]
@@ -232,7 +232,7 @@ def _suppressed(
     threshold: float,
     most: int,
 ) -> tuple[Tensor, ...]:
-    """What is left of candidates after suppression within classes and the limit of each image."""
+    """The candidates that remain after suppression within classes and the limit of each image."""
     keep = _grouped_nms(boxes, scores, classes, class_count, image, threshold)
     boxes, scores, classes, image = _take(keep, boxes, scores, classes, image)
     if most >= 0:
@@ -243,7 +243,7 @@ def _suppressed(
 
 
 def _pool(pooler: ROIPooler, features: list[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
-    """Eq. (1) and pooling, without decisions in Python; ``(R, C, h, w)`` in order of boxes."""
+    """Eq. (1) and pooling, without decisions in Python: ``(R, C, h, w)``, in the order of boxes."""
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
     if len(features) == 1:
         return pooler.level_poolers[0](features[0], rois)
@@ -261,15 +261,15 @@ def _pool(pooler: ROIPooler, features: list[Tensor], boxes: Tensor, image: Tenso
 def _grouped_nms(
     boxes: Tensor, scores: Tensor, group: Tensor, groups: int, image: Tensor, threshold: float
 ) -> Tensor:
-    """Suppression within groups (levels, classes) and images; indices by falling score.
+    """Suppression within groups (levels, classes) and images: indices, highest score first.
 
-    Groups are set apart as tiles of a plane, not in one row as Detectron2's CPU path has them, so
-    that coordinates stay small and lose less to rounding.
+    Groups are moved apart as tiles of a plane. Detectron2's CPU path moves them along one line.
+    In a plane coordinates stay smaller and are rounded less.
     """
     columns = math.isqrt(groups - 1) + 1
     rows = (groups + columns - 1) // columns
     tile = torch.stack([group % columns, image * rows + group // columns], dim=1)
-    # Two boxes apart from all, first in order: exporters take it that some boxes are always kept.
+    # Two boxes away from all others, first in order: exporters assume that some boxes are kept.
     corners = boxes.new_tensor([[0.0, 0, 1, 1], [0, 0, 1, 1]])
     tile = torch.cat([tile.new_tensor([[columns, 0], [columns + 1, 0]]), tile])
     boxes = torch.cat([corners, boxes])
@@ -309,6 +309,6 @@ def _take(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _at_most(count: int | Tensor, most: int) -> int | Tensor:
-    if isinstance(count, Tensor):  # a size, while torch.jit.trace looks on
+    if isinstance(count, Tensor):  # a size, under torch.jit.trace
         return count.clamp(max=most)
     return torch.sym_min(count, most)

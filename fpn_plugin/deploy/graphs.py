@@ -1,8 +1,8 @@
-"""Detectors that run as CUDA graphs: one for each padded size of images and number of images.
+"""Detectors that run as CUDA graphs, one for each padded size of images and number of images.
 
-A graph replays what was launched when it was captured, from normalisation to detections, without
-the host, which launching kernel by kernel keeps waiting. Images go up in one transfer; detections
-come down in another, which is the one time that the host waits.
+A graph replays all kernels from normalisation to detections at once. The host does not launch them
+one by one. Images go to the GPU in one transfer. Detections come back in another; only there the
+host waits.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ __all__ = ["GraphLimits", "Graphs", "tf32_set", "use_graphs"]
 logger = logging.getLogger(__name__)
 
 _WARM_UPS = 3  # calls before a capture: kernels are compiled and chosen, anchors made
-_USES = 10  # of a size that has no graph, before it takes the place of one that has
+_USES = 10  # calls of a size without a graph until its graph replaces another
 
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """How much may be kept for CUDA graphs.
+    """Limits of the CUDA graphs of a model.
 
     Attributes:
-        graphs: sizes of images, and numbers of images in a batch, that have a graph at a time;
-            when there are more, the one that was not used for longest is dropped. 0: no graphs.
-        gigabytes: memory of the GPU that all graphs together may hold.
+        graphs: how many are kept. If there are more sizes and numbers of images, the graph that was
+            not used for the longest time is dropped. 0: no graphs.
+        gigabytes: memory of the GPU that all graphs together may hold, in GiB.
         images: largest batch that gets a graph.
     """
 
@@ -50,16 +50,16 @@ class GraphLimits:
 
 
 class _Key(NamedTuple):
-    """What a graph was captured for."""
+    """The inputs and settings that a graph was captured for."""
 
     shape: tuple[int, int, int, int]  # images, channels, padded height and width
-    dtype: torch.dtype  # of the images given
-    tf32: tuple[bool, bool]
-    weights: int  # where the first of them lies
+    dtype: torch.dtype  # of the given images
+    tf32: tuple[bool, bool]  # cuDNN's and cuBLAS's setting
+    weights: int  # address of the first one
 
 
 class HostInstances(Instances):
-    """Instances on a GPU whose copy on the host is there already: ``to("cpu")`` waits for nothing.
+    """Instances on a GPU that have a copy on the host already: ``to("cpu")`` does not wait.
 
     A field that is set later, or has no copy, is transferred as usual.
     """
@@ -74,7 +74,7 @@ class HostInstances(Instances):
         super().set(name, value)
 
     def keep(self, **fields: Any) -> None:
-        """Notes copies on the host, of fields that are there."""
+        """Keeps copies on the host, of fields that are set already."""
         self._on_host.update(fields)
 
     def to(self, *args: Any, **kwargs: Any) -> Instances:
@@ -89,14 +89,7 @@ class HostInstances(Instances):
 
 
 class _Graph:
-    """One captured graph with its input and output.
-
-    Args:
-        pipeline: what is captured.
-        key: for which images.
-        pool: memory that graphs share: they run one after the other.
-        device: the GPU.
-    """
+    """A captured graph with its input and output; graphs run in turn, and share a memory pool."""
 
     def __init__(
         self, pipeline: StaticDetector, key: _Key, pool: tuple[int, int], device: torch.device
@@ -106,7 +99,7 @@ class _Graph:
         pixels = torch.Size(shape).numel() * key.dtype.itemsize
         pixels = (pixels + 15) // 16 * 16
         size = pixels + images * 6 * 4
-        # Images and geometry lie next to each other, and go up together.
+        # Images and geometry are in one buffer, and are sent together.
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
 
@@ -128,7 +121,7 @@ class _Graph:
                 self._run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with their own work on the GPU.
+        # Other threads may use the GPU meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.found, self._packed = self._run()
         self._down = torch.empty(self._packed.shape, pin_memory=True)
@@ -151,7 +144,7 @@ class _Graph:
             self._device_geometry.copy_(self.geometry, non_blocking=True)
 
     def replay(self) -> tuple[Tensor, Tensor]:
-        """Runs it; what was found, packed, on the device and on the host."""
+        """Runs the graph, and returns its packed detections on the device and on the host."""
         self._graph.replay()
         self._down.copy_(self._packed, non_blocking=True)
         device = self._packed.clone()
@@ -161,19 +154,20 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of one model, and how often they served.
+    """The graphs of one model, and how often they were used.
 
-    One call at a time: threads wait for each other. Copies of a model start without graphs.
+    They take one call at a time: threads wait for each other. Copies of a model start without
+    graphs.
 
     Args:
-        limits: how many are kept.
+        limits: of the graphs.
         tf32: see :func:`optimize_for_inference`.
     """
 
     def __init__(self, limits: GraphLimits, tf32: bool | None = None) -> None:
         self.limits, self.tf32 = limits, tf32
         self.counts: Counter[str] = Counter()
-        """Calls by what became of them: "replayed", or the reason of the plain path."""
+        """How many calls were "replayed", and how many were not, by reason."""
         self.record_levels = False
         """Whether detections get ``pyramid_level``."""
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
@@ -181,7 +175,7 @@ class Graphs:
         self._failed: dict[_Key, str] = {}
         self._pool: tuple[int, int] | None = None
         self._held = 0  # bytes
-        self._last: torch.cuda.Event | None = None  # after what reads a graph's memory
+        self._last: torch.cuda.Event | None = None  # after the last read of a graph's memory
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -193,7 +187,7 @@ class Graphs:
     def __call__(
         self, model: nn.Module, inputs: list[dict[str, Any]]
     ) -> list[HostInstances] | None:
-        """Detections of each input; None where the model itself has to run, which is counted."""
+        """Detections of each input; None if the model itself must run. Counts both."""
         with self._lock:
             found = self._found(model, inputs)
         if isinstance(found, str):
@@ -220,7 +214,7 @@ class Graphs:
         if isinstance(graph, str):
             return graph
         self._graphs.move_to_end(key)
-        if self._last is not None:  # of another stream, perhaps
+        if self._last is not None:  # it may be of another stream
             torch.cuda.current_stream(device).wait_event(self._last)
         rows = geometry(inputs)
         graph.put(images, torch.tensor(rows))
@@ -244,12 +238,12 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # What is captured must be usable outside of inference mode too.
+            # A graph's tensors must be usable outside of inference mode too.
             with torch.inference_mode(False), torch.no_grad():
                 graph = _Graph(static_detector(model), key, self._pool, device)
-        except Exception as error:  # whatever a model of others' or a full GPU makes of it
+        except Exception as error:  # other libraries' models and a full GPU raise all kinds
             short = f"{key.shape[0]} x {key.shape[3]} x {key.shape[2]} px has no graph"
-            logger.warning("%s, the plain path runs: %s", short, one_line(error))
+            logger.warning("%s, so the model runs without: %s", short, one_line(error))
             self._failed[key] = short
             return short
         self._graphs[key] = graph
@@ -262,7 +256,7 @@ class Graphs:
 
 
 def geometry(inputs: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Rows of :class:`.static.Geometry`: size, output size, and x and y of the one by the other."""
+    """Rows of :class:`.static.Geometry`: height and width, those of the output, scales x and y."""
     rows = []
     for each in inputs:
         height, width = each["image"].shape[-2:]
@@ -272,9 +266,9 @@ def geometry(inputs: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def packed(found: FixedDetections) -> Tensor:
-    """Detections but for masks and heatmaps as a row of numbers for each image.
+    """Detections without masks and heatmaps, as a row of float32 numbers for each image.
 
-    As float32, which holds whole numbers up to 16 million.
+    float32 is exact for whole numbers up to 16 million.
     """
     numbers = torch.stack([found.counts, found.exact.long()], dim=1)
     columns = (numbers, found.boxes, found.scores, found.classes, found.levels, found.regions)
@@ -292,12 +286,12 @@ def instances_of(
     """Detectron2's instances, or proposals, of each image.
 
     Args:
-        model: that found them.
-        found: for its masks and heatmaps.
-        on_device: all else, see :func:`packed`.
+        model: the detector.
+        found: masks and heatmaps are read from it.
+        on_device: the other fields, see :func:`packed`.
         on_host: a copy of it.
-        rows: as :func:`geometry` gives them.
-        record_levels: whether they get ``pyramid_level``.
+        rows: as :func:`geometry` returns them.
+        record_levels: whether instances get ``pyramid_level``.
     """
     room = found.scores.shape[1]
     if isinstance(model, ProposalNetwork):
@@ -320,7 +314,7 @@ def instances_of(
             instances.pred_masks = masks.to_bitmasks(boxes, int(height), int(width), 0.5).tensor
         if found.heatmaps is not None:
             heatmaps = found.heatmaps[number, :count].clone()
-            # Sizes of boxes are read on the host, one by one.
+            # This reads the sizes of boxes on the host, one by one.
             keypoints = heatmaps_to_keypoints(heatmaps, host_fields["regions"])[:, :, [0, 1, 3]]
             keypoints[:, :, 0] *= scale_x
             keypoints[:, :, 1] *= scale_y
@@ -331,7 +325,7 @@ def instances_of(
 
 
 def _fields(row: Tensor, count: int, room: int) -> dict[str, Any]:
-    """One image's detections out of their row."""
+    """One image's detections, from its packed row."""
     boxes, scores, classes, levels, regions = row[2:].split([4 * room, room, room, room, 4 * room])
     return {
         "boxes": Boxes(boxes.view(-1, 4)[:count]),
@@ -343,7 +337,7 @@ def _fields(row: Tensor, count: int, room: int) -> dict[str, Any]:
 
 
 def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
-    """Height and width that Detectron2 pads a batch to: values next to the padding are the same."""
+    """Height and width that Detectron2 pads a batch to."""
     backbone = model.backbone
     constraints = backbone.padding_constraints
     square = constraints.get("square_size", 0)
@@ -355,7 +349,7 @@ def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:
 
 @contextmanager
 def tf32_set(allowed: bool | None) -> Iterator[None]:
-    """Whether cuDNN and cuBLAS may round float32 to TF32 within it; None: as torch is set."""
+    """Lets cuDNN and cuBLAS round float32 to TF32 in its block, or not; None: as torch is set."""
     libraries = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [library.allow_tf32 for library in libraries]
     if allowed is not None:
@@ -369,7 +363,7 @@ def tf32_set(allowed: bool | None) -> Iterator[None]:
 
 
 class _Graphed(nn.Module):
-    """A model whose forward pass is a graph's if there is one, and otherwise its own."""
+    """A model that replays a graph if there is one for the input; otherwise it runs itself."""
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """See the base class."""
@@ -384,15 +378,15 @@ class _Graphed(nn.Module):
 
 
 class GraphedRCNN(_Graphed, GeneralizedRCNN):
-    """GeneralizedRCNN by graphs."""
+    """GeneralizedRCNN with graphs."""
 
 
 class GraphedRetinaNet(_Graphed, RetinaNet):
-    """RetinaNet by graphs."""
+    """RetinaNet with graphs."""
 
 
 class GraphedProposalNetwork(_Graphed, ProposalNetwork):
-    """ProposalNetwork by graphs."""
+    """ProposalNetwork with graphs."""
 
 
 _GRAPHED = {
@@ -403,12 +397,12 @@ _GRAPHED = {
 
 
 def use_graphs(model: nn.Module, limits: GraphLimits, tf32: bool | None) -> None:
-    """Makes a model run by graphs, in place.
+    """Makes a model run as CUDA graphs, in place.
 
     Raises:
-        UserError: it has no pipeline of fixed shapes.
+        UserError: the model has no pipeline of fixed shapes.
     """
     static_detector(model)
     model.graphs = Graphs(limits, tf32)
-    # By its class, not by a method of its own: copies are independent and can be saved.
+    # A new class instead of a new method: copies are independent and can be saved.
     model.__class__ = _GRAPHED[type(model)]

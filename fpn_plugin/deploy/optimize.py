@@ -1,4 +1,4 @@
-"""A trained detector made fast: folded, fused, in half precision or compiled on request."""
+"""A fast copy of a trained detector: folded, fused, on request compiled or in half precision."""
 
 from __future__ import annotations
 
@@ -25,28 +25,24 @@ from .folding import fold_batch_norms
 from .fused import FusedNeck, as_plugin_pyramid, fuse_resnets, fuse_rpn_heads, select_first
 from .graphs import GraphLimits, use_graphs
 
-__all__ = ["Step", "dtype_of", "optimize_for_inference", "steps_of"]
+__all__ = ["Step", "dtype_name", "dtype_of", "optimize_for_inference", "print_steps", "steps_of"]
 
 logger = logging.getLogger(__name__)
 
 _Note = Callable[..., None]
-"""``note(name, detail, taken=True)`` notes a step."""
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""``note(name, detail, taken=True)`` records a step."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done to a model, or not."""
+    """A step of the optimizer, taken or skipped. ``detail`` says what was done, or why not."""
 
     name: str
     taken: bool
     detail: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.detail}" if self.taken else f"skipped {self.name}: {self.detail}"
-        )
+        return f"{'' if self.taken else 'skipped '}{self.name}: {self.detail}"
 
 
 def optimize_for_inference(
@@ -60,35 +56,35 @@ def optimize_for_inference(
 ) -> nn.Module:
     """Makes a fast copy of a trained detector, which gives the original's detections.
 
-    Batch norms are folded into convolutions; maps are channels last; on a CPU, convolutions take
-    ReLUs and sums into themselves; boxes are pooled by :class:`PyramidROIPooler`; the RPN decodes
-    what it selects. A step that cannot be taken is skipped, with a warning in the log, and the
-    model still runs. Image sizes may vary from call to call.
+    Batch norms are folded into convolutions. Maps are channels last. Convolutions include the ReLU
+    or sum that follows them. Boxes are pooled by :class:`PyramidROIPooler`. The RPN decodes only
+    what it selects. A step that fails is skipped, with a warning in the log, and the model still
+    runs. Image sizes may vary from call to call.
 
     Args:
-        model: one of Detectron2's architectures with a ``backbone``, built by the plugin or not;
-            left untouched. Not an optimised copy.
-        dtype: of backbone and heads: float32, which gives the same detections, or bfloat16 or
-            float16, which halve memory traffic and round. Box arithmetic stays float32.
-        compile: compile the backbone with torch.compile, for batches of one image and of more, of
-            any size. On a CPU this replaces fusing it. What is compiled is not copied: a deep or
-            saved copy runs uncompiled. See docs/performance.md for what compiles again.
-        graphs: on a GPU, how much may be kept for CUDA graphs, which hold the model from image to
-            detections, one for each padded size and number of images, captured on first use;
-            None for no graphs. ``model.graphs.counts`` says how often they served.
-        tf32: on a GPU, whether float32 may be rounded to TF32 in convolutions and products; None
-            leaves it to torch's settings, which allow it in convolutions. See
-            docs/performance.md for what that does to detections.
+        model: one of Detectron2's architectures with a ``backbone``, built by the plugin or not.
+            It is not changed. It must not be an optimised copy.
+        dtype: of backbone and heads. float32 gives the same detections. bfloat16 and float16
+            halve memory traffic and round. Box arithmetic stays float32.
+        compile: compile the backbone with torch.compile, for any number and size of images. On a
+            CPU this replaces fusing it. A deep or saved copy of the model runs uncompiled. See
+            docs/performance.md for what is compiled again.
         example: an image, ``(C, H, W)`` in the model's channel order, values 0 to 255, for a
-            first call, which takes longer than later ones; its time is logged.
+            first call, which takes longer than later ones. Its time is logged.
+        graphs: on a GPU, the limits of CUDA graphs; None for no graphs. A graph holds the model
+            from image to detections for one padded size and number of images. It is captured on
+            first use. ``model.graphs.counts`` says how often graphs were used.
+        tf32: on a GPU, whether convolutions and products may round float32 to TF32. None keeps
+            torch's settings, which allow it in convolutions. See docs/performance.md for its
+            effect on detections.
 
     Returns:
-        The copy, in evaluation mode, without gradients. It is called as the original, and may be
-        copied and saved whole; checkpoints are the original's.
+        The copy, in evaluation mode, without gradients. It is called as the original. It may be
+        copied, and saved whole. Checkpoints are the original's.
 
     Raises:
-        UserError: a model without a backbone or one that is optimised already, a dtype that is
-            none of the three, or an example that the model does not take.
+        UserError: the model has no backbone or is optimised already, the dtype is none of the
+            three, or the example does not fit the model.
 
     Example::
 
@@ -107,15 +103,14 @@ def optimize_for_inference(
         work.note(str(dtype), "this CPU or this torch has no convolutions in it; float32", False)
         dtype = torch.float32
     if dtype != torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        work.attempt(name, partial(_set_dtypes, dtype=dtype))
+        work.attempt(_name(dtype), partial(_set_dtypes, dtype=dtype))
         dtype = dtype_of(work.model)
     fusable = can_fuse(dtype, device)
     if fusable:
         work.attempt("fusing heads", partial(fuse_heads, dtype=dtype))
     elif on_cpu:
         work.note("fusing", "this torch lacks oneDNN's fused convolutions", False)
-    # A compiled backbone is not fused; one that could not be compiled is, after all.
+    # A compiled backbone is not fused. If compiling fails, it is.
     if not (compile and work.attempt("compiling", _compile)):
         if fusable:
             work.attempt("fusing the backbone", partial(fuse_backbone, dtype=dtype))
@@ -134,13 +129,28 @@ def optimize_for_inference(
 
 
 def steps_of(model: nn.Module) -> list[Step]:
-    """What :func:`optimize_for_inference` did to a model; nothing for any other."""
+    """The steps of :func:`optimize_for_inference`; empty if the model is not optimised."""
     return list(getattr(model, "optimization_steps", ()))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype that a model's backbone runs in, which need not be the one asked for."""
+    """The dtype that a model's backbone runs in. It may differ from the requested one."""
     return next(model.backbone.parameters()).dtype
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype that a model's backbone runs in, as "bfloat16"."""
+    return _name(dtype_of(model))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def print_steps(model: nn.Module) -> None:
+    """Prints the steps of an optimised model; prints nothing for another model."""
+    if steps_of(model):
+        print(f"optimised, {dtype_name(model)}:", *steps_of(model), sep="\n  ")
 
 
 def _check(model: nn.Module, dtype: torch.dtype, example: Tensor | None) -> None:
@@ -151,11 +161,11 @@ def _check(model: nn.Module, dtype: torch.dtype, example: Tensor | None) -> None
             "Detectron2 model, for example fpn_plugin.model_zoo.get(...) or DefaultPredictor's"
         )
     if steps_of(model):
-        given = str(dtype_of(model)).removeprefix("torch.")
         raise UserError(
-            f"this {kind} is an optimised copy already, in {given}: give the model it was made of"
+            f"this {kind} is an optimised copy already, in {dtype_name(model)}: give the model it "
+            "was made of"
         )
-    if dtype not in _DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype {dtype} is none of float32, bfloat16 and float16")
     if example is None:
         return
@@ -168,29 +178,33 @@ def _check(model: nn.Module, dtype: torch.dtype, example: Tensor | None) -> None
         )
     if isinstance(model, GeneralizedRCNN) and model.proposal_generator is None:
         raise UserError(
-            "example is an image, and this Fast R-CNN reads proposals besides: leave example out"
+            "example is an image, but this Fast R-CNN reads proposals as well: leave example out"
         )
 
 
 class _Work:
-    """A model in the making: each step is taken whole, or leaves the model as it was."""
+    """A model and the steps done to it. A step that fails leaves the model as it was."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.steps: list[Step] = []
 
     def note(self, name: str, detail: str, taken: bool = True) -> None:
-        """Notes a step; the log warns of those that are skipped."""
+        """Records and logs a step. A skipped step is a warning."""
         self.steps.append(Step(name, taken, detail))
         logger.log(logging.INFO if taken else logging.WARNING, "%s", self.steps[-1])
 
     def attempt(self, name: str, action: Callable[[nn.Module, _Note], None]) -> bool:
-        """Takes a step; whatever it raises, the model runs as before, and one line says so."""
-        before = _same_weights(self.model)
+        """Takes a step. If it raises, the model stays as before, and the step is skipped."""
+        # A copy that shares the weights: steps replace tensors and never write into one.
+        memo: dict[int, Any] = {id(each): each.detach() for each in self.model.buffers()}
+        for each in self.model.parameters():
+            memo[id(each)] = nn.Parameter(each.detach(), requires_grad=False)
+        before = copy.deepcopy(self.model, memo)
         noted: list[tuple[str, str, bool]] = []
         try:
             action(self.model, lambda *what, taken=True: noted.append((*what, taken)))
-        except Exception as error:  # whatever a model of others' makes of a step
+        except Exception as error:  # a model of other libraries may raise anything
             self.model = before
             noted = [(name, f"{type(error).__name__}: {one_line(error)}", False)]
         for what in noted:
@@ -198,22 +212,14 @@ class _Work:
         return all(taken for *_, taken in noted)
 
 
-def _same_weights(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights: steps replace tensors and never write into one."""
-    memo: dict[int, Any] = {id(each): each.detach() for each in model.buffers()}
-    for each in model.parameters():
-        memo[id(each)] = nn.Parameter(each.detach(), requires_grad=False)
-    return copy.deepcopy(model, memo)
-
-
 def fold(model: nn.Module, note: _Note) -> None:
-    """Folds the batch norms that the order of modules shows, in place."""
+    """Folds the batch norms that stand next to their convolution among the modules, in place."""
     folded, left = fold_batch_norms(model)
     note("folding", f"{folded} batch norms into their convolutions, {left} left")
 
 
 def fold_observed(model: nn.Module, note: _Note) -> None:
-    """Folds what a pass shows of the bottom-up network's other batch norms, in place."""
+    """Folds other batch norms of the bottom-up network, found by a forward pass, in place."""
     bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     if not fold_batch_norms(bottom_up)[1]:
         return
@@ -225,7 +231,7 @@ def fold_observed(model: nn.Module, note: _Note) -> None:
 
 
 def use_plugin_pyramid(model: nn.Module, note: _Note) -> None:
-    """Puts in the plugin's pyramid for a stock one, in place."""
+    """Replaces a stock pyramid by the plugin's, in place."""
     if type(model.backbone) is FPN:
         neck = as_plugin_pyramid(model.backbone)
         if neck is None:
@@ -235,7 +241,7 @@ def use_plugin_pyramid(model: nn.Module, note: _Note) -> None:
 
 
 def use_plugin_poolers(model: nn.Module, note: _Note) -> None:
-    """Puts in the plugin's poolers for stock ones, in place."""
+    """Replaces stock poolers by the plugin's, in place."""
     poolers = 0
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
@@ -247,7 +253,7 @@ def use_plugin_poolers(model: nn.Module, note: _Note) -> None:
 
 
 def select_before_decoding(model: nn.Module, note: _Note) -> None:
-    """Makes RPNs decode what they select, in place."""
+    """Makes RPNs decode only what they select, in place."""
     for module in model.modules():
         if type(module) is RPN:
             select_first(module)
@@ -259,13 +265,12 @@ PLUGIN_STEPS: dict[str, Callable[[nn.Module, _Note], None]] = {
     "pooling": use_plugin_poolers,
     "proposals": select_before_decoding,
 }
-"""What puts the plugin's modules into a model, by name."""
+"""The steps that put the plugin's modules into a model, by name."""
 
 
 def _plugin_pooler(pooler: ROIPooler) -> PyramidROIPooler:
     first = pooler.level_poolers[0]
-    name = {"ROIAlign": "ROIAlign", "RoIPool": "ROIPool", "ROIAlignRotated": "ROIAlignRotated"}
-    kind = name[type(first).__name__]
+    kind = type(first).__name__.replace("RoIPool", "ROIPool")  # torchvision's spelling
     if kind == "ROIAlign" and first.aligned:
         kind = "ROIAlignV2"
     return PyramidROIPooler(
@@ -279,7 +284,7 @@ def _plugin_pooler(pooler: ROIPooler) -> PyramidROIPooler:
 
 
 def fuse_heads(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
-    """Fuses all but the backbone, for a CPU, in place."""
+    """Fuses the layers outside the backbone, in place."""
     heads = fuse_rpn_heads(model, dtype)
     convs = sum(
         fuse_convolutions(child, dtype)
@@ -296,7 +301,7 @@ def fuse_heads(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
 
 
 def fuse_backbone(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
-    """Fuses the backbone, for a CPU, in place."""
+    """Fuses the layers of the backbone, in place."""
     blocks = fuse_resnets(model, dtype)
     convs = fuse_convolutions(model.backbone, dtype)
     if type(model.backbone) is FeaturePyramidNetwork:
@@ -305,7 +310,7 @@ def fuse_backbone(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
 
 
 def _set_layout(model: nn.Module, note: _Note) -> None:
-    """Lays out the backbone's weights for channels last, in place."""
+    """Makes the backbone's weights and input channels last, in place."""
     model.backbone.to(memory_format=torch.channels_last)
     model.backbone.register_forward_pre_hook(_first_channels_last)
     note("channels last", "convolutions of the backbone")
@@ -328,18 +333,17 @@ def _set_dtypes(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
             head.to(dtype)
             head.register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
             head.register_forward_hook(_float_output)
-    # These compute losses or detections after their layers, in float32.
+    # After their layers, these compute losses or detections, in float32.
     for owner, name in ((heads, "mask_head"), (heads, "keypoint_head"), (model, "sem_seg_head")):
         head = getattr(owner, name, None)
         if isinstance(head, nn.Module) and callable(getattr(head, "layers", None)):
             head.to(dtype)
             head.layers = partial(_layers_in, type(head).layers, head, dtype)
-    detail = "backbone and heads; box arithmetic in float32"
-    note(str(dtype).removeprefix("torch."), detail)
+    note(_name(dtype), "backbone and heads; box arithmetic in float32")
 
 
 def _use_graphs(model: nn.Module, note: _Note, *, limits: GraphLimits, tf32: bool | None) -> None:
-    """Makes the model run by CUDA graphs, in place."""
+    """Makes the model run as CUDA graphs, in place."""
     use_graphs(model, limits, tf32)
     note("CUDA graphs", f"of up to {limits.graphs} sizes and {limits.gigabytes:g} GiB")
 
@@ -373,15 +377,15 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _compile(model: nn.Module, note: _Note) -> None:
-    """Compiles the backbone, in place, for every size; raises if that cannot be done."""
+    """Compiles the backbone, in place, for every size of images."""
     started = time.perf_counter()
     _set_layout(model, lambda *_: None)
     backbone = model.backbone
     weight = next(backbone.parameters())
-    # Frozen weights may be laid out anew and folded further.
+    # The compiler may fold frozen weights and change their layout.
     options = {"freezing": True} if weight.device.type == "cpu" else None
     backbone.compile(dynamic=True, options=options)
-    # Sizes that are equal, or 1, are taken for laws until another is met.
+    # The compiler takes equal sizes, and sizes of 1, as fixed until it gets others.
     side = max(256, 4 * backbone.size_divisibility)
     sizes = [(1, side, 2 * side), (1, 3 * side, 2 * side), (2, side, 2 * side)]
     with torch.no_grad():

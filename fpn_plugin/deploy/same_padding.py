@@ -1,7 +1,7 @@
-"""Padding that timm's networks of TensorFlow's kind compute from the size of each map, fixed.
+"""Fixed padding for timm's networks that compute it from the size of each map, as TensorFlow does.
 
-An exporter that keeps sizes open carries such a computation through every later layer, for longer
-than anyone waits.
+An exporter with dynamic sizes carries that computation through every later layer, which takes too
+long.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair as pair
 
 __all__ = ["fix_padding", "padded_by_size"]
 
@@ -21,15 +22,15 @@ _PLAIN: dict[str, type[nn.Module]] = {
 
 
 def padded_by_size(model: nn.Module) -> list[str]:
-    """Names of the modules that compute their padding from the size of what they are given."""
+    """Names of the modules that compute their padding from the size of their input."""
     return [name for name, module in model.named_modules() if _is_padded_by_size(module)]
 
 
 def fix_padding(backbone: nn.Module) -> None:
-    """Gives modules that compute their padding that of maps whose sides their stride divides.
+    """Fixes computed padding to its value for maps whose sides are multiples of the stride.
 
-    They have no other maps where images are padded to the stride of the network's coarsest map;
-    a backbone that is used otherwise is left as it is.
+    All maps are such if images are padded to the stride of the network's coarsest map. Otherwise
+    the backbone is left as it is.
 
     Args:
         backbone: a pyramid; changed in place.
@@ -40,10 +41,10 @@ def fix_padding(backbone: nn.Module) -> None:
         return
     for module in [m for m in backbone.modules() if _is_padded_by_size(m)]:
         sides: list[int] = []
-        # F.pad begins with the last dimension.
+        # F.pad starts with the last dimension.
         for axis in (1, 0):
             kernel, stride, dilation = (
-                _pair(getattr(module, name, 1))[axis]
+                pair(getattr(module, name, 1))[axis]
                 for name in ("kernel_size", "stride", "dilation")
             )
             total = max(dilation * (kernel - 1) + 1 - stride, 0)
@@ -56,10 +57,6 @@ def fix_padding(backbone: nn.Module) -> None:
 
 def _is_padded_by_size(module: nn.Module) -> bool:
     return type(module).__name__ in _PLAIN or getattr(module, "same_pad", False) is True
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 def _padded(

@@ -1,9 +1,9 @@
-"""A detector whose shapes are all fixed, so that a CUDA graph can hold it from image to detections.
+"""A detector with fixed shapes, so that one CUDA graph holds it from image to detections.
 
-Detectron2's architectures ask the device after every step how much is left: proposals, candidates,
-detections. Here that is data: everything has room for the most there can be, and a mask or a count
-says what is there. The modules called are the model's own, and so are the values. Where a fixed
-bound was not enough, ``exact`` says so, and the caller runs the model itself.
+After every step, Detectron2's architectures read from the device how many proposals, candidates or
+detections are left. Here every tensor has room for the largest number, and a mask or a count says
+which entries are used. The modules are the model's own, and values are the same. If a fixed bound
+is too small, ``exact`` is false, and the caller runs the model itself.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import (
-    CascadeROIHeads,
-    FastRCNNOutputLayers,
-    StandardROIHeads,
-)
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
@@ -36,54 +32,54 @@ from .fused import SelectingRPN
 
 __all__ = ["FixedDetections", "Geometry", "StaticDetector", "static_detector"]
 
-_CANDIDATES = 2048  # of an image, that suppression is done among
+_CANDIDATES = 2048  # largest number of an image's boxes in suppression
 _FAR_BELOW = float("-inf")
 
 
 class Geometry(NamedTuple):
-    """Sizes of N images, in pixels, and what detections are scaled by; float32 each."""
+    """Sizes of N images, in pixels, and the scales of their detections; float32 each."""
 
     sizes: Tensor  # (N, 2): height and width of the network's input, without padding
-    output_sizes: Tensor  # (N, 2): height and width that detections are given in
-    scales: Tensor  # (N, 2): x and y, the one over the other
+    output_sizes: Tensor  # (N, 2): height and width of the output, in whose pixels boxes are
+    scales: Tensor  # (N, 2): output by input, in x and y
 
     @classmethod
     def of(cls, packed: Tensor) -> Geometry:
-        """Of ``(N, 6)``: the three next to each other."""
+        """Splits ``(N, 6)`` into the three fields."""
         return cls(*packed.split(2, dim=1))
 
 
 class FixedDetections(NamedTuple):
     """Detections, or proposals, of N images, each with room for D.
 
-    Those that are there come first, by falling score; what lies behind them is of no meaning.
+    The ``counts`` detections of an image come first, highest score first. The rest has no meaning.
     """
 
     boxes: Tensor  # float32 (N, D, 4), XYXY in pixels of the output
-    scores: Tensor  # float32 (N, D); of proposals: objectness logits
+    scores: Tensor  # float32 (N, D); objectness logits of proposals
     classes: Tensor  # int64 (N, D)
-    levels: Tensor  # int64 (N, D), k of Eq. (1) for the proposal each was pooled for, else 0
-    counts: Tensor  # int64 (N,), how many there are
-    exact: Tensor  # bool (N,), whether fixed bounds were enough
+    levels: Tensor  # int64 (N, D), k of Eq. (1) of the pooled proposal; 0 without a box head
+    counts: Tensor  # int64 (N,), how many are used
+    exact: Tensor  # bool (N,), whether fixed bounds were large enough
     regions: Tensor  # float32 (N, D, 4): the boxes in pixels of the network's input
     masks: Tensor | None = None  # float32 (N, D, side, side), probabilities
     heatmaps: Tensor | None = None  # float32 (N, D, keypoints, side, side), logits
 
 
 class _Found(NamedTuple):
-    """What is left of candidates, in pixels of the network's input; see FixedDetections."""
+    """Remaining candidates, in pixels of the network's input; see FixedDetections."""
 
     boxes: Tensor
-    scores: Tensor  # -inf for what is not there
+    scores: Tensor  # -inf for unused entries
     classes: Tensor
     source: Tensor  # int64 (N, D): index of the proposal or candidate
     exact: Tensor
 
 
 class StaticDetector:
-    """What Faster, Mask, Keypoint and Cascade R-CNN, RetinaNet and an RPN share.
+    """The part that Faster, Mask, Keypoint and Cascade R-CNN, RetinaNet and an RPN share.
 
-    Anchors are made on the first call; later calls must be of the same size of images.
+    Anchors are made on the first call. Images of later calls must have the same size.
 
     Args:
         model: in evaluation mode, as optimised.
@@ -95,17 +91,17 @@ class StaticDetector:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, geometry: Geometry) -> FixedDetections:
-        """Detects.
+        """Detects objects.
 
         Args:
-            images: ``(N, C, H, W)``, any dtype, channels in the order of INPUT.FORMAT; H and W
-                are what Detectron2 would pad to; what is padded may hold anything.
+            images: ``(N, C, H, W)``, any dtype, channels in the order of INPUT.FORMAT, padded to
+                the size that Detectron2 pads to, with any values.
             geometry: of these images.
         """
         height, width = images.shape[-2:]
         model, sizes = self.model, geometry.sizes[:, :, None]
         x = (images.float() - model.pixel_mean) / model.pixel_std
-        # Detectron2 pads with zeros, after normalising.
+        # Detectron2 pads with zeros after it normalises.
         inside_y = torch.arange(height, device=x.device) < sizes[:, 0]
         inside_x = torch.arange(width, device=x.device) < sizes[:, 1]
         x = x.masked_fill(~(inside_y[:, None, :, None] & inside_x[:, None, None, :]), 0)
@@ -120,7 +116,6 @@ class StaticDetector:
         return self._anchors
 
     def _proposals(self, pyramid: dict[str, Tensor], geometry: Geometry) -> _Found:
-        """The RPN's proposals."""
         rpn = self.model.proposal_generator
         features = [pyramid[level] for level in rpn.in_features]
         anchors = self._anchors_of(rpn.anchor_generator, features)
@@ -159,7 +154,7 @@ class StaticRetinaNet(StaticDetector):
         scores, indices = [], []
         for of_level in logits:
             flat = permute_to_N_HWA_K(of_level, model.num_classes).flatten(1)
-            # By logits: a sigmoid keeps their order, and would be of every class of every anchor.
+            # By logits: the sigmoid, which keeps the order, is then computed only for the best.
             top, index = flat.topk(min(model.test_topk_candidates, flat.shape[1]), dim=1)
             scores.append(top.float().sigmoid())
             indices.append(index)
@@ -187,7 +182,7 @@ class StaticRCNN(StaticDetector):
         found = self._boxes(pyramid, proposals, geometry)
         levels = _levels(heads.box_pooler, proposals.boxes).gather(1, found.source)
         parts = {}
-        # As in Detectron2, for the boxes before they are scaled.
+        # As in Detectron2, heads get the boxes before they are scaled.
         if heads.mask_on:
             features = [pyramid[level] for level in heads.mask_in_features]
             logits = heads.mask_head.layers(_pool(heads.mask_pooler, features, found.boxes))
@@ -244,13 +239,13 @@ class StaticRCNN(StaticDetector):
 
 
 def static_detector(model: nn.Module) -> StaticDetector:
-    """A model's pipeline.
+    """The pipeline of a model.
 
     Args:
-        model: of the plugin or stock, its poolers :class:`PyramidROIPooler`, as optimised.
+        model: the plugin's or a stock one; its poolers are :class:`PyramidROIPooler`, as optimised.
 
     Raises:
-        UserError: its architecture, or a part of it, has no fixed shapes; says which.
+        UserError: the architecture, or a part of the model, has no pipeline; the message names it.
     """
     kinds = {
         GeneralizedRCNN: StaticRCNN,
@@ -258,7 +253,6 @@ def static_detector(model: nn.Module) -> StaticDetector:
         ProposalNetwork: StaticRPN,
     }
     kind = next((kinds[each] for each in type(model).__mro__ if each in kinds), None)
-    # Subclasses of others do more, and those of ours are made of a plain one.
     unknown = _unknown_part(model) if kind else type(model).__name__
     if unknown:
         raise UserError(f"{unknown} has no pipeline of fixed shapes")
@@ -270,7 +264,7 @@ _HEADS = (StandardROIHeads, FPNROIHeads, CascadeROIHeads, FPNCascadeROIHeads)
 
 
 def _unknown_part(model: nn.Module) -> str:
-    """The name of the first part whose computation is not known here; empty if all are."""
+    """The name of the first part whose class is not supported; empty if all are."""
     if isinstance(model, RetinaNet):
         return _unknown((model.anchor_generator, DefaultAnchorGenerator), *_decoder_of(model))
     rpn, heads = model.proposal_generator, getattr(model, "roi_heads", None)
@@ -302,13 +296,10 @@ def _unknown_in(heads: nn.Module) -> str:
             if getattr(type(head), "forward", None) is not base.forward:
                 return type(head).__name__
             poolers.append(getattr(heads, f"{name}_pooler"))
-    for pooler in poolers:
-        unknown = _unknown((pooler, PyramidROIPooler)) or _unknown(
-            (pooler.level_poolers[0], ROIAlign)
-        )
-        if unknown:
-            return unknown
-    return ""
+    # All poolers are checked before their parts: only a pooler has level_poolers.
+    return _unknown(*((pooler, PyramidROIPooler) for pooler in poolers)) or _unknown(
+        *((pooler.level_poolers[0], ROIAlign) for pooler in poolers)
+    )
 
 
 def _decoder_of(owner: nn.Module) -> list[tuple[object, type]]:
@@ -316,13 +307,13 @@ def _decoder_of(owner: nn.Module) -> list[tuple[object, type]]:
 
 
 def _unknown(*parts: tuple[object, ...]) -> str:
-    """The name of the first part that is of none of the classes that follow it."""
+    """The name of the class of the first part that is none of the classes next to it."""
     return next((type(part).__name__ for part, *known in parts if type(part) not in known), "")
 
 
 def _best_of_levels(scores: list[Tensor], most: int) -> tuple[Tensor, list[Tensor]]:
-    """The best of each level, in one step: scores ``(N, L, k)``, -inf behind a short level's, and
-    the indices of each level's, ``(N, k)``.
+    """The best of all levels in one step: scores ``(N, L, k)``, -inf for the unused entries of a
+    small level, and indices ``(N, k)`` of each level.
     """
     images, longest = len(scores[0]), max(of_level.shape[1] for of_level in scores)
     table = scores[0].new_full((images, len(scores), longest), _FAR_BELOW)
@@ -338,7 +329,7 @@ def _best_of_levels(scores: list[Tensor], most: int) -> tuple[Tensor, list[Tenso
 def _decoded(
     owner: nn.Module, anchors: list[Tensor], deltas: list[Tensor], indices: list[Tensor]
 ) -> list[Tensor]:
-    """Boxes of the anchors that indices name, ``(N, k)`` a level, as ``(N, k, 4)`` a level."""
+    """Decodes the anchors at indices: ``(N, k)`` of each level, to boxes ``(N, k, 4)``."""
     sizes = [index.shape[1] for index in indices]
     starts = [0]
     for of_level in anchors:
@@ -359,17 +350,17 @@ def _suppressed(
     threshold: float,
     most: int,
 ) -> _Found:
-    """What is left of M candidates of each image after suppression within classes.
+    """Suppression within classes, among M candidates of each image.
 
     Args:
         boxes: ``(N, B, 4)``.
-        scores: ``(N, M)``, -inf for those that are none.
+        scores: ``(N, M)``, -inf for unused entries.
         classes: ``(N, M)``.
-        source: ``(N, M)``, which box is a candidate's.
+        source: ``(N, M)``, the index of each candidate's box.
         threshold: see :func:`nms_mask`.
-        most: of an image, at most.
+        most: largest number of detections of an image.
     """
-    # Only boxes before one suppress it: among the best few, those that are kept are the same.
+    # A box is suppressed only by boxes with higher scores, so the best ones can be taken first.
     top, index = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1)
     classes, source = classes.gather(1, index), source.gather(1, index)
     boxes = boxes.gather(1, source[:, :, None].expand(-1, -1, 4))
@@ -390,7 +381,7 @@ def _suppressed(
 def _scaled(
     found: _Found, geometry: Geometry, levels: Tensor | None = None, **parts: Tensor
 ) -> FixedDetections:
-    """Detectron2's ``detector_postprocess`` but for masks and keypoints."""
+    """Detectron2's ``detector_postprocess``, without masks and keypoints."""
     boxes = found.boxes * geometry.scales.repeat(1, 2)[:, None]
     boxes = _clipped(boxes, geometry.output_sizes)
     there = (found.scores > _FAR_BELOW) & ((boxes[:, :, 2:] - boxes[:, :, :2]) > 0).all(dim=2)
@@ -412,12 +403,12 @@ def _scaled(
 
 
 def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """``(N, M, 4)`` boxes within ``(N, 2)`` heights and widths."""
+    """Clips ``(N, M, 4)`` boxes to ``(N, 2)`` heights and widths."""
     return torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
 
 
 def _levels(pooler: PyramidROIPooler, boxes: Tensor) -> Tensor:
-    """Levels, k of Eq. (1), of ``(N, M, 4)`` boxes."""
+    """The level k of Eq. (1) of ``(N, M, 4)`` boxes: ``(N, M)``."""
     levels = levels_of(
         boxes.flatten(0, 1),
         pooler.min_level,
@@ -429,7 +420,7 @@ def _levels(pooler: PyramidROIPooler, boxes: Tensor) -> Tensor:
 
 
 def _pool(pooler: PyramidROIPooler, features: list[Tensor], boxes: Tensor) -> Tensor:
-    """``(N * M, C, h, w)`` of ``(N, M, 4)`` boxes; what is not finite is pooled as no box."""
+    """Pools ``(N, M, 4)`` boxes: ``(N * M, C, h, w)``. Non-finite coordinates become 0."""
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)
     images = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)
     rois = torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], dim=2)
