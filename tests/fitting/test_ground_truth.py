@@ -26,13 +26,10 @@ def test_what_is_left_out_is_counted_by_name(tmp_path):
         {"bbox": [1, 1, 5, 5], "iscrowd": 1},
         {"bbox": [1, 1, 0, 5], "iscrowd": 1},  # two reasons: it counts once
         {"bbox": [1, 1, 5, 5], "ignore": 1},
-        {"bbox": [1, 1, 0, 5]},
-        {"bbox": [1, 1, 5, -5]},
-        {"bbox": [float("nan"), 1, 5, 5]},
-        {"bbox": [1, 1, float("inf"), 5]},
-        {"bbox": [200, 1, 5, 5]},
-        {"bbox": [1, -5, 5, 5]},
     ]
+    nan, inf = float("nan"), float("inf")
+    broken = [[1, 1, 0, 5], [1, 1, 5, -5], [nan, 1, 5, 5], [1, 1, inf, 5], [200, 1, 5, 5]]
+    boxes += [{"bbox": box} for box in (*broken, [1, -5, 5, 5])]
     path = tmp_path / "boxes.json"
     # Images after boxes: the order of keys is free.
     content = {
@@ -82,25 +79,13 @@ def test_a_sample_keeps_images_whole():
         assert few.boxes[few.image == index].tolist() == boxes[image == original].tolist()
 
 
-def test_datasets_are_taken_together(coco_json):
-    path = str(coco_json([[0, 0, 10, 10]]))
-    truth = read_ground_truth([path, path])
-    assert truth.image.tolist() == [0, 1]
-    assert len(truth.shapes) == 2
-
-
 def test_a_dataset_registered_by_a_function_is_read(request):
-    records = [
-        {"height": 50, "width": 80, "annotations": []},
-        {
-            "height": 100,
-            "width": 200,
-            "annotations": [
-                {"bbox": np.array([10, 20, 40, 60]), "bbox_mode": BoxMode.XYXY_ABS},
-                {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 1},
-            ],
-        },
+    annotations = [
+        {"bbox": np.array([10, 20, 40, 60]), "bbox_mode": BoxMode.XYXY_ABS},
+        {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": 1},
     ]
+    records = [{"height": 50, "width": 80, "annotations": []}]
+    records.append({"height": 100, "width": 200, "annotations": annotations})
     DatasetCatalog.register("fit_from_function", lambda: records)
     request.addfinalizer(lambda: DatasetCatalog.remove("fit_from_function"))
     request.addfinalizer(lambda: MetadataCatalog.remove("fit_from_function"))
@@ -118,8 +103,12 @@ def images_of(*records: dict) -> str:
     return json.dumps({"images": records, "annotations": []})
 
 
+def annotations_of(record: str) -> str:
+    return f'{{"images": [], "annotations": [{record}]}}'
+
+
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", "is not JSON: Expecting value: line 1 column 1"),
         ("[]", "is not COCO: it has no list 'images'; it is no object"),
@@ -129,30 +118,21 @@ def images_of(*records: dict) -> str:
         (images_of({**IMAGE, "height": 0}), "'height' is 0, expected pixels from 1 to 2097151"),
         (images_of({**IMAGE, "height": 2**21}), "'height' is 2097152, expected pixels from 1"),
         (images_of(IMAGE, IMAGE), r"images\[1\]: id 1 is there twice"),
-        (f'{{"images": [], "annotations": [{DEEP}]}}', "is not JSON: maximum recursion depth"),
+        (annotations_of(DEEP), "is not JSON: maximum recursion depth"),
         (f'{{"info": {DEEP}, "images": []}}', "is not JSON: maximum recursion depth"),
-        (
-            f'{{"images": [], "annotations": [{{"bbox": [1{"0" * 400}, 2, 3, 4]}}]}}',
-            r"annotations\[0\] lacks",
-        ),
-        (
-            '{"images": [], "annotations": [{"image_id": [5], "bbox": [1, 2, 3, 4]}]}',
-            r"annotations\[0\] lacks an image_id",
-        ),
-        (
-            '{"images": [], "annotations": [{"image_id": 5, "bbox": [1, 2, 3, 4]}]}',
-            "no image has id 5",
-        ),
-        ('{"images": [], "annotations": [{"image_id": 5, "bbox": [1, 2, 3]}]}', "lacks an image"),
-        ('{"images": [], "annotations": [{"image_id": 5}]}', r"annotations\[0\] lacks an image"),
-        ('{"images": [], "annotations": [[1]]}', r"annotations\[0\] lacks an image_id"),
-        ('{"images": [], "annotations": [{"bbox": ["1", 2, 3, 4]}]}', "is \\[x, y, width"),
+        (annotations_of(f'{{"bbox": [1{"0" * 400}, 2, 3, 4]}}'), r"annotations\[0\] lacks"),
+        (annotations_of('{"image_id": [5], "bbox": [1, 2, 3, 4]}'), r"\[0\] lacks an image_id"),
+        (annotations_of('{"image_id": 5, "bbox": [1, 2, 3, 4]}'), "no image has id 5"),
+        (annotations_of('{"image_id": 5, "bbox": [1, 2, 3]}'), "lacks an image"),
+        (annotations_of('{"image_id": 5}'), r"annotations\[0\] lacks an image"),
+        (annotations_of("[1]"), r"annotations\[0\] lacks an image_id"),
+        (annotations_of('{"bbox": ["1", 2, 3, 4]}'), r"is \[x, y, width"),
     ],
 )
-def test_a_broken_file_is_told_by_record(tmp_path, content, told):
+def test_a_broken_file_is_reported_by_record(tmp_path, content, message):
     path = tmp_path / "broken.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=told) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         read_ground_truth([str(path)])
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
@@ -166,16 +146,17 @@ def test_a_file_without_a_box_to_fit_to_says_why(coco_json):
         read_ground_truth([str(coco_json([]))])
 
 
-def test_a_missing_file_and_an_unknown_name_are_told():
+def test_a_missing_file_and_an_unknown_name_are_reported():
     with pytest.raises(UserError, match=r"'nothing/here.json', and there is no such file"):
         read_ground_truth(["nothing/here.json"])
-    with pytest.raises(
-        UserError, match=r"'mini_trian', which is not registered: did you mean mini"
-    ):
+    with pytest.raises(UserError, match="'mini_trian', which is not registered: did you mean mini"):
         read_ground_truth(["mini_trian"])
 
 
-def test_a_byte_order_mark_is_not_part_of_the_json(coco_json):
+def test_datasets_are_taken_together_and_a_byte_order_mark_is_no_part_of_them(coco_json):
     path = coco_json([[10, 10, 20, 30]])
     path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert read_ground_truth([str(path)]).boxes.tolist() == [[10, 10, 30, 40]]
+    truth = read_ground_truth([str(path), str(path)])
+    assert truth.boxes.tolist() == [[10, 10, 30, 40]] * 2
+    assert truth.image.tolist() == [0, 1]
+    assert len(truth.shapes) == 2

@@ -57,7 +57,7 @@ def test_a_range_is_stood_for_by_nine_lengths(mini_config):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("MAX_SIZE_TRAIN", "0", r"MAX_SIZE_TRAIN is 0, .*100000 for no limit"),
         ("MAX_SIZE_TEST", "-1", r"MAX_SIZE_TEST is -1, .*100000 for no limit"),
@@ -65,9 +65,9 @@ def test_a_range_is_stood_for_by_nine_lengths(mini_config):
         ("MIN_SIZE_TEST", "-5", "MIN_SIZE_TEST has -5; .*0 to leave images"),
     ],
 )
-def test_lengths_that_no_image_can_have_are_refused(mini_config, key, value, told):
+def test_lengths_that_no_image_can_have_are_refused(mini_config, key, value, message):
     cfg = mini_config(f"INPUT.{key}", value)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         ResizeRule.from_config(cfg, training="TRAIN" in key)
 
 
