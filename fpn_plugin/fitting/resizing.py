@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,13 +66,15 @@ class ResizeRule:
             shapes: int ``(M, 2)``, height and width.
             short_edge: int ``(M,)``, the length that each image's shorter side is to get.
         """
-        resized = functools.cache(ResizeShortestEdge.get_output_shape)  # of few shapes
+        # Images of a dataset share few shapes, so Detectron2's own function can be called.
+        keys = np.column_stack([shapes, short_edge])
+        distinct, which = np.unique(keys, axis=0, return_inverse=True)
         found = [
-            resized(h, w, edge, self.max_size) if edge else (h, w)
-            for h, w, edge in np.column_stack([shapes, short_edge]).tolist()
+            ResizeShortestEdge.get_output_shape(h, w, edge, self.max_size) if edge else (h, w)
+            for h, w, edge in distinct.tolist()
         ]
         # Detectron2 rounds a side of an image that is thousands of times as long down to 0.
-        return np.maximum(np.array(found, np.int64).reshape(-1, 2), 1)
+        return np.maximum(np.array(found, np.int64).reshape(-1, 2), 1)[which.reshape(-1)]
 
 
 @dataclass(frozen=True)
