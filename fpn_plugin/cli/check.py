@@ -1,12 +1,19 @@
-"""``fpn-plugin check``: what is wrong with COCO-format data."""
+"""Find what is wrong with COCO-format data before a model is trained on it.
+
+Examples:
+  fpn-plugin check cells/train.json cells/images
+  fpn-plugin check coco_2017_val --images headers
+  fpn-plugin check cells/train.json cells/images --json problems.json --examples 10
+  fpn-plugin check cells/export.json cells/images --convert cells/train.json
+
+Exit status: 0 if nothing is refused, 1 if something is, 2 if a file cannot be found.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,94 +25,52 @@ from fpn_plugin.data.requirements import Needs
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.mini.dataset import MINI_NAMES, ensure_mini
 
-from .common import ToolParser, at_least, output_file
+from .common import ToolParser, at_least, command_parser, output_file
 
 __all__ = ["check_main"]
 
-_EXAMPLES = """
-Examples:
-  fpn-plugin check cells/train.json cells/images
-  fpn-plugin check coco_2017_val --images headers
-  fpn-plugin check cells/train.json cells/images --json problems.json --examples 10
-  fpn-plugin check cells/export.json cells/images --convert cells/train.json
 
-Exit status: 0 if nothing is refused, 1 if something is, 2 if a file cannot be found.
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin check",
-        description="Find what is wrong with COCO-format data before a model is trained on it.",
-        epilog=_EXAMPLES,
-    )
-    parser.add_argument("dataset", help="a COCO JSON, or the name of a registered dataset")
-    parser.add_argument("folder", nargs="?", help="image folder; a registered dataset has its own")
-    parser.add_argument(
+def _parser() -> ToolParser:
+    parser = command_parser("check", __doc__)
+    add = parser.add_argument
+    add("dataset", help="a COCO JSON, or the name of a registered dataset")
+    add("folder", nargs="?", help="image folder; a registered dataset has its own")
+    add(
         "--images",
         choices=("decode", "headers", "none"),
         default="decode",
-        help="decode: read every image, the only way to find those cut off (the default); headers: "
-        "only sizes and kinds; none: only the JSON",
+        help="what is read of images; decode: all of each, the only way to find cut-off files "
+        "(default); headers: sizes and kinds; none: nothing",
     )
-    parser.add_argument("--examples", type=at_least(0), default=3, help="records shown of a kind")
-    parser.add_argument(
-        "--json", type=output_file(), metavar="FILE", help="write all problems there as JSON"
-    )
-    parser.add_argument(
+    add("--examples", type=at_least(0), default=3, help="records to show of each kind of problem")
+    add("--json", type=output_file(), metavar="FILE", help="write all problems to this JSON")
+    add(
         "--convert",
         type=output_file(),
         metavar="FILE",
-        help="write the JSON anew there, and check that: values filled in, boxes that are "
-        "fractions, corners or centres as x, y, width, height in pixels, without Roboflow's root "
-        "category and records that are there twice, file names as they are in the folder",
+        help="write a repaired JSON, and check that one. Missing values are filled in. Boxes in "
+        "fractions, corners or centres become x, y, width, height in pixels. Roboflow's root "
+        "category and duplicate records are left out. File names become those in the folder",
     )
-    parser.add_argument(
+    add(
         "--no-crowds",
         action="store_true",
-        help="with --convert: iscrowd 0 throughout, for CVAT's brush, which writes 1",
+        help="with --convert: set iscrowd to 0 everywhere, for CVAT's brush, which writes 1",
     )
-    parser.add_argument(
-        "--max-size",
-        type=at_least(1),
-        default=1333,
-        help="INPUT.MAX_SIZE_TRAIN of the model to be trained",
-    )
-    parser.add_argument(
-        "--masks",
-        choices=("polygon", "bitmask"),
-        default="",
-        help="INPUT.MASK_FORMAT of a model with masks",
-    )
-    parser.add_argument(
-        "--keypoints", type=at_least(0), default=0, help="of an object, for such a model"
-    )
-    parser.add_argument(
-        "--format", choices=IMAGE_FORMATS, default="BGR", help="INPUT.FORMAT of the model"
-    )
-    parser.add_argument(
-        "--test", action="store_true", help="data to evaluate on: it may have no annotations"
-    )
-    parser.add_argument(
-        "--threads",
-        type=at_least(1, 1024),
-        default=min(os.cpu_count() or 1, 16),
-        help="images read at a time",
-    )
+    add("--max-size", type=at_least(1), default=1333, help="the model's INPUT.MAX_SIZE_TRAIN")
+    masks = ("polygon", "bitmask")
+    add("--masks", choices=masks, default="", help="INPUT.MASK_FORMAT of a model with masks")
+    add("--keypoints", type=at_least(0), default=0, help="keypoints of an object, if the model has")
+    add("--format", choices=IMAGE_FORMATS, default="BGR", help="the model's INPUT.FORMAT")
+    add("--test", action="store_true", help="data to evaluate on, which may have no annotations")
+    threads = min(os.cpu_count() or 1, 16)
+    add("--threads", type=at_least(1, 1024), default=threads, help="images to read at a time")
     return parser
 
 
-def check_main(argv: Sequence[str] | None = None) -> None:
-    """Prints what is wrong with a dataset; exits with status 1 if training would refuse it.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: the dataset's files do not exist.
-    """
-    args = argument_parser().parse_args(argv)
+def check_main(argv: list[str] | None = None) -> None:
+    """Prints what is wrong with a dataset. Exits with status 1 if training would refuse it."""
+    args = _parser().parse_args(argv)
     json_file, folder = _files(args.dataset, args.folder)
     if args.no_crowds and not args.convert:
         raise UserError("--no-crowds is for --convert FILE: it writes other annotations")
@@ -126,15 +91,14 @@ def check_main(argv: Sequence[str] | None = None) -> None:
     )
     if report.counts:
         print(report.text(args.examples))
-    content = report.as_json()
-    read = report.contents
+    content, read = report.as_json(), report.contents
     classes = "1 class" if read.classes == 1 else f"{read.classes} classes"
     summary = f"{read.images} images, {read.boxes} boxes and {classes} were read"
     if not args.test and not content["refused"]:
         summary += f"; {read.trained_on} boxes are trained on"
     print(f"{summary}\n{content['refused']} refused, {content['warnings']} warnings")
     if args.images != "decode":
-        print("images were not read to their ends: those cut off are not found")
+        print("images were not read to their ends: cut-off files are not found")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,10 +1,11 @@
-"""The arguments of the commands: one parser, arguments that several share, types that refuse."""
+"""Arguments of the commands: the parser, arguments that several share, and types that check."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import functools
+import math
 import os
 import re
 import sys
@@ -20,10 +21,12 @@ from fpn_plugin.data.given_images import GivenImage, images_in, images_of_datase
 from fpn_plugin.errors import UserError, near_names
 
 __all__ = [
+    "DTYPES",
     "ToolParser",
     "add_shared",
     "at_least",
     "between",
+    "command_parser",
     "dist_url",
     "given_images",
     "input_file",
@@ -32,12 +35,16 @@ __all__ = [
 ]
 
 
-class ToolParser(argparse.ArgumentParser):
-    """argparse's parser as the commands need it.
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that models can be optimised for."""
 
-    Errors are a :class:`UserError`. If a parser has ``opts``, the first config key ends the values
-    of the option before it, as in ``--input a.jpg b.jpg MODEL.WEIGHTS w.pth``. argparse's
-    intermixed parsing would give them all to ``--input``, and takes no ``REMAINDER``.
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are a :class:`UserError`.
+
+    If it has an argument ``opts``, the first config key ends the values of the option before it,
+    as in ``--input a.jpg b.jpg MODEL.WEIGHTS w.pth``. argparse's intermixed parsing would give all
+    of these to ``--input``, and does not support ``REMAINDER``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,11 +54,7 @@ class ToolParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parses arguments; ``opts`` are the config keys and values at their end.
-
-        Raises:
-            UserError: something given cannot be used.
-        """
+        """Parses arguments; ``opts`` are the config keys and values at their end."""
         given = list(sys.argv[1:] if args is None else args)
         first = len(given)
         if any(action.dest == "opts" for action in self._actions):
@@ -72,7 +75,7 @@ class ToolParser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         for word in words:
             name = word.partition("=")[0]
-            # argparse takes an option's beginning for it.
+            # argparse takes the beginning of an option for the option.
             if re.match("--?[A-Za-z]", word) and not any(o.startswith(name) for o in options):
                 self.error(f"no option {name}: {near_names(name, options)}")
 
@@ -86,8 +89,20 @@ class ToolParser(argparse.ArgumentParser):
                 self.error(f"{where}{word!r} is empty, expected a value")
 
 
+def command_parser(name: str, text: str | None, **changes: Any) -> ToolParser:
+    """The parser of a command.
+
+    Args:
+        name: of the command.
+        text: its help: what it does, an empty line, examples. The docstring of its module.
+        changes: further arguments of :class:`ToolParser`.
+    """
+    description, _, examples = (text or "").partition("\n\n")
+    return ToolParser(f"fpn-plugin {name}", description=description, epilog=examples, **changes)
+
+
 def _is_config_key(word: str) -> bool:
-    """Whether a word of a command line is a config key, or one with a typing error in it."""
+    """Whether a word of a command line is a config key, or a mistyped one."""
     keys, sections = _config_keys()
     if word in keys:
         return True
@@ -109,21 +124,8 @@ def _config_keys() -> tuple[frozenset[str], list[str]]:
     return frozenset(keys - sections), sorted(name for name in sections if "." not in name)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def at_least(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
-    """Argparse's ``type`` for a whole number that is not less than another.
-
-    Args:
-        least: the smallest that is taken.
-        most: the largest.
-    """
+    """Argparse's ``type`` for a whole number from ``least`` to ``most``."""
     expected = f"a whole number, {least} " + ("or more" if most == sys.maxsize else f"to {most}")
 
     def read(text: str) -> int:
@@ -139,10 +141,13 @@ def at_least(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
 
 
 def between(least: float, most: float) -> Callable[[str], float]:
-    """Argparse's ``type`` for a number of a range; NaN is in none."""
+    """Argparse's ``type`` for a number from ``least`` to ``most``, not NaN."""
 
     def read(text: str) -> float:
-        value = float(text) if _is_number(text) else float("nan")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text!r}, expected a number from {least} to {most}")
         return value
@@ -151,7 +156,7 @@ def between(least: float, most: float) -> Callable[[str], float]:
 
 
 def input_file(text: str) -> str:
-    """Argparse's ``type`` for a file that is read."""
+    """Argparse's ``type`` for a file to read."""
     if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, expected a file")
     if not os.path.isfile(text):
@@ -160,18 +165,18 @@ def input_file(text: str) -> str:
 
 
 def output_folder(text: str) -> str:
-    """Argparse's ``type`` for a folder that is written to; it need not be there."""
+    """Argparse's ``type`` for a folder to write to, which need not exist."""
     if os.path.lexists(text) and not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a file, expected a folder to write to")
-    _check_writable(text, Path(text))
+    _check_writable(text)
     return text
 
 
 def output_file(*suffixes: str) -> Callable[[str], str]:
-    """Argparse's ``type`` for a file that is written; its folder need not be there.
+    """Argparse's ``type`` for a file to write, whose folder need not exist.
 
     Args:
-        suffixes: its name must end in one of them; without any, every name is taken.
+        suffixes: its name must end in one of them, if any are given.
     """
 
     def read(text: str) -> str:
@@ -181,14 +186,15 @@ def output_file(*suffixes: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(
                 f"{text!r}, expected a name that ends in {', '.join(suffixes)}"
             )
-        _check_writable(text, Path(text))
+        _check_writable(text)
         return text
 
     return read
 
 
-def _check_writable(text: str, path: Path) -> None:
-    """Refuses a file or a folder, there or not, that may not be written."""
+def _check_writable(text: str) -> None:
+    """Refuses the name of a file or folder that cannot be written. It need not exist."""
+    path = Path(text)
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -196,15 +202,17 @@ def _check_writable(text: str, path: Path) -> None:
     except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
         reason = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {reason}") from error
-    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
-    if there != path and not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(there)!r} is no folder")
-    if not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {str(there)!r} forbids it")
+    found = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    if found != path and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(found)!r} is not a folder")
+    if not os.access(found, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: no permission for {str(found)!r}"
+        )
 
 
 def dist_url(text: str) -> str:
-    """Argparse's ``type`` for the address at which processes find each other."""
+    """Argparse's ``type`` for the address where processes find each other."""
     known = re.fullmatch(r"tcp://\S+:(\d{1,5})|auto|env://|file:///.+", text)
     if known is None or (known[1] and not 0 < int(known[1]) < 2**16):
         raise argparse.ArgumentTypeError(
@@ -223,29 +231,29 @@ _SHARED: dict[str, dict[str, Any]] = {
         "action": "append",
         "default": [],
         "metavar": "NAME=JSON:IMAGES",
-        "help": "register COCO-format data under a name; may be given several times",
+        "help": "register COCO-format data under a name; repeat for several datasets",
     },
     "opts": {"nargs": argparse.REMAINDER, "help": "config keys and values: KEY VALUE ..."},
     "--output": {"type": output_folder, "help": "folder to write to (default: %(default)s)"},
     "--threshold": {
         "type": between(0, 1),
         "default": 0.5,
-        "help": "least score of a detection to draw and count (default: %(default)s)",
+        "help": "lowest score of detections to draw and count (default: %(default)s)",
     },
     "--input": {"nargs": "+", "metavar": "PATH", "help": "images, or folders of images"},
     "--ground-truth": {
         "metavar": "DATASET",
-        "help": "images of a dataset, its labels drawn next to the detections",
+        "help": "use a dataset's images, and draw its labels next to the detections",
     },
-    "--max-images": {"type": at_least(1), "help": "take only the first so many"},
+    "--max-images": {"type": at_least(1), "help": "use only the first images, up to this number"},
     "--optimize": {
-        "choices": ("float32", "bfloat16", "float16"),
+        "choices": DTYPES,
         "help": "run a fast copy of the model: float32 gives the same detections",
     },
     "--num-gpus": {
         "type": at_least(1, 1024),
         "default": 1,
-        "help": "GPUs on this machine; with MODEL.DEVICE cpu, processes",
+        "help": "GPUs of this machine to use; with MODEL.DEVICE cpu, number of processes",
     },
     "--dist-url": {
         "type": dist_url,
@@ -256,23 +264,19 @@ _SHARED: dict[str, dict[str, Any]] = {
 
 
 def add_shared(container: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
-    """Adds arguments that several commands have, each by its one definition.
+    """Adds arguments that several commands have.
 
     Args:
         container: a parser, or a group of one.
-        names: such as ``"--config-file"``, ``"--dataset"`` and ``"opts"``, the config keys.
-        changes: what is different in this command: a default, a help text.
+        names: of ``_SHARED``, such as ``"--dataset"``, or ``"opts"`` for config keys.
+        changes: what differs in this command: a default, a help text.
     """
     for name in names:
         container.add_argument(name, **(_SHARED[name] | changes))
 
 
 def given_images(args: argparse.Namespace) -> list[GivenImage]:
-    """The images that --input or --ground-truth names, up to --max-images.
-
-    Raises:
-        UserError: see :func:`images_in` and :func:`images_of_dataset`.
-    """
+    """The images of --input or --ground-truth, up to --max-images."""
     if args.ground_truth:
         return images_of_dataset(args.ground_truth, "--ground-truth")[: args.max_images]
     return images_in(args.input, "--input")[: args.max_images]

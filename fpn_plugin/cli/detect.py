@@ -1,9 +1,14 @@
-"""``fpn-plugin detect``: images in, pictures with boxes and a JSON of detections out."""
+r"""Draw detections. The colour of a box is the pyramid level that it is pooled from.
+
+Examples:
+  fpn-plugin detect --config-file output/demo/config.yaml --input photos/ --output pictures/ \
+      MODEL.WEIGHTS output/demo/model_final.pth
+  fpn-plugin detect --config-file output/demo/config.yaml --ground-truth mini_val \
+      --max-images 12 MODEL.WEIGHTS output/demo/model_final.pth
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,53 +21,28 @@ from fpn_plugin.engine.inference import Detector, class_names
 from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 
-from .common import ToolParser, add_shared, given_images
+from .common import ToolParser, add_shared, command_parser, given_images
 
-__all__ = ["argument_parser", "detect_main"]
-
-_EXAMPLES = """
-Examples:
-  fpn-plugin detect --config-file output/demo/config.yaml --input photos/ --output pictures/ \\
-      MODEL.WEIGHTS output/demo/model_final.pth
-  fpn-plugin detect --config-file output/demo/config.yaml --ground-truth mini_val \\
-      --max-images 12 MODEL.WEIGHTS output/demo/model_final.pth
-"""
+__all__ = ["detect_main"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin detect",
-        description="Draw detections, each box in the colour of the pyramid level it was pooled "
-        "from.",
-        epilog=_EXAMPLES,
-    )
+def _parser() -> ToolParser:
+    parser = command_parser("detect", __doc__)
     add_shared(parser.add_mutually_exclusive_group(required=True), "--input", "--ground-truth")
     add_shared(parser, "--output", default="output/pictures")
-    add_shared(
-        parser,
-        "--threshold",
-        help="least score to draw (default: %(default)s); the JSON has all detections",
-    )
+    score = "lowest score to draw (default: %(default)s); the JSON has all detections"
+    add_shared(parser, "--threshold", help=score)
     add_shared(parser, "--config-file", "--max-images", "--optimize", "--dataset", "opts")
     return parser
 
 
-def detect_main(argv: Sequence[str] | None = None) -> None:
-    """Writes a picture for each image and detections.json; see :func:`detect_images`.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used. An image that cannot be read among others that
-            can is reported at the end.
-    """
-    args = argument_parser().parse_args(argv)
+def detect_main(argv: list[str] | None = None) -> None:
+    """Writes a picture for each image and detections.json; see :func:`detect_images`."""
+    args = _parser().parse_args(argv)
     cfg = config_on_device(args.config_file, args.opts)
     register_datasets(args.dataset)
     images, truth_names = given_images(args), ()
-    if args.ground_truth:  # loaded for its images, the dataset has registered its categories
+    if args.ground_truth:  # given_images() has loaded its categories
         truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", ())
     detector = Detector(cfg, args.optimize and getattr(torch, args.optimize))
     print_steps(detector.model)

@@ -1,9 +1,13 @@
-"""``fpn-plugin export``: a trained detector as files that run without Detectron2, each compared."""
+r"""Export a trained Faster R-CNN, Mask R-CNN or RetinaNet. The command runs each file, and
+compares its detections with the model's.
+
+Example:
+  fpn-plugin export --config-file output/demo/config.yaml --input photo.jpg \
+      --output exported MODEL.WEIGHTS output/demo/model_final.pth
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from fpn_plugin.data import read_picture, register_datasets
@@ -12,51 +16,30 @@ from fpn_plugin.deploy.export_check import export_checked
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector, class_names
 
-from .common import ToolParser, add_shared, at_least
+from .common import ToolParser, add_shared, at_least, command_parser
 
-__all__ = ["argument_parser", "export_main"]
-
-_EXAMPLES = """
-Example:
-  fpn-plugin export --config-file output/demo/config.yaml --input photo.jpg \\
-      --output exported MODEL.WEIGHTS output/demo/model_final.pth
-"""
+__all__ = ["export_main"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin export",
-        description="Export a trained Faster R-CNN, Mask R-CNN or RetinaNet, run each file, and "
-        "compare its detections with the model's.",
-        epilog=_EXAMPLES,
-    )
+def _parser() -> ToolParser:
+    parser = command_parser("export", __doc__)
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    add_shared(
-        parser, "--input", required=True, metavar="IMAGE", help="images to compare detections on"
-    )
+    add_shared(parser, "--input", required=True, metavar="IMAGE", help="images to compare on")
     add_shared(parser, "--output", default="output/exported")
     parser.add_argument(
         "--time-limit",
         type=at_least(1),
         default=TIME_LIMIT,
         metavar="SECONDS",
-        help="give a format up that takes longer to write (default: %(default)s)",
+        help="give up a format that takes longer (default: %(default)s)",
     )
     add_shared(parser, "--config-file", "--dataset", "opts")
     return parser
 
 
-def export_main(argv: Sequence[str] | None = None) -> None:
-    """Exports, checks, and prints a line for each format; see :func:`export_checked`.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used, or a file's detections are not the model's.
-    """
-    args = argument_parser().parse_args(argv)
+def export_main(argv: list[str] | None = None) -> None:
+    """Exports, checks, and prints a line for each format; see :func:`export_checked`."""
+    args = _parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
     register_datasets(args.dataset)

@@ -1,9 +1,14 @@
-"""``fpn-plugin fit``: a dataset and a config in, a fitted config and a report out."""
+"""Fit levels, canonical size and anchors to your data. The command measures a config's pyramid on
+labelled boxes, and writes a config that fits them better.
+
+Examples:
+  fpn-plugin fit --config-file mini/faster_rcnn_R_18_FPN.yaml --data mini_small_train
+  fpn-plugin fit --config-file my.yaml --data train.json --output output/fit
+  fpn-plugin fit --config-file my.yaml INPUT.MIN_SIZE_TRAIN "(1200,)"   # DATASETS.TRAIN of my.yaml
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from fpn_plugin.data import Needs, register_datasets
@@ -12,49 +17,29 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.fitting import check_config, fit_pyramid, read_ground_truth
 from fpn_plugin.fitting.report import check_output, write_report
 
-from .common import ToolParser, add_shared
+from .common import ToolParser, add_shared, command_parser
 
-__all__ = ["argument_parser", "fit_main"]
-
-_EXAMPLES = """
-Examples:
-  fpn-plugin fit --config-file mini/faster_rcnn_R_18_FPN.yaml --data mini_small_train
-  fpn-plugin fit --config-file my.yaml --data train.json --output output/fit
-  fpn-plugin fit --config-file my.yaml INPUT.MIN_SIZE_TRAIN "(1200,)"   # DATASETS.TRAIN of my.yaml
-"""
+__all__ = ["fit_main"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin fit",
-        description="Fit levels, canonical size and anchors to your data: measure a config's "
-        "pyramid against labelled boxes, and write a config that fits them better.",
-        epilog=_EXAMPLES,
-    )
+def _parser() -> ToolParser:
+    parser = command_parser("fit", __doc__)
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="NAME|JSON",
-        help="a registered dataset or a COCO instances JSON; may be given several times; default: "
-        "the config's DATASETS.TRAIN",
+        help="a registered dataset or a COCO JSON; repeat for several (default: the config's "
+        "DATASETS.TRAIN)",
     )
     add_shared(parser, "--output", default="output/fit")
     add_shared(parser, "--config-file", "--dataset", "opts")
     return parser
 
 
-def fit_main(argv: Sequence[str] | None = None) -> None:
-    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
-    args = argument_parser().parse_args(argv)
+def fit_main(argv: list[str] | None = None) -> None:
+    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts."""
+    args = _parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     pyramid = check_config(cfg)
     base, folder = Path(find_config_file(args.config_file)), Path(args.output)
@@ -62,7 +47,7 @@ def fit_main(argv: Sequence[str] | None = None) -> None:
     register_datasets(args.dataset)
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
-        raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names some")
+        raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names a dataset")
     key = "--data" if args.data else "DATASETS.TRAIN"
     truth = read_ground_truth(sources, Needs.of(cfg, training=True), key)
     fit = fit_pyramid(cfg, truth, pyramid)

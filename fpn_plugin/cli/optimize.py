@@ -1,10 +1,14 @@
-"""``fpn-plugin optimize``: what optimising brings on a user's own images."""
+r"""Optimise a trained model, and measure seconds an image and whether detections are the same.
+The commands detect and evaluate take --optimize.
+
+Example:
+  fpn-plugin optimize --config-file output/demo/config.yaml --input photos/ \
+      MODEL.WEIGHTS output/demo/model_final.pth
+"""
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Sequence
 
 import torch
 from tabulate import tabulate
@@ -18,46 +22,24 @@ from fpn_plugin.deploy.optimize import dtype_name, print_steps
 from fpn_plugin.engine.inference import Detector
 from fpn_plugin.engine.settings import config_on_device
 
-from .common import ToolParser, add_shared
+from .common import DTYPES, ToolParser, add_shared, command_parser
 
-__all__ = ["argument_parser", "optimize_main"]
-
-_EXAMPLES = """
-Example:
-  fpn-plugin optimize --config-file output/demo/config.yaml --input photos/ \\
-      MODEL.WEIGHTS output/demo/model_final.pth
-"""
+__all__ = ["optimize_main"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin optimize",
-        description="Optimise a trained model and measure what that brings: seconds an image, and "
-        "whether detections are the same. Detecting and evaluating take --optimize.",
-        epilog=_EXAMPLES,
-    )
+def _parser() -> ToolParser:
+    parser = command_parser("optimize", __doc__)
     add_shared(parser, "--input", required=True)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"],
-        choices=("float32", "bfloat16", "float16"),
-    )  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--compile", action="store_true", help="compile the backbone as well")
     add_shared(parser, "--max-images", default=20)
     add_shared(parser, "--config-file", "--dataset", "opts")
     return parser
 
 
-def optimize_main(argv: Sequence[str] | None = None) -> None:
-    """Runs the original and its optimised copies in turn on each image, and prints a table.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
-    args = argument_parser().parse_args(argv)
+def optimize_main(argv: list[str] | None = None) -> None:
+    """Runs the model and its optimised copies on each image in turn, and prints a table."""
+    args = _parser().parse_args(argv)
     cfg = config_on_device(args.config_file, args.opts)
     register_datasets(args.dataset)
     given = images_in(args.input, "--input")[: args.max_images]
@@ -69,7 +51,7 @@ def optimize_main(argv: Sequence[str] | None = None) -> None:
         detector.model = optimize_for_inference(
             original.model, dtype=getattr(torch, dtype), compile=args.compile
         )
-        # Not always what was asked for: a CPU may lack half precision.
+        # A CPU may lack half precision.
         ran = dtype_name(detector.model)
         name = dtype if ran == dtype else f"{ran} ({dtype} skipped)"
         detectors[name], made_in[name] = detector, time.perf_counter() - started
@@ -85,8 +67,8 @@ def optimize_main(argv: Sequence[str] | None = None) -> None:
     headers += ["same", "missing", "extra", "box (px)", "score"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".4g"))
     print(
-        "made in: optimising, and compiling if asked for; s/image: median without the first "
-        "call; same: detections with a partner in the original's, of their class and IoU above "
-        "0.5; missing, extra: those that only the original has, or only this model; box, score: "
-        "largest difference between partners"
+        "made in: time to optimise, and to compile with --compile; s/image: median without the "
+        "first call; same: detections that the original has too, of the same class and with IoU "
+        "above 0.5; missing, extra: detections of only the original, of only this model; box, "
+        "score: largest difference of the same detections"
     )

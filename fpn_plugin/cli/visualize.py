@@ -1,9 +1,18 @@
-"""``fpn-plugin visualize``: pictures of what trained models do, level by level."""
+r"""Draw what trained models do with images, level by level: features, proposals and detections by
+the level they are pooled from, matched anchors, the contribution of each level. Several models are
+drawn side by side.
+
+Examples:
+  fpn-plugin visualize --config-file output/demo/config.yaml --input photo.jpg \
+      --output output/pictures MODEL.WEIGHTS output/demo/model_final.pth
+  fpn-plugin visualize --run output/demo --ground-truth mini_val --max-images 4
+  fpn-plugin visualize --run "(c) FPN=output/mini/table1_c_FPN/seed0" \
+      "(d) bottom-up=output/mini/table1_d_bottom_up/seed0" --ground-truth mini_val --max-images 2
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -15,54 +24,33 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
 from fpn_plugin.visualization.pictures import LabelledModel, draw_models
 
-from .common import ToolParser, add_shared, at_least, given_images
+from .common import ToolParser, add_shared, at_least, command_parser, given_images
 
-__all__ = ["argument_parser", "visualize_main"]
-
-_EXAMPLES = """
-Examples:
-  fpn-plugin visualize --config-file output/demo/config.yaml --input photo.jpg \\
-      --output output/pictures MODEL.WEIGHTS output/demo/model_final.pth
-  fpn-plugin visualize --run output/demo --ground-truth mini_val --max-images 4
-  fpn-plugin visualize --run "(c) FPN=output/mini/table1_c_FPN/seed0" \\
-      "(d) bottom-up=output/mini/table1_d_bottom_up/seed0" --ground-truth mini_val --max-images 2
-"""
+__all__ = ["visualize_main"]
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = ToolParser(
-        "fpn-plugin visualize",
-        description="Draw what trained models do with images, level by level: features, where "
-        "proposals and detections were pooled, anchors that matched, what each level contributed. "
-        "Several models stand side by side.",
-        epilog=_EXAMPLES,
-    )
+def _parser() -> ToolParser:
+    parser = command_parser("visualize", __doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     add_shared(model, "--config-file", required=False)
     model.add_argument(
-        "--run", nargs="+", metavar="[LABEL=]FOLDER",
-        help="folders of finished trainings: config.yaml and model_final.pth",
-    )  # fmt: skip
+        "--run",
+        nargs="+",
+        metavar="[LABEL=]FOLDER",
+        help="folders of finished trainings, with config.yaml and model_final.pth",
+    )
     add_shared(parser.add_mutually_exclusive_group(required=True), "--input", "--ground-truth")
     add_shared(parser, "--output", default="output/seen")
     parser.add_argument(
-        "--proposals", type=at_least(1), default=50, help="how many of the best to draw"
+        "--proposals", type=at_least(1), default=50, help="how many to draw, best first"
     )
     add_shared(parser, "--max-images", "--threshold", "--dataset", "opts")
     return parser
 
 
-def visualize_main(argv: Sequence[str] | None = None) -> None:
-    """Writes pictures for each image, and contributions.png and .json over all of them.
-
-    Args:
-        argv: arguments; those of the command line by default.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
-    args = argument_parser().parse_args(argv)
+def visualize_main(argv: list[str] | None = None) -> None:
+    """Writes pictures of each image, and contributions.png and .json over all images."""
+    args = _parser().parse_args(argv)
     register_datasets(args.dataset)
     if args.ground_truth:
         check_datasets([args.ground_truth], "--ground-truth")
@@ -76,36 +64,29 @@ def visualize_main(argv: Sequence[str] | None = None) -> None:
         follow_classes([args.ground_truth], names, "the model")
     images = images or given_images(args)
     output, layout = Path(args.output), keypoint_layout(first)
-    pictures = f"pictures of {len(images)} images"
-    if draw_models(models, images, output, names, layout, args.threshold, args.proposals):
-        print(f"{pictures}, contributions.png and .json in {output}")
-    else:
-        print(
-            f"{pictures} in {output}; no contributions.png: what each level contributes is known "
-            "of a model with RoI heads, or with labels (--ground-truth)"
-        )
+    complete = draw_models(models, images, output, names, layout, args.threshold, args.proposals)
+    print(f"pictures of {len(images)} images and contributions.json in {output}")
+    if not complete:
+        print("no contributions.png: it needs a model with RoI heads, or labels (--ground-truth)")
 
 
 def _configs(args: argparse.Namespace) -> dict[str, CfgNode]:
     """The config of each model, by its label."""
     if args.config_file:
-        cfgs = {Path(args.config_file).stem: config_on_device(args.config_file, args.opts)}
-    else:
-        cfgs = {}
-        for given in args.run:
-            label, _, folder = given.rpartition("=")
-            path = Path(folder)
-            label = label or path.name
-            for file in ("config.yaml", "model_final.pth"):
-                if not (path / file).is_file():
-                    raise UserError(
-                        f"--run {given!r}: {str(path / file)!r} does not exist; a folder of a "
-                        "finished training has config.yaml and model_final.pth (others: "
-                        "--config-file)"
-                    )
-            if label in cfgs:
-                raise UserError("--run: two models have one name; give them LABEL=FOLDER")
-            weights = ["MODEL.WEIGHTS", str(path / "model_final.pth")]
-            opts = [*weights, *args.opts]
-            cfgs[label] = config_on_device(str(path / "config.yaml"), opts)
+        return {Path(args.config_file).stem: config_on_device(args.config_file, args.opts)}
+    cfgs: dict[str, CfgNode] = {}
+    for given in args.run:
+        label, _, folder = given.rpartition("=")
+        config, weights = Path(folder, "config.yaml"), Path(folder, "model_final.pth")
+        for file in (config, weights):
+            if not file.is_file():
+                raise UserError(
+                    f"--run {given!r}: {str(file)!r} does not exist; --run takes folders of "
+                    "finished trainings, with config.yaml and model_final.pth (others: "
+                    "--config-file)"
+                )
+        label = label or Path(folder).name
+        if label in cfgs:
+            raise UserError(f"--run: two models are named {label!r}; give them LABEL=FOLDER")
+        cfgs[label] = config_on_device(str(config), ["MODEL.WEIGHTS", str(weights), *args.opts])
     return cfgs
