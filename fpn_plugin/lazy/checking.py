@@ -1,4 +1,4 @@
-"""Keys of lazy configs against what they name: an argument that nothing takes is no setting."""
+"""Checks of lazy configs: arguments that nothing takes, overrides of keys that do not exist."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["check_arguments", "check_override_keys", "check_override_types"]
 
 
 def check_arguments(cfg: DictConfig, prefix: str = "") -> None:
-    """Refuses arguments that the class or function of their node does not take.
+    """Refuses arguments that a node's class or function does not take.
 
     Args:
         cfg: a lazy config, or a node of one.
-        prefix: where the node stands, for messages.
+        prefix: key of the node, for messages.
 
     Raises:
-        UserError: an argument is unknown, or there is nothing of a ``_target_``'s name.
+        UserError: an argument is unknown, or a ``_target_`` does not exist.
     """
     if OmegaConf.is_list(cfg):
         for i in range(len(cfg)):
@@ -41,19 +41,19 @@ def check_arguments(cfg: DictConfig, prefix: str = "") -> None:
 
 
 def check_override_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses overrides of keys that are not there, but for arguments of a ``_target_``.
+    """Refuses overrides of keys that do not exist. Nodes with a ``_target_`` may get arguments.
 
     Args:
         cfg: the config before the overrides.
         overrides: ``["train.max_iter=100", ...]``; ``+train.mine=1`` adds a key.
 
     Raises:
-        UserError: there is no such key; says which are near.
+        UserError: there is no such key; names those that are near.
     """
     for override in overrides:
         node, (key, _, value) = cfg, override.partition("=")
-        for part in _parts(key):
-            # Arguments that a node does not have yet are for check_arguments to judge.
+        for part in key.lstrip("+~").replace("[", ".").replace("]", "").split("."):
+            # check_arguments() checks the arguments that a node does not have yet.
             if not OmegaConf.is_dict(node) or "_target_" in node or key.startswith(("+", "~")):
                 break
             if part not in node:
@@ -65,15 +65,15 @@ def check_override_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def check_override_types(before: DictConfig, after: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuses text where a number was, a number where a switch was, and either for a node.
+    """Refuses text in place of a number, a number in place of a bool, and either for a node.
 
     Args:
         before: the config before the overrides.
-        after: the config with them.
-        overrides: see :func:`check_override_keys`.
+        after: the config after them.
+        overrides: those of :func:`check_override_keys`.
 
     Raises:
-        UserError: one of these; says what was there.
+        UserError: a type has changed so; gives the earlier value.
     """
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -91,22 +91,18 @@ def check_override_types(before: DictConfig, after: DictConfig, overrides: Seque
             raise UserError(f"{override}: {key} takes {expected}{was}; given was {new!r}")
 
 
-def _parts(key: str) -> list[str]:
-    return key.lstrip("+~").replace("[", ".").replace("]", "").split(".")
-
-
 def _target(node: DictConfig, path: str) -> Callable[..., Any]:
     target = node["_target_"]
     try:
         return locate(target) if isinstance(target, str) else target
     except ImportError as error:
         message = " ".join(str(error).split())
-        raise UserError(f"{path}._target_ {target!r} names nothing there is: {message}") from error
+        raise UserError(f"{path}._target_ {target!r} does not exist: {message}") from error
 
 
 def _arguments(target: Callable[..., Any]) -> set[str] | None:
-    """Names of what can be given to a class or function; None if it takes any."""
-    # What a class passes on with **kwargs, the next of its bases takes.
+    """Names of the arguments of a class or function; None if it takes any."""
+    # What a class passes on with **kwargs, its next base takes.
     makers = [target]
     if inspect.isclass(target):
         makers = [base.__init__ for base in target.__mro__ if "__init__" in vars(base)]

@@ -1,13 +1,12 @@
-"""A yacs config's model as lazy nodes, each the class that is built and its arguments."""
+"""The model of a yacs config as lazy nodes: each names a class, and its arguments."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -52,12 +51,16 @@ __all__ = [
     "build_network",
     "build_per_level_head",
     "build_res5",
+    "config_of",
+    "known",
     "model_node",
+    "node",
+    "refuse_changed",
     "with_pyramid",
 ]
 
-# The node under MODEL that each builder reads.
-_NODES = {
+# The section of MODEL that each builder reads.
+_SECTIONS = {
     "build_resnet_backbone": "RESNETS",
     "build_timm_backbone": "TIMM",
     "build_torchvision_backbone": "TORCHVISION",
@@ -70,38 +73,41 @@ def build_network(
     input_format: str = "BGR",
     pixel_mean: list[float] | None = None,
     pixel_std: list[float] | None = None,
-    **nodes: dict[str, Any],
+    **sections: dict[str, Any],
 ) -> Backbone:
     """A network from the BACKBONE registry, by the keys that its builder reads.
 
     Args:
-        builder: its name there.
+        builder: its name in the registry.
         freeze_at: MODEL.BACKBONE.FREEZE_AT.
-        input_format: as the model's; networks of timm and torchvision read it.
-        pixel_mean: as the model's, a value for each channel of an image; Detectron2's default by
-            default. Networks of timm and torchvision read the values.
-        pixel_std: as the model's; networks of timm and torchvision read it.
-        nodes: nodes under MODEL with the keys that differ from their defaults, for example
+        input_format: the model's. Networks of timm and torchvision read it.
+        pixel_mean: the model's, a value for each channel of an image (default: Detectron2's).
+            Networks of timm and torchvision read the values.
+        pixel_std: the model's (default: Detectron2's). Networks of timm and torchvision read it.
+        sections: sections of MODEL with the keys that differ from their defaults, such as
             ``RESNETS={"DEPTH": 101}``.
+
+    Raises:
+        UserError: the builder, a section or a key does not exist, or a value has the wrong type.
     """
     cfg = _defaults()
     if builder not in BACKBONE_REGISTRY:
         names = [name for name, _ in BACKBONE_REGISTRY]
         raise UserError(
             f"builder {builder!r} is not in the BACKBONE registry: {near_names(builder, names)} "
-            "A module that registers it must be imported first"
+            "Import the module that registers it"
         )
     cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
     cfg.INPUT.FORMAT = input_format
     cfg.MODEL.PIXEL_MEAN = list(pixel_mean or cfg.MODEL.PIXEL_MEAN)
     cfg.MODEL.PIXEL_STD = list(pixel_std or cfg.MODEL.PIXEL_STD)
-    for node, keys in nodes.items():
-        known_nodes = [name for name, value in cfg.MODEL.items() if isinstance(value, CfgNode)]
-        if node not in known_nodes:
+    names = [name for name, value in cfg.MODEL.items() if isinstance(value, CfgNode)]
+    for section, keys in sections.items():
+        if section not in names:
             raise UserError(
-                f"{builder} is given {node!r}, no node under MODEL: {near_names(node, known_nodes)}"
+                f"{builder} is given {section!r}, no section of MODEL: {near_names(section, names)}"
             )
-        _set_keys(cfg, node, keys)
+        _set_keys(cfg, section, keys)
     return BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
 
 
@@ -113,20 +119,21 @@ def _defaults() -> CfgNode:
 
 @functools.cache
 def _unchanged() -> CfgNode:
-    """The defaults, to compare with: they are compared with often, and slow to make."""
+    """The defaults, to compare with. They are slow to make."""
     return _defaults()
 
 
-def _set_keys(cfg: CfgNode, node: str, keys: dict[str, Any]) -> None:
-    """Sets keys of a node under MODEL; a UserError for one that it does not have."""
+def _set_keys(cfg: CfgNode, section: str, keys: dict[str, Any]) -> None:
+    """Sets keys of a section of MODEL."""
     for key, value in keys.items():
-        if key not in cfg.MODEL[node]:
-            raise UserError(f"MODEL.{node} has no key {key!r}: {near_names(key, cfg.MODEL[node])}")
+        path, known_keys = f"MODEL.{section}", cfg.MODEL[section]
+        if key not in known_keys:
+            raise UserError(f"{path} has no key {key!r}: {near_names(key, known_keys)}")
         plain = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
         try:
-            cfg.merge_from_list([f"MODEL.{node}.{key}", plain])
+            cfg.merge_from_list([f"{path}.{key}", plain])
         except ValueError as error:  # of another type
-            raise UserError(f"MODEL.{node}.{key}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path}.{key}: {' '.join(str(error).split())}") from error
 
 
 def model_node(cfg: CfgNode) -> DictConfig:
@@ -136,7 +143,7 @@ def model_node(cfg: CfgNode) -> DictConfig:
         cfg: with the plugin's keys.
 
     Raises:
-        UserError: a part or a setting that has no lazy form here.
+        UserError: a part or a setting has no lazy form here.
     """
     refuse_changed(
         cfg,
@@ -145,36 +152,61 @@ def model_node(cfg: CfgNode) -> DictConfig:
         "MODEL.ROI_BOX_HEAD.USE_FED_LOSS",
         *newer_keys(),
     )
-    kinds = {
-        "GeneralizedRCNN": _rcnn,
-        "PanopticFPN": _panoptic,
-        "ProposalNetwork": _proposal_network,
-        "RetinaNet": _retinanet,
-    }
-    return known(kinds, "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)(cfg)
+    architecture = known(
+        cfg,
+        "MODEL.META_ARCHITECTURE",
+        GeneralizedRCNN=_rcnn,
+        PanopticFPN=_panoptic,
+        ProposalNetwork=_proposal_network,
+        RetinaNet=_retinanet,
+    )
+    return config_of(architecture(cfg))
 
 
-def known(table: dict[str, Any], key: str, value: str) -> Any:
-    """What a table has for the value of a key; if it has nothing, a UserError names what it has."""
-    if value not in table:
+def node(target: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """A lazy node as a dict, which :func:`config_of` makes a config of.
+
+    Nodes by Detectron2's ``LazyCall`` are configs, and OmegaConf copies each of them once for every
+    node around it.
+    """
+    return {"_target_": target, **arguments}
+
+
+def config_of(nodes: dict[str, Any]) -> DictConfig:
+    """The lazy config of nodes."""
+    return OmegaConf.create(nodes, flags={"allow_objects": True})
+
+
+def known(cfg: CfgNode, key: str, **choices: Any) -> Any:
+    """The choice for the value of a key.
+
+    Raises:
+        UserError: there is none; names the values that have one.
+    """
+    value = _value(cfg, key)
+    if value not in choices:
         raise UserError(
-            f"{key} {value!r} has no lazy form here; those that have: {', '.join(table)}"
+            f"{key} {value!r} has no lazy form here; expected {', '.join(choices)}, or a lazy node "
+            "of your own"
         )
-    return table[value]
+    return choices[value]
 
 
 def refuse_changed(cfg: CfgNode, *keys: str) -> None:
-    """Refuses values of keys that the lazy nodes do not carry over, unless they are defaults."""
+    """Refuses values of keys that lazy nodes do not have, unless they are the defaults."""
     for key in keys:
-        value, default = cfg, _unchanged()
-        for part in key.split("."):
-            # Detectron2 0.6 does not have all of them.
-            value, default = value.get(part, CfgNode()), default.get(part, CfgNode())
+        value, default = _value(cfg, key), _value(_unchanged(), key)
         if value != default:
             raise UserError(
-                f"{key} {value!r} has no lazy form here: leave it {default!r}, and put what it "
-                "does into the lazy nodes yourself"
+                f"{key} {value!r} has no lazy form here: leave it {default!r}, and set what it "
+                "does in the lazy config"
             )
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg.get(part, CfgNode())  # Detectron2 0.6 does not have every key
+    return cfg
 
 
 # ---- backbone
@@ -185,7 +217,7 @@ def _has_pyramid(cfg: CfgNode) -> bool:
 
 
 def _strides(cfg: CfgNode, names: Sequence[str]) -> list[int]:
-    """Strides of maps of a config's backbone: 2^k for p{k} of a pyramid and res{k} of a ResNet."""
+    """Strides of the backbone's maps: 2^k for p{k} of a pyramid and res{k} of a ResNet."""
     prefix, dilation = ("p" if _has_pyramid(cfg) else "res"), cfg.MODEL.RESNETS.RES5_DILATION
     strides = []
     for name in names:
@@ -199,49 +231,48 @@ def _strides(cfg: CfgNode, names: Sequence[str]) -> list[int]:
 
 
 def _channels(cfg: CfgNode, name: str, depth: int) -> int | str:
-    """Channels of a map of the backbone, where the model node stands ``depth`` nodes up.
+    """Channels of a map of the backbone; the model's node is ``depth`` nodes up.
 
-    Those of a pyramid are read from its node, so that there is one place to change them.
+    Those of a pyramid refer to its node, so that there is one place to change them.
     """
     if _has_pyramid(cfg):
         return f"${{{'.' * depth}backbone.out_channels}}"
     return cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (int(name.removeprefix("res")) - 2)
 
 
-def _changed(cfg: CfgNode, node: str) -> dict[str, Any]:
-    """The keys of a node under MODEL that differ from their defaults."""
-    defaults = _unchanged().MODEL[node]
-    return {k: v for k, v in cfg.MODEL[node].items() if v != defaults[k]}
+def _shape(channels: int | str, **more: Any) -> dict[str, Any]:
+    # By name: OmegaConf cannot hold a dataclass.
+    return {"_target_": "detectron2.layers.ShapeSpec", "channels": channels, **more}
 
 
-def _network(cfg: CfgNode, builder: str, features: list[str] | str, model: str) -> DictConfig:
-    """A bottom-up network; ``model`` are as many dots as lead to the model's node."""
-    if builder not in _NODES:
-        raise UserError(
-            f"MODEL.FPN.BOTTOM_UP {builder!r} has no lazy form here; those that have: "
-            f"{', '.join(_NODES)}. Give model.backbone.bottom_up a node of your own"
-        )
-    node = _NODES[builder]
+def _changed(cfg: CfgNode, section: str) -> dict[str, Any]:
+    """The keys of a section of MODEL that differ from their defaults."""
+    defaults = _unchanged().MODEL[section]
+    return {k: v for k, v in cfg.MODEL[section].items() if v != defaults[k]}
+
+
+def _network(cfg: CfgNode, builder: str, features: list[str] | str, model: str) -> dict[str, Any]:
+    """A bottom-up network; ``model`` is the dots that lead to the model's node."""
+    section = _SECTIONS[builder]
     pixels = {"pixel_mean": f"${{{model}pixel_mean}}"}  # as many as an image has channels
-    if node != "RESNETS":  # these put the model's normalisation into their own
+    if section != "RESNETS":  # these put the model's normalisation into their own
         pixels["pixel_std"] = f"${{{model}pixel_std}}"
         has_format = cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork"
         pixels["input_format"] = f"${{{model}input_format}}" if has_format else cfg.INPUT.FORMAT
-    return L(build_network)(
-        builder=builder,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        **pixels,
-        **{node: {**_changed(cfg, node), "OUT_FEATURES": features}},
-    )
+    keys = {section: {**_changed(cfg, section), "OUT_FEATURES": features}}
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    return node(build_network, builder=builder, freeze_at=freeze_at, **pixels, **keys)
 
 
-def _backbone(cfg: CfgNode) -> DictConfig:
+def _backbone(cfg: CfgNode) -> dict[str, Any]:
     if not _has_pyramid(cfg):
-        known({"build_resnet_backbone": None}, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
+        known(cfg, "MODEL.BACKBONE.NAME", build_resnet_backbone=None)
         features = list(cfg.MODEL.RESNETS.OUT_FEATURES)
         return _network(cfg, cfg.MODEL.BACKBONE.NAME, features, "..")
     fpn = cfg.MODEL.FPN
-    return L(build_pyramid)(
+    known(cfg, "MODEL.FPN.BOTTOM_UP", **_SECTIONS)
+    return node(
+        build_pyramid,
         bottom_up=_network(cfg, fpn.BOTTOM_UP, "${...in_features}", "..."),
         in_features=list(fpn.IN_FEATURES),
         out_channels=fpn.OUT_CHANNELS,
@@ -258,7 +289,7 @@ def _backbone(cfg: CfgNode) -> DictConfig:
 
 
 def build_res5(**resnets: Any) -> nn.Sequential:
-    """All of conv5 as a head, row (a), by the keys of MODEL.RESNETS."""
+    """All of conv5 as a head, row (a) of the paper's Table 1, by the keys of MODEL.RESNETS."""
     cfg = _defaults()
     _set_keys(cfg, "RESNETS", resnets)
     return Res5ROIHeads._build_res5_block(cfg)[0]
@@ -271,12 +302,13 @@ def _pixels(cfg: CfgNode) -> dict[str, Any]:
     return {"pixel_mean": list(cfg.MODEL.PIXEL_MEAN), "pixel_std": list(cfg.MODEL.PIXEL_STD)}
 
 
-def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> DictConfig:
-    generators = {"PrecomputedProposals": lambda _: None, "RPN": _rpn}
-    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    return L(target)(
+def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> dict[str, Any]:
+    name = "MODEL.PROPOSAL_GENERATOR.NAME"
+    proposals = known(cfg, name, RPN=_rpn, PrecomputedProposals=lambda _: None)
+    return node(
+        target,
         backbone=_backbone(cfg),
-        proposal_generator=known(generators, "MODEL.PROPOSAL_GENERATOR.NAME", name)(cfg),
+        proposal_generator=proposals(cfg),
         roi_heads=_roi_heads(cfg),
         **_pixels(cfg),
         input_format=cfg.INPUT.FORMAT,
@@ -285,64 +317,56 @@ def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> DictConf
     )
 
 
-def _proposal_network(cfg: CfgNode) -> DictConfig:
-    known({"RPN": _rpn}, "MODEL.PROPOSAL_GENERATOR.NAME", cfg.MODEL.PROPOSAL_GENERATOR.NAME)
-    return L(ProposalNetwork)(backbone=_backbone(cfg), proposal_generator=_rpn(cfg), **_pixels(cfg))
+def _proposal_network(cfg: CfgNode) -> dict[str, Any]:
+    rpn = known(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", RPN=_rpn)(cfg)
+    return node(ProposalNetwork, backbone=_backbone(cfg), proposal_generator=rpn, **_pixels(cfg))
 
 
-def _panoptic(cfg: CfgNode) -> DictConfig:
-    head, combine = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.PANOPTIC_FPN.COMBINE
-    target = known({"SemSegFPNHead": SemSegFPNHead}, "MODEL.SEM_SEG_HEAD.NAME", head.NAME)
-    strides = _strides(cfg, head.IN_FEATURES)
+def _panoptic(cfg: CfgNode) -> dict[str, Any]:
+    names, combine = cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES, cfg.MODEL.PANOPTIC_FPN.COMBINE
+    head = known(cfg, "MODEL.SEM_SEG_HEAD.NAME", SemSegFPNHead=SemSegFPNHead)
+    shapes = {
+        name: _shape(_channels(cfg, name, 4), stride=stride)
+        for name, stride in zip(names, _strides(cfg, names), strict=True)
+    }
     return _rcnn(
         cfg,
         PanopticFPN,
-        sem_seg_head=L(target)(
-            input_shape={
-                name: L(ShapeSpec)(channels=_channels(cfg, name, 4), stride=stride)
-                for name, stride in zip(head.IN_FEATURES, strides, strict=True)
-            },
-            num_classes=head.NUM_CLASSES,
-            conv_dims=head.CONVS_DIM,
-            common_stride=head.COMMON_STRIDE,
-            loss_weight=head.LOSS_WEIGHT,
-            norm=head.NORM,
-            ignore_value=head.IGNORE_VALUE,
-        ),
+        sem_seg_head=node(head, **head.from_config(cfg, shapes)),
         combine_overlap_thresh=combine.OVERLAP_THRESH,
         combine_stuff_area_thresh=combine.STUFF_AREA_LIMIT,
         combine_instances_score_thresh=combine.INSTANCES_CONFIDENCE_THRESH,
     )
 
 
-def _retinanet(cfg: CfgNode) -> DictConfig:
-    node = cfg.MODEL.RETINANET
-    finest = node.IN_FEATURES[0]
-    return L(RetinaNet)(
+def _retinanet(cfg: CfgNode) -> dict[str, Any]:
+    section = cfg.MODEL.RETINANET
+    levels = list(section.IN_FEATURES)
+    return node(
+        RetinaNet,
         backbone=_backbone(cfg),
-        head=L(RetinaNetHead)(
+        head=node(
+            RetinaNetHead,
             # One a level: a batch norm of this head has statistics for each.
-            input_shape=[
-                L(ShapeSpec)(channels=_channels(cfg, name, 4)) for name in node.IN_FEATURES
-            ],
+            input_shape=[_shape(_channels(cfg, name, 4)) for name in levels],
             num_classes="${..num_classes}",
-            conv_dims=[_channels(cfg, finest, 3)] * node.NUM_CONVS,
-            prior_prob=node.PRIOR_PROB,
-            norm=node.NORM,
+            conv_dims=[_channels(cfg, levels[0], 3)] * section.NUM_CONVS,
+            prior_prob=section.PRIOR_PROB,
+            norm=section.NORM,
             num_anchors=_anchors_per_cell(cfg),
         ),
-        head_in_features=list(node.IN_FEATURES),
-        anchor_generator=_anchor_generator(cfg, node.IN_FEATURES),
-        box2box_transform=L(Box2BoxTransform)(weights=list(node.BBOX_REG_WEIGHTS)),
-        anchor_matcher=_matcher(node, low_quality=True),
-        num_classes=node.NUM_CLASSES,
-        focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
-        focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
-        smooth_l1_beta=node.SMOOTH_L1_LOSS_BETA,
-        box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
-        test_score_thresh=node.SCORE_THRESH_TEST,
-        test_topk_candidates=node.TOPK_CANDIDATES_TEST,
-        test_nms_thresh=node.NMS_THRESH_TEST,
+        head_in_features=levels,
+        anchor_generator=_anchor_generator(cfg, levels),
+        box2box_transform=_transform(section.BBOX_REG_WEIGHTS),
+        anchor_matcher=_matcher(section, low_quality=True),
+        num_classes=section.NUM_CLASSES,
+        focal_loss_alpha=section.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=section.FOCAL_LOSS_GAMMA,
+        smooth_l1_beta=section.SMOOTH_L1_LOSS_BETA,
+        box_reg_loss_type=section.BBOX_REG_LOSS_TYPE,
+        test_score_thresh=section.SCORE_THRESH_TEST,
+        test_topk_candidates=section.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=section.NMS_THRESH_TEST,
         max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         **_pixels(cfg),
         input_format=cfg.INPUT.FORMAT,
@@ -354,32 +378,28 @@ def _retinanet(cfg: CfgNode) -> DictConfig:
 
 
 def _anchors_per_cell(cfg: CfgNode) -> int:
-    node = cfg.MODEL.ANCHOR_GENERATOR
-    return len(node.SIZES[0]) * len(node.ASPECT_RATIOS[0])
+    anchors = cfg.MODEL.ANCHOR_GENERATOR
+    return len(anchors.SIZES[0]) * len(anchors.ASPECT_RATIOS[0])
 
 
-def _anchor_generator(cfg: CfgNode, levels: Sequence[str]) -> DictConfig:
-    node = cfg.MODEL.ANCHOR_GENERATOR
-    return L(
-        known(
-            {"DefaultAnchorGenerator": DefaultAnchorGenerator},
-            "MODEL.ANCHOR_GENERATOR.NAME",
-            node.NAME,
-        )
-    )(
-        sizes=[list(sizes) for sizes in node.SIZES],
-        aspect_ratios=[list(ratios) for ratios in node.ASPECT_RATIOS],
-        strides=_strides(cfg, levels),
-        offset=node.OFFSET,
-    )
+def _anchor_generator(cfg: CfgNode, levels: Sequence[str]) -> dict[str, Any]:
+    name = "MODEL.ANCHOR_GENERATOR.NAME"
+    target = known(cfg, name, DefaultAnchorGenerator=DefaultAnchorGenerator)
+    shapes = [ShapeSpec(stride=stride) for stride in _strides(cfg, levels)]
+    return node(target, **target.from_config(cfg, shapes))
 
 
-def _matcher(node: CfgNode, *, low_quality: bool) -> DictConfig:
-    return L(Matcher)(
-        thresholds=list(node.IOU_THRESHOLDS),
-        labels=list(node.IOU_LABELS),
+def _matcher(section: CfgNode, *, low_quality: bool) -> dict[str, Any]:
+    return node(
+        Matcher,
+        thresholds=list(section.IOU_THRESHOLDS),
+        labels=list(section.IOU_LABELS),
         allow_low_quality_matches=low_quality,
     )
+
+
+def _transform(weights: Sequence[float]) -> dict[str, Any]:
+    return node(Box2BoxTransform, weights=list(weights))
 
 
 def build_per_level_head(
@@ -392,257 +412,213 @@ def build_per_level_head(
     )
 
 
-def _rpn(cfg: CfgNode) -> DictConfig:
-    node = cfg.MODEL.RPN
-    levels = node.IN_FEATURES
-    count, dims = _anchors_per_cell(cfg), list(node.CONV_DIMS)
-    heads = {
-        "StandardRPNHead": L(StandardRPNHead)(
-            in_channels=_channels(cfg, levels[0], 3), num_anchors=count, conv_dims=dims
-        ),
-        "PerLevelRPNHead": L(build_per_level_head)(
-            in_channels=[_channels(cfg, name, 4) for name in levels],
-            num_anchors=count,
-            conv_dims=dims,
-        ),
-    }
-    return L(RPN)(
-        in_features=list(node.IN_FEATURES),
-        head=known(heads, "MODEL.RPN.HEAD_NAME", node.HEAD_NAME),
+def _rpn(cfg: CfgNode) -> dict[str, Any]:
+    section = cfg.MODEL.RPN
+    levels = list(section.IN_FEATURES)
+    head, channels = known(
+        cfg,
+        "MODEL.RPN.HEAD_NAME",
+        StandardRPNHead=(StandardRPNHead, _channels(cfg, levels[0], 3)),
+        PerLevelRPNHead=(build_per_level_head, [_channels(cfg, name, 4) for name in levels]),
+    )
+    anchors, dims = _anchors_per_cell(cfg), list(section.CONV_DIMS)
+    return node(
+        RPN,
+        in_features=levels,
+        head=node(head, in_channels=channels, num_anchors=anchors, conv_dims=dims),
         anchor_generator=_anchor_generator(cfg, levels),
-        anchor_matcher=_matcher(node, low_quality=True),
-        box2box_transform=L(Box2BoxTransform)(weights=list(node.BBOX_REG_WEIGHTS)),
-        batch_size_per_image=node.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=node.POSITIVE_FRACTION,
-        pre_nms_topk=(node.PRE_NMS_TOPK_TRAIN, node.PRE_NMS_TOPK_TEST),
-        post_nms_topk=(node.POST_NMS_TOPK_TRAIN, node.POST_NMS_TOPK_TEST),
-        nms_thresh=node.NMS_THRESH,
+        anchor_matcher=_matcher(section, low_quality=True),
+        box2box_transform=_transform(section.BBOX_REG_WEIGHTS),
+        batch_size_per_image=section.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=section.POSITIVE_FRACTION,
+        pre_nms_topk=(section.PRE_NMS_TOPK_TRAIN, section.PRE_NMS_TOPK_TEST),
+        post_nms_topk=(section.POST_NMS_TOPK_TRAIN, section.POST_NMS_TOPK_TEST),
+        nms_thresh=section.NMS_THRESH,
         min_box_size=float(cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE),
-        anchor_boundary_thresh=node.BOUNDARY_THRESH,
+        anchor_boundary_thresh=section.BOUNDARY_THRESH,
         loss_weight={
-            "loss_rpn_cls": node.LOSS_WEIGHT,
-            "loss_rpn_loc": node.BBOX_REG_LOSS_WEIGHT * node.LOSS_WEIGHT,
+            "loss_rpn_cls": section.LOSS_WEIGHT,
+            "loss_rpn_loc": section.BBOX_REG_LOSS_WEIGHT * section.LOSS_WEIGHT,
         },
-        box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
-        smooth_l1_beta=node.SMOOTH_L1_BETA,
+        box_reg_loss_type=section.BBOX_REG_LOSS_TYPE,
+        smooth_l1_beta=section.SMOOTH_L1_BETA,
     )
 
 
 # ---- RoI heads
 
 
-def _roi_heads(cfg: CfgNode) -> DictConfig:
-    node = cfg.MODEL.ROI_HEADS
+def _roi_heads(cfg: CfgNode) -> dict[str, Any]:
+    heads = {"FPNROIHeads": _fpn_heads, "FPNCascadeROIHeads": _cascade_heads}
+    kind = known(cfg, "MODEL.ROI_HEADS.NAME", **heads, Res5ROIHeads=_res5_heads)
+    section = cfg.MODEL.ROI_HEADS
     common = {
-        "num_classes": node.NUM_CLASSES,
-        "batch_size_per_image": node.BATCH_SIZE_PER_IMAGE,
-        "positive_fraction": node.POSITIVE_FRACTION,
-        "proposal_append_gt": node.PROPOSAL_APPEND_GT,
+        "num_classes": section.NUM_CLASSES,
+        "batch_size_per_image": section.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": section.POSITIVE_FRACTION,
+        "proposal_append_gt": section.PROPOSAL_APPEND_GT,
     }
-    kinds = {"FPNROIHeads": _fpn_heads, "FPNCascadeROIHeads": _cascade_heads,
-             "Res5ROIHeads": _res5_heads}  # fmt: skip
-    return known(kinds, "MODEL.ROI_HEADS.NAME", node.NAME)(cfg, common)
+    return kind(cfg, common)
 
 
-def _fpn_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
-    return L(FPNROIHeads)(
+def _fpn_heads(cfg: CfgNode, common: dict[str, Any]) -> dict[str, Any]:
+    weights = cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+    return node(
+        FPNROIHeads,
         **common,
         proposal_matcher=_matcher(cfg.MODEL.ROI_HEADS, low_quality=False),
-        **_box(cfg),
         box_head=_box_head(cfg),
-        box_predictor=_predictor(
-            cfg, _box_features(cfg, "...box_head"), cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
-        ),
-        **_mask(cfg),
-        **_keypoints(cfg),
+        box_predictor=_predictor(cfg, _box_features(cfg, "...box_head"), weights),
+        **_pooled_parts(cfg),
     )
 
 
-def _cascade_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
+def _cascade_heads(cfg: CfgNode, common: dict[str, Any]) -> dict[str, Any]:
     stages = cfg.MODEL.ROI_BOX_CASCADE_HEAD
-    return L(FPNCascadeROIHeads)(
+    return node(
+        FPNCascadeROIHeads,
         **common,
         proposal_matchers=[
-            L(Matcher)(thresholds=[iou], labels=[0, 1], allow_low_quality_matches=False)
+            node(Matcher, thresholds=[iou], labels=[0, 1], allow_low_quality_matches=False)
             for iou in stages.IOUS
         ],
-        **_box(cfg),
         box_heads=[_box_head(cfg, depth=1) for _ in stages.IOUS],
         box_predictors=[
             _predictor(cfg, _box_features(cfg, f"....box_heads.{i}"), weights, depth=1)
             for i, weights in enumerate(stages.BBOX_REG_WEIGHTS)
         ],
-        **_mask(cfg),
-        **_keypoints(cfg),
+        **_pooled_parts(cfg),
     )
 
 
-def _box(cfg: CfgNode) -> dict[str, Any]:
-    return {
-        "box_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
-        "box_pooler": _pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, PyramidROIPooler),
-        "train_on_pred_boxes": cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES,
-    }
-
-
-def _res5_heads(cfg: CfgNode, common: dict[str, Any]) -> DictConfig:
+def _res5_heads(cfg: CfgNode, common: dict[str, Any]) -> dict[str, Any]:
     if cfg.MODEL.MASK_ON:
         raise UserError(
             "MODEL.MASK_ON with MODEL.ROI_HEADS.NAME 'Res5ROIHeads' has no lazy form here"
         )
     resnets = _changed(cfg, "RESNETS")
     resnets.pop("OUT_FEATURES", None)
-    return L(Res5ROIHeads)(
+    features = _shape(cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8, height=1, width=1)
+    return node(
+        Res5ROIHeads,
         **common,
         proposal_matcher=_matcher(cfg.MODEL.ROI_HEADS, low_quality=False),
         in_features=list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
         pooler=_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, ROIPooler),
-        res5=L(build_res5)(**resnets),
-        box_predictor=_predictor(
-            cfg,
-            L(ShapeSpec)(channels=cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8, height=1, width=1),
-            cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
-        ),
+        res5=node(build_res5, **resnets),
+        box_predictor=_predictor(cfg, features, cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS),
     )
 
 
-def _pooler(cfg: CfgNode, head: CfgNode, target: type) -> DictConfig:
-    own = {}
-    if target is PyramidROIPooler:
-        own = {
-            "canonical_box_size": cfg.MODEL.FPN.CANONICAL_BOX_SIZE,
-            "canonical_level": cfg.MODEL.FPN.CANONICAL_LEVEL,
-        }
-    return L(target)(
+def _pooler(cfg: CfgNode, head: CfgNode, target: type, **more: Any) -> dict[str, Any]:
+    return node(
+        target,
         output_size=head.POOLER_RESOLUTION,
         scales=[1 / stride for stride in _strides(cfg, cfg.MODEL.ROI_HEADS.IN_FEATURES)],
         sampling_ratio=head.POOLER_SAMPLING_RATIO,
         pooler_type=head.POOLER_TYPE,
-        **own,
+        **more,
     )
 
 
-def _pooled(cfg: CfgNode, pooler: str, depth: int = 0) -> DictConfig:
-    """What a head is given if it stands ``depth`` nodes below the RoI heads' own."""
+def _pooled(cfg: CfgNode, pooler: str, depth: int = 0) -> dict[str, Any]:
+    """The input of a head that is ``depth`` nodes below those of the RoI heads."""
     size = f"${{{'.' * (3 + depth)}{pooler}.output_size}}"
     channels = _channels(cfg, cfg.MODEL.ROI_HEADS.IN_FEATURES[0], 4 + depth)
-    return L(ShapeSpec)(channels=channels, height=size, width=size)
+    return _shape(channels, height=size, width=size)
 
 
-def _box_head(cfg: CfgNode, depth: int = 0) -> DictConfig:
-    node = cfg.MODEL.ROI_BOX_HEAD
-    target = known({"FastRCNNConvFCHead": FastRCNNConvFCHead}, "MODEL.ROI_BOX_HEAD.NAME", node.NAME)
-    return L(target)(
-        input_shape=_pooled(cfg, "box_pooler", depth),
-        conv_dims=[node.CONV_DIM] * node.NUM_CONV,
-        fc_dims=[node.FC_DIM] * node.NUM_FC,
-        conv_norm=node.NORM,
-    )
+def _box_head(cfg: CfgNode, depth: int = 0) -> dict[str, Any]:
+    target = known(cfg, "MODEL.ROI_BOX_HEAD.NAME", FastRCNNConvFCHead=FastRCNNConvFCHead)
+    return node(target, **target.from_config(cfg, _pooled(cfg, "box_pooler", depth)))
 
 
-def _box_features(cfg: CfgNode, head: str) -> DictConfig:
-    """What a predictor is given by the box head at a place relative to this node."""
+def _box_features(cfg: CfgNode, head: str) -> dict[str, Any]:
+    """The input of a predictor, whose box head is at a place relative to this node."""
     last = cfg.MODEL.ROI_BOX_HEAD.NUM_FC - 1
     if last < 0:
         raise UserError(
-            "MODEL.ROI_BOX_HEAD.NUM_FC 0 has no lazy form here: a box head ends in one "
-            "fully-connected layer at least"
+            "MODEL.ROI_BOX_HEAD.NUM_FC 0 has no lazy form here: a box head needs a fully-connected "
+            "layer"
         )
-    return L(ShapeSpec)(channels=f"${{{head}.fc_dims.{last}}}")
+    return _shape(f"${{{head}.fc_dims.{last}}}")
 
 
-def _predictor(cfg: CfgNode, features: DictConfig, weights: Any, depth: int = 0) -> DictConfig:
-    node, heads = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS
-    return L(FastRCNNOutputLayers)(
+def _predictor(
+    cfg: CfgNode, features: dict[str, Any], weights: Sequence[float], depth: int = 0
+) -> dict[str, Any]:
+    section, heads = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_HEADS
+    return node(
+        FastRCNNOutputLayers,
         input_shape=features,
-        box2box_transform=L(Box2BoxTransform)(weights=list(weights)),
+        box2box_transform=_transform(weights),
         num_classes=f"${{{'.' * (2 + depth)}num_classes}}",
-        cls_agnostic_bbox_reg=node.CLS_AGNOSTIC_BBOX_REG,
-        smooth_l1_beta=node.SMOOTH_L1_BETA,
+        cls_agnostic_bbox_reg=section.CLS_AGNOSTIC_BBOX_REG,
+        smooth_l1_beta=section.SMOOTH_L1_BETA,
         test_score_thresh=heads.SCORE_THRESH_TEST,
         test_nms_thresh=heads.NMS_THRESH_TEST,
         test_topk_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
-        loss_weight={"loss_box_reg": node.BBOX_REG_LOSS_WEIGHT},
-        # Detectron2 0.6 does not have it yet.
-        **({"use_sigmoid_ce": True} if node.get("USE_SIGMOID_CE") else {}),
+        box_reg_loss_type=section.BBOX_REG_LOSS_TYPE,
+        loss_weight={"loss_box_reg": section.BBOX_REG_LOSS_WEIGHT},
+        # Detectron2 0.6 does not have this key.
+        **({"use_sigmoid_ce": True} if section.get("USE_SIGMOID_CE") else {}),
     )
 
 
-def _mask(cfg: CfgNode) -> dict[str, Any]:
-    if not cfg.MODEL.MASK_ON:
-        return {}
-    node = cfg.MODEL.ROI_MASK_HEAD
-    target = known(
-        {"MaskRCNNConvUpsampleHead": MaskRCNNConvUpsampleHead},
-        "MODEL.ROI_MASK_HEAD.NAME",
-        node.NAME,
-    )
-    return {
-        "mask_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
-        "mask_pooler": _pooler(cfg, node, PyramidROIPooler),
-        "mask_head": L(target)(
-            input_shape=_pooled(cfg, "mask_pooler"),
-            num_classes=1 if node.CLS_AGNOSTIC_MASK else "${..num_classes}",
-            conv_dims=[node.CONV_DIM] * (node.NUM_CONV + 1),
-            conv_norm=node.NORM,
-            vis_period=cfg.VIS_PERIOD,
-        ),
+def _pooled_parts(cfg: CfgNode) -> dict[str, Any]:
+    """Poolers of boxes, masks and keypoints, and the heads of the last two."""
+    fpn, features = cfg.MODEL.FPN, list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    canonical = {
+        "canonical_box_size": fpn.CANONICAL_BOX_SIZE,
+        "canonical_level": fpn.CANONICAL_LEVEL,
     }
-
-
-def _keypoints(cfg: CfgNode) -> dict[str, Any]:
-    if not cfg.MODEL.KEYPOINT_ON:
-        return {}
-    node = cfg.MODEL.ROI_KEYPOINT_HEAD
-    target = known(
-        {"KRCNNConvDeconvUpsampleHead": KRCNNConvDeconvUpsampleHead},
-        "MODEL.ROI_KEYPOINT_HEAD.NAME",
-        node.NAME,
-    )
-    normalizer: Any = "visible"
-    if not node.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS:
-        heads = cfg.MODEL.ROI_HEADS
-        normalizer = node.NUM_KEYPOINTS * heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION
-    return {
-        "keypoint_in_features": list(cfg.MODEL.ROI_HEADS.IN_FEATURES),
-        "keypoint_pooler": _pooler(cfg, node, PyramidROIPooler),
-        "keypoint_head": L(target)(
-            input_shape=_pooled(cfg, "keypoint_pooler"),
-            num_keypoints=node.NUM_KEYPOINTS,
-            conv_dims=list(node.CONV_DIMS),
-            loss_weight=node.LOSS_WEIGHT,
-            loss_normalizer=normalizer,
-        ),
-    }
+    parts: dict[str, Any] = {"train_on_pred_boxes": cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES}
+    enabled = {"box": True, "mask": cfg.MODEL.MASK_ON, "keypoint": cfg.MODEL.KEYPOINT_ON}
+    for part in filter(enabled.get, enabled):
+        section = cfg.MODEL[f"ROI_{part.upper()}_HEAD"]
+        parts[f"{part}_in_features"] = features
+        parts[f"{part}_pooler"] = _pooler(cfg, section, PyramidROIPooler, **canonical)
+    if cfg.MODEL.MASK_ON:
+        name = "MODEL.ROI_MASK_HEAD.NAME"
+        head = known(cfg, name, MaskRCNNConvUpsampleHead=MaskRCNNConvUpsampleHead)
+        arguments = head.from_config(cfg, _pooled(cfg, "mask_pooler"))
+        if not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+            arguments["num_classes"] = "${..num_classes}"
+        parts["mask_head"] = node(head, **arguments)
+    if cfg.MODEL.KEYPOINT_ON:
+        name = "MODEL.ROI_KEYPOINT_HEAD.NAME"
+        head = known(cfg, name, KRCNNConvDeconvUpsampleHead=KRCNNConvDeconvUpsampleHead)
+        arguments = head.from_config(cfg, _pooled(cfg, "keypoint_pooler"))
+        parts["keypoint_head"] = node(head, **arguments)
+    return parts
 
 
 def with_pyramid(model: DictConfig) -> DictConfig:
-    """A lazy model of Detectron2's with this plugin's pyramid and poolers in place of its own.
+    """Puts this plugin's pyramid and poolers into a lazy model of Detectron2.
 
     Args:
-        model: with a node of Detectron2's FPN, whose arguments are kept; changed in place.
+        model: with a node of Detectron2's FPN, whose arguments stay; changed in place.
 
     Raises:
-        UserError: there is no such node in it.
+        UserError: it has no such node, or one with ``square_pad``.
     """
-    found = 0
-    nodes = [model]
-    while nodes:
-        node = nodes.pop()
-        if OmegaConf.is_dict(node):
-            target = node.get("_target_")
+    found, parts = False, [model]
+    while parts:
+        part = parts.pop()
+        if OmegaConf.is_dict(part):
+            target = part.get("_target_")
             if target in (FPN, f"{FPN.__module__}.{FPN.__name__}", "detectron2.modeling.FPN"):
-                if node.pop("square_pad", 0):
-                    raise UserError("square_pad of detectron2.modeling.FPN has no like here")
-                node._target_ = FeaturePyramidNetwork
-                node.coarsest_output_conv = True
-                found += 1
+                if part.pop("square_pad", 0):
+                    raise UserError(
+                        "this pyramid does not support square_pad of detectron2.modeling.FPN"
+                    )
+                part._target_ = FeaturePyramidNetwork
+                part.coarsest_output_conv = found = True
             elif target in (ROIPooler, f"{ROIPooler.__module__}.{ROIPooler.__name__}"):
-                node._target_ = PyramidROIPooler
-            nodes += [node._get_node(key) for key in node]
-        elif OmegaConf.is_list(node):
-            nodes += [node._get_node(i) for i in range(len(node))]
+                part._target_ = PyramidROIPooler
+            parts += [part._get_node(key) for key in part]
+        elif OmegaConf.is_list(part):
+            parts += [part._get_node(i) for i in range(len(part))]
     if not found:
-        raise UserError("the model has no node of detectron2.modeling.FPN to put this pyramid for")
+        raise UserError("the model has no node of detectron2.modeling.FPN to replace")
     return model

@@ -7,69 +7,68 @@ from typing import Any
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import CfgNode
-from detectron2.config import LazyCall as L
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
 from fpn_plugin.data.dataset_records import config_arguments, dataset_records
 from fpn_plugin.engine.evaluation import DetectionEvaluator
 
-from .model import known, refuse_changed
+from .model import config_of, known, node, refuse_changed
 
 __all__ = ["dataloader_node", "optimizer_node", "schedule_node", "train_node"]
 
 
-def _mapper(cfg: CfgNode, *, is_train: bool) -> DictConfig:
-    node = cfg.INPUT
-    short = node.MIN_SIZE_TRAIN if is_train else node.MIN_SIZE_TEST
-    resize = L(T.ResizeShortestEdge)(
+def _mapper(cfg: CfgNode, *, is_train: bool) -> dict[str, Any]:
+    inputs = cfg.INPUT
+    short = inputs.MIN_SIZE_TRAIN if is_train else inputs.MIN_SIZE_TEST
+    resize = node(
+        T.ResizeShortestEdge,
         short_edge_length=list(short) if is_train else short,
-        max_size=node.MAX_SIZE_TRAIN if is_train else node.MAX_SIZE_TEST,
-        sample_style=node.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice",
+        max_size=inputs.MAX_SIZE_TRAIN if is_train else inputs.MAX_SIZE_TEST,
+        sample_style=inputs.MIN_SIZE_TRAIN_SAMPLING if is_train else "choice",
     )
     augmentations = [resize]
-    if is_train and node.RANDOM_FLIP != "none":
-        horizontal = node.RANDOM_FLIP == "horizontal"
-        augmentations.append(L(T.RandomFlip)(horizontal=horizontal, vertical=not horizontal))
+    if is_train and inputs.RANDOM_FLIP != "none":
+        horizontal = inputs.RANDOM_FLIP == "horizontal"
+        augmentations.append(node(T.RandomFlip, horizontal=horizontal, vertical=not horizontal))
     more: dict[str, Any] = {}
-    if is_train and node.CROP.ENABLED:
-        crop = L(T.RandomCrop)(crop_type=node.CROP.TYPE, crop_size=list(node.CROP.SIZE))
+    if is_train and inputs.CROP.ENABLED:
+        crop = node(T.RandomCrop, crop_type=inputs.CROP.TYPE, crop_size=list(inputs.CROP.SIZE))
         augmentations.insert(0, crop)
         more["recompute_boxes"] = cfg.MODEL.MASK_ON
     if cfg.MODEL.LOAD_PROPOSALS:
         split = "TRAIN" if is_train else "TEST"
         more["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
     if cfg.MODEL.KEYPOINT_ON and is_train:
-        more["keypoint_hflip_indices"] = L(swapped_keypoints)(dataset_names="${...dataset.names}")
-    return L(ReadableImageMapper)(
+        names = "${...dataset.names}"
+        more["keypoint_hflip_indices"] = node(swapped_keypoints, dataset_names=names)
+    return node(
+        ReadableImageMapper,
         is_train=is_train,
         augmentations=augmentations,
-        image_format=node.FORMAT,
+        image_format=inputs.FORMAT,
         use_instance_mask=cfg.MODEL.MASK_ON,
-        instance_mask_format=node.MASK_FORMAT,
+        instance_mask_format=inputs.MASK_FORMAT,
         use_keypoint=cfg.MODEL.KEYPOINT_ON,
         **more,
     )
 
 
-def _dataset_node(cfg: CfgNode, *, is_train: bool) -> DictConfig:
+def _dataset(cfg: CfgNode, *, is_train: bool) -> dict[str, Any]:
     arguments = config_arguments(cfg, training=is_train)
-    # One test set is named without a list, so that an evaluator can take its name from there.
+    # A single test set is not in a list: the evaluator refers to its name.
     if not is_train and len(arguments["names"]) == 1:
         [arguments["names"]] = arguments["names"]
-    return L(dataset_records)(**arguments)
+    return node(dataset_records, **arguments)
 
 
-def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
-    # It follows the model's own, whose place depends on the model.
+def _evaluators(cfg: CfgNode) -> dict[str, Any] | list[dict[str, Any]]:
+    # The number of detections refers to the model's, whose place depends on the model.
     place = "model.max_detections_per_image"
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
         cascade = cfg.MODEL.ROI_HEADS.NAME == "FPNCascadeROIHeads"
@@ -79,102 +78,111 @@ def _evaluators(cfg: CfgNode) -> DictConfig | list[DictConfig]:
     coco: dict[str, Any] = {"detections_per_image": f"${{oc.select:{place},{most}}}"}
     if cfg.TEST.KEYPOINT_OKS_SIGMAS:
         coco["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    folder = "${train.output_dir}/inference"
+    own = {
+        "dataset_name": "${..test.dataset.names}",
+        "output_dir": "${train.output_dir}/inference",
+    }
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
-        return L(DetectionEvaluator)(
-            dataset_name="${..test.dataset.names}", output_dir=folder, **coco
-        )
-    name = "${...test.dataset.names}"
-    return [
-        L(SemSegEvaluator)(dataset_name=name, output_dir=folder),
-        L(DetectionEvaluator)(dataset_name=name, output_dir=folder, **coco),
-        L(COCOPanopticEvaluator)(dataset_name=name, output_dir=folder),
-    ]
+        return node(DetectionEvaluator, **own, **coco)
+    own["dataset_name"] = "${...test.dataset.names}"  # one node further down
+    kinds = {SemSegEvaluator: {}, DetectionEvaluator: coco, COCOPanopticEvaluator: {}}
+    return [node(kind, **own, **more) for kind, more in kinds.items()]
 
 
 def dataloader_node(cfg: CfgNode) -> DictConfig:
     """Loaders of training and evaluation, and the evaluator.
 
     Raises:
-        UserError: a setting of data or evaluation that has no lazy form here.
+        UserError: a setting has no lazy form here.
     """
     refuse_changed(cfg, "DATALOADER.SAMPLER_TRAIN")
-    return OmegaConf.create(
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return config_of(
         {
-            "train": L(build_detection_train_loader)(
-                dataset=_dataset_node(cfg, is_train=True),
+            "train": node(
+                build_detection_train_loader,
+                dataset=_dataset(cfg, is_train=True),
                 mapper=_mapper(cfg, is_train=True),
                 total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
                 aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-                num_workers=cfg.DATALOADER.NUM_WORKERS,
+                num_workers=workers,
             ),
-            "test": L(build_detection_test_loader)(
-                dataset=_dataset_node(cfg, is_train=False),
+            "test": node(
+                build_detection_test_loader,
+                dataset=_dataset(cfg, is_train=False),
                 mapper=_mapper(cfg, is_train=False),
-                num_workers=cfg.DATALOADER.NUM_WORKERS,
+                num_workers=workers,
             ),
             "evaluator": _evaluators(cfg),
-        },
-        flags={"allow_objects": True},
+        }
     )
 
 
 def optimizer_node(cfg: CfgNode) -> DictConfig:
-    """The optimizer; its ``params.model`` is to be set before it is built.
+    """The optimizer; set its ``params.model`` before it is built.
 
     Raises:
-        UserError: a setting of it that has no lazy form here.
+        UserError: a setting has no lazy form here.
     """
     refuse_changed(cfg, "SOLVER.CLIP_GRADIENTS.ENABLED", "SOLVER.REFERENCE_WORLD_SIZE")
     solver = cfg.SOLVER
-    return L(torch.optim.SGD)(
-        params=L(get_default_optimizer_params)(  # its model is set when the model is there
-            base_lr="${..lr}",
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        ),
+    parameters = node(  # a training sets its model
+        get_default_optimizer_params,
+        base_lr="${..lr}",
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    sgd = node(
+        torch.optim.SGD,
+        params=parameters,
         lr=solver.BASE_LR,
         momentum=solver.MOMENTUM,
         nesterov=solver.NESTEROV,
         weight_decay=solver.WEIGHT_DECAY,
     )
+    return config_of(sgd)
 
 
 def schedule_node(cfg: CfgNode) -> DictConfig:
-    """The factor of the learning rate over a training."""
+    """The factor of the learning rate over a training.
+
+    Raises:
+        UserError: the schedule has no lazy form here.
+    """
     solver = cfg.SOLVER
     steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
-    schedulers = {
-        "WarmupMultiStepLR": L(MultiStepParamScheduler)(
-            values=[solver.GAMMA**i for i in range(len(steps) + 1)],
-            milestones=steps,
-            num_updates=solver.MAX_ITER,
+    values = [solver.GAMMA**i for i in range(len(steps) + 1)]
+    last = solver.get("BASE_LR_END", 0.0) / solver.BASE_LR  # the cosine of Detectron2 0.6 ends at 0
+    scheduler = known(
+        cfg,
+        "SOLVER.LR_SCHEDULER_NAME",
+        WarmupMultiStepLR=node(
+            MultiStepParamScheduler, values=values, milestones=steps, num_updates=solver.MAX_ITER
         ),
-        "WarmupCosineLR": L(CosineParamScheduler)(
-            # Detectron2 0.6 does not have the key yet; its cosine ends at 0.
-            start_value=1,
-            end_value=solver.get("BASE_LR_END", 0.0) / solver.BASE_LR,
-        ),
-    }
-    return L(WarmupParamScheduler)(
-        scheduler=known(schedulers, "SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME),
+        WarmupCosineLR=node(CosineParamScheduler, start_value=1, end_value=last),
+    )
+    # Detectron2 0.6 does not have this key.
+    more = {"rescale_interval": solver.RESCALE_INTERVAL} if "RESCALE_INTERVAL" in solver else {}
+    warmup = node(
+        WarmupParamScheduler,
+        scheduler=scheduler,
         warmup_factor=solver.WARMUP_FACTOR,
         warmup_length=min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
         warmup_method=solver.WARMUP_METHOD,
-        # Detectron2 0.6 does not have it yet.
-        **({"rescale_interval": solver.RESCALE_INTERVAL} if "RESCALE_INTERVAL" in solver else {}),
+        **more,
     )
+    return config_of(warmup)
 
 
 def train_node(cfg: CfgNode) -> DictConfig:
     """What else a training needs: length, checkpoints, logs.
 
     Raises:
-        UserError: a setting of it that has no lazy form here.
+        UserError: a setting has no lazy form here.
     """
     refuse_changed(cfg, "TEST.PRECISE_BN.ENABLED")
-    return OmegaConf.create(
+    return config_of(
         {
             "output_dir": cfg.OUTPUT_DIR,
             "init_checkpoint": cfg.MODEL.WEIGHTS,
@@ -191,7 +199,7 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "device": cfg.MODEL.DEVICE,
             "seed": cfg.SEED,
             "cudnn_benchmark": cfg.CUDNN_BENCHMARK,
-            # Detectron2 has it since the end of 2024.
+            # Detectron2 has this key since the end of 2024.
             **({"float32_precision": cfg.FLOAT32_PRECISION} if "FLOAT32_PRECISION" in cfg else {}),
         }
     )
