@@ -223,7 +223,7 @@ def _read_json(path: Path, raw: _Raw) -> None:
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
-    """Whether nothing that is read of an annotation needs mending, as in most of them."""
+    """Whether nothing that is read of an annotation needs repair, as in most of them."""
     box = record.get("bbox")
     return (
         type(box) is list

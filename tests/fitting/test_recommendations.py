@@ -376,7 +376,7 @@ def test_other_input_sizes_are_measured(mini_config, truth_of):
     assert same["levels"] == {2: 1.0, 3: 0, 4: 0, 5: 0}
 
 
-def test_max_size_alone_is_measured_too(mini_config, truth_of):
+def test_only_a_larger_max_size_is_measured_too(mini_config, truth_of):
     """256 x 1024 px at (256, 512) are halved; at twice the MAX_SIZE they stay."""
     cfg = mini_config("INPUT.MAX_SIZE_TRAIN", "512")
     fit = fit_pyramid(cfg, truth_of(boxes_of(np.full((120, 2), 30.0)), 256, 1024))
