@@ -19,31 +19,28 @@ from .sampling import BatchedSampling
 
 __all__ = ["FPNCascadeROIHeads", "FPNROIHeads"]
 
+Config = CfgNode | DictConfig
+Shapes = dict[str, ShapeSpec]
+
 
 class _PyramidPooling:
     """Replaces the poolers of Detectron2's RoI heads, which have no parameters."""
 
     @classmethod
-    def _init_box_head(
-        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
-    ) -> dict[str, Any]:
+    def _init_box_head(cls, cfg: Config, input_shape: Shapes) -> dict[str, Any]:
         # Built first, because its errors name the key.
         pooler = _pyramid_pooler(cfg, "ROI_BOX_HEAD", input_shape)
         return {**super()._init_box_head(cfg, input_shape), "box_pooler": pooler}
 
     @classmethod
-    def _init_mask_head(
-        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
-    ) -> dict[str, Any]:
+    def _init_mask_head(cls, cfg: Config, input_shape: Shapes) -> dict[str, Any]:
         parts = super()._init_mask_head(cfg, input_shape)
         if parts.get("mask_pooler") is not None:
             parts["mask_pooler"] = _pyramid_pooler(cfg, "ROI_MASK_HEAD", input_shape)
         return parts
 
     @classmethod
-    def _init_keypoint_head(
-        cls, cfg: CfgNode | DictConfig, input_shape: dict[str, ShapeSpec]
-    ) -> dict[str, Any]:
+    def _init_keypoint_head(cls, cfg: Config, input_shape: Shapes) -> dict[str, Any]:
         parts = super()._init_keypoint_head(cfg, input_shape)
         if parts.get("keypoint_pooler") is not None:
             parts["keypoint_pooler"] = _pyramid_pooler(cfg, "ROI_KEYPOINT_HEAD", input_shape)
@@ -83,9 +80,7 @@ class FPNCascadeROIHeads(_PyramidPooling, BatchedSampling, CascadeROIHeads):
     """CascadeROIHeads whose poolers read the same keys as those of :class:`FPNROIHeads`."""
 
 
-def _pyramid_pooler(
-    cfg: CfgNode | DictConfig, head_name: str, input_shape: dict[str, ShapeSpec]
-) -> PyramidROIPooler:
+def _pyramid_pooler(cfg: Config, head_name: str, input_shape: Shapes) -> PyramidROIPooler:
     """The pooler of one head, over the levels that MODEL.ROI_HEADS.IN_FEATURES names."""
     if "CANONICAL_LEVEL" not in cfg.MODEL.FPN:
         raise UserError(
