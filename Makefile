@@ -15,7 +15,7 @@ OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
 # A process a core, each of one thread: most tests are too small for two.
-TESTS := -m pytest -n auto --maxprocesses 4 --dist worksteal
+TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help env demo test test-processes test-long test-oldest lint format docs clean
 help:

@@ -47,7 +47,7 @@ CASES = pytest.mark.parametrize(
     ("how", "processes", "every_row"),
     [
         ("launch", 2, False),
-        ("torchrun", 2, False),
+        pytest.param("torchrun", 2, False, marks=pytest.mark.processes),
         *(
             pytest.param(how, processes, True, marks=pytest.mark.processes)
             for how in ("launch", "torchrun")
