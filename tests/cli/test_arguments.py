@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from fpn_plugin.__main__ import COMMANDS, main
 from fpn_plugin.engine import run_tool
 from tests.helpers.commands import LAZY, NAMES, main_of, parser_of, stubs
+from tests.helpers.datasets import forgotten
 
 CONFIG = "mini/faster_rcnn_R_18_FPN.yaml"
 
@@ -134,13 +134,9 @@ def files(tmp_path_factory) -> Iterator[Path]:
     content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
     (folder / "data.json").write_text(json.dumps(content))
     torch.save({"weight": torch.zeros(1)}, folder / "weights.pth")
-    known = set(DatasetCatalog.list())
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forgotten():
         patch.chdir(folder)
         yield folder
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def told(tool: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -303,14 +299,8 @@ def test_arguments_that_do_not_go_together_are_refused(tool, given, message, fil
     if tool == "train" and "--optimize" not in given:
         own = ["--config-file", CONFIG, "--dataset", "own=data.json:images"]
         given += [*own, "DATASETS.TRAIN", "('own',)", "DATASETS.TEST", "('own',)"]
-        given += [
-            "MODEL.ROI_HEADS.NUM_CLASSES",
-            "1",
-            "MODEL.DEVICE",
-            "cpu",
-            "OUTPUT_DIR",
-            "trained",
-        ]
+        given += ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.DEVICE", "cpu"]
+        given += ["OUTPUT_DIR", "trained"]
     assert message in told(tool, given, capsys)
 
 

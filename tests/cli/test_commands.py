@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,6 +31,7 @@ from fpn_plugin.mini.dataset import ensure_mini, mini_root
 from fpn_plugin.mini.scene import CATEGORIES, KINDS
 from fpn_plugin.paper import runs
 from tests.helpers.commands import NAMES, ROOT, Parsed, main_of, stubs
+from tests.helpers.datasets import forgotten
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUBS = stubs()
@@ -176,7 +177,6 @@ def make_run(folder: str, config: str, opts: list[str] = ()) -> None:
 @pytest.fixture(scope="module")
 def datasets() -> Iterator[None]:
     """Few images of each mini dataset and of COCO, where Detectron2 looks for them."""
-    known = set(DatasetCatalog.list())
     new = [kind for kind in KINDS if kind and not mini_root(kind).is_dir()]
     ensure_mini({"train": 6, "val": 4})  # as other tests make it
     for kind in new:
@@ -185,12 +185,10 @@ def datasets() -> Iterator[None]:
     for each in coco:
         categories = zip(each.thing_dataset_id_to_contiguous_id, each.thing_classes, strict=True)
         make_data(each.json_file, each.image_root, 4, dict(categories))
-    yield
+    with forgotten():
+        yield
     for folder in [*map(mini_root, new), Path(coco[0].json_file).parents[1]]:
         shutil.rmtree(folder)
-    for name in set(DatasetCatalog.list()) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

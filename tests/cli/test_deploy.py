@@ -95,11 +95,6 @@ def test_an_optimised_model_is_evaluated_to_the_same_ap(run, scenes, tmp_path, c
     assert results["float32"] == pytest.approx(results[None], abs=0.02, nan_ok=True)
 
 
-def test_an_optimised_model_is_not_trained(run):
-    with pytest.raises(UserError, match="--eval-only"):
-        train_main([*run, "--optimize", "bfloat16"])
-
-
 def detections(boxes, classes, scores):
     found = Instances((50, 50))
     found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
@@ -155,12 +150,7 @@ def test_the_report_has_medians_and_spread(tmp_path):
     content = {"environment": {"threads": "2"}, "scaling": scaling}
     text = write_report(tmp_path, content, {"comparisons": [comparison]}).read_text()
     cells = [cell.strip() for cell in text.split("| neck")[1].splitlines()[0].split("|")[1:-1]]
-    assert cells == [
-        "stock",
-        "4.000 (2.000-9.000)",
-        "2.000 (1.000-3.000)",
-        "2.00 (2.00-3.00)",
-        ">= 1.5",
-    ]
+    times = ["4.000 (2.000-9.000)", "2.000 (1.000-3.000)"]
+    assert cells == ["stock", *times, "2.00 (2.00-3.00)", ">= 1.5"]
     assert json.loads((tmp_path / "benchmark.json").read_text())["comparisons"][0]["ratio"] == 2.0
     assert (tmp_path / "batch.png").stat().st_size > 1000

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from PIL import Image
 
 from fpn_plugin import UserError
@@ -17,6 +17,7 @@ from fpn_plugin.data import read_image_or_say
 from fpn_plugin.data.dataset_records import dataset_records
 from fpn_plugin.data.proposal_files import with_proposals
 from fpn_plugin.engine import FPNTrainer, load_config, proposal_dump
+from tests.helpers.datasets import forgotten
 
 TINY = [
     "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MIN_SIZE_TRAIN", "(64,)",
@@ -41,10 +42,8 @@ def own(tmp_path):
             label = {"id": i, "image_id": 10 + i, "category_id": 1, "bbox": [2, 3, 20, 18]}
             content["annotations"].append({**label, "area": 360, "iscrowd": 0})
     (tmp_path / "own.json").write_text(json.dumps(content))
-    yield f"proposed={tmp_path / 'own.json'}:{tmp_path / 'images'}"
-    for name in {"proposed"} & set(DatasetCatalog.list()):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    with forgotten():
+        yield f"proposed={tmp_path / 'own.json'}:{tmp_path / 'images'}"
 
 
 @pytest.fixture
@@ -60,6 +59,15 @@ def args(own: str, weights: Path, output: Path, *more: str) -> list[str]:
     return [
         "--config-file", RPN, "--dataset", own, "--splits", "proposed", "--output", str(output),
         *TINY, "MODEL.WEIGHTS", str(weights), *more,
+    ]  # fmt: skip
+
+
+def fast_args(train: str, test: str, output: Path) -> list[str]:
+    """Arguments that train Fast R-CNN on the proposals of two files."""
+    return [
+        "--config-file", "mini/table2_c_FPN.yaml", *TINY, "DATASETS.TRAIN", "('proposed',)",
+        "DATASETS.TEST", "('proposed',)", "DATASETS.PROPOSAL_FILES_TRAIN", train,
+        "DATASETS.PROPOSAL_FILES_TEST", test, "OUTPUT_DIR", str(output),
     ]  # fmt: skip
 
 
@@ -96,12 +104,8 @@ def test_detectron2_reads_the_file_and_fast_rcnn_trains_on_it(own, weights, tmp_
         assert one.keys() == other.keys()
         for key, value in one.items():
             np.testing.assert_array_equal(other[key], value)
-    train_main(
-        ["--config-file", "mini/table2_c_FPN.yaml", *TINY, "SOLVER.MAX_ITER", "2",
-         "MODEL.WEIGHTS", "", "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
-         "DATASETS.PROPOSAL_FILES_TRAIN", f"('{file}',)",
-         "DATASETS.PROPOSAL_FILES_TEST", f"('{file}',)", "OUTPUT_DIR", str(tmp_path / "fast")]
-    )  # fmt: skip
+    given = fast_args(f"('{file}',)", f"('{file}',)", tmp_path / "fast")
+    train_main([*given, "SOLVER.MAX_ITER", "2", "MODEL.WEIGHTS", ""])
     assert "AP50" in json.loads((tmp_path / "fast" / "results.json").read_text())["bbox"]
 
 
@@ -171,11 +175,7 @@ def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):
 )
 def test_a_missing_proposal_file_names_the_command_that_makes_it(own, tmp_path, files, message):
     with pytest.raises(UserError, match=message):
-        train_main(
-            ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
-             "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
-             "DATASETS.PROPOSAL_FILES_TRAIN", files, "OUTPUT_DIR", str(tmp_path)]
-        )  # fmt: skip
+        train_main(["--dataset", own, *fast_args(files, files, tmp_path)])
 
 
 def of_image(boxes, logits) -> dict[str, object]:
@@ -253,9 +253,4 @@ def test_wrong_proposals_of_the_test_set_are_refused_before_training(own, tmp_pa
         paths.append(tmp_path / f"{name}.pkl")
         paths[-1].write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"test.pkl' is no file of proposals: image '11'"):
-        train_main(
-            ["--config-file", "mini/table2_c_FPN.yaml", "--dataset", own, *TINY,
-             "DATASETS.TRAIN", "('proposed',)", "DATASETS.TEST", "('proposed',)",
-             "DATASETS.PROPOSAL_FILES_TRAIN", f"('{paths[0]}',)",
-             "DATASETS.PROPOSAL_FILES_TEST", f"('{paths[1]}',)", "OUTPUT_DIR", str(tmp_path)]
-        )  # fmt: skip
+        train_main(["--dataset", own, *fast_args(*(f"('{path}',)" for path in paths), tmp_path)])

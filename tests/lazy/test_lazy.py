@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.model_zoo import get_config as zoo_config
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -26,6 +25,7 @@ from fpn_plugin.lazy.trainer import LazyRun, build_node
 from fpn_plugin.lazy.training import dataloader_node, optimizer_node, schedule_node, train_node
 from fpn_plugin.mini import ensure_mini
 from fpn_plugin.utils.metrics import loss_rows
+from tests.helpers.datasets import forgotten
 
 FASTER = "mini/faster_rcnn_R_18_FPN.yaml"
 FCOS = "COCO-Detection/fcos_R_50_FPN_1x.py"
@@ -266,10 +266,9 @@ def lazy_args(name, dataset, tmp_path):
 def test_a_config_that_ends_in_py_is_lazy_without_being_said(monkeypatch, squares, tmp_path):
     started = []
     monkeypatch.setattr(run, "launch", lambda *args: started.append(args[-1][0]))
-    train_main([*lazy_args("faster_rcnn_R_18_FPN", squares, tmp_path), "train.seed=3"])
+    with forgotten():
+        train_main([*lazy_args("faster_rcnn_R_18_FPN", squares, tmp_path), "train.seed=3"])
     assert [(type(each), each.config["seed"]) for each in started] == [(LazyRun, 3)]
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        catalog.pop("squares", None)
 
 
 @pytest.mark.parametrize(
@@ -296,12 +295,8 @@ def test_what_a_lazy_training_could_not_use_is_refused_before(
     data = tmp_path / "data.json"
     data.write_text(json.dumps(content))
     dataset = f"unusable={data}:{squares.rpartition(':')[2]}"
-    try:
-        with pytest.raises(UserError, match=message):
-            lazy_main([*lazy_args(name, dataset, tmp_path), *opts])
-    finally:
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            catalog.pop("unusable", None)
+    with forgotten(), pytest.raises(UserError, match=message):
+        lazy_main([*lazy_args(name, dataset, tmp_path), *opts])
 
 
 def test_a_lazy_models_keypoints_are_asked_of_the_data(squares, tmp_path, monkeypatch):
@@ -312,11 +307,8 @@ def test_a_lazy_models_keypoints_are_asked_of_the_data(squares, tmp_path, monkey
     mapper = "dataloader.test.mapper"
     more = ["model.roi_heads.keypoint_head={num_keypoints:4}", f"{mapper}.augmentations=[]"]
     more += ["dataloader.evaluator.kpt_oks_sigmas=[0.1,0.1,0.1,0.1]"]
-    try:
+    with forgotten():
         lazy_main(["--eval-only", *args, *more])
-    finally:
-        for catalog in (DatasetCatalog, MetadataCatalog):
-            catalog.pop("squares", None)
     assert asked["n"] == Needs(max_size=2**31, keypoints=4, training=False)
 
 
