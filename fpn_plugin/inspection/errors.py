@@ -1,11 +1,11 @@
-"""Objects that a detector misses and false detections, by size and pyramid level."""
+"""Objects that a detector misses, and false detections, by size and pyramid level."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +60,9 @@ class Errors:
 
     Attributes:
         misses: largest first.
-        false_alarms: most confident first.
-        objects: ``{(size, level): count}`` of all objects, detected ones too.
-        detections: likewise, of all detections that count.
+        false_alarms: highest score first.
+        objects: ``{(size, level): count}`` of all objects, including detected ones.
+        detections: the same of all detections that count.
         threshold: lowest score of a detection that counts.
     """
 
@@ -72,6 +72,25 @@ class Errors:
     detections: Mapping[tuple[str, str], int]
     threshold: float
 
+    def missed_in(self, group: str) -> tuple[int, ...]:
+        """Counts for a size or level: objects, missed objects, and those by each kind."""
+        return _group_counts(self.objects, self.misses, MISS_KINDS, group)
+
+    def false_in(self, group: str) -> tuple[int, ...]:
+        """Counts for a size or level: detections, false ones, and those by each kind."""
+        return _group_counts(self.detections, self.false_alarms, FALSE_ALARM_KINDS, group)
+
+
+def _group_counts(
+    totals: Mapping[tuple[str, str], int],
+    mistakes: Sequence[Mistake],
+    kinds: Sequence[str],
+    group: str,
+) -> tuple[int, ...]:
+    found = [mistake.kind for mistake in mistakes if group in (mistake.size, mistake.level)]
+    total = sum(count for place, count in totals.items() if group in place)
+    return total, len(found), *map(found.count, kinds)
+
 
 def find_errors(
     dataset: Mapping[str, Any],
@@ -79,13 +98,13 @@ def find_errors(
     level_of: LevelOf,
     threshold: float = 0.5,
 ) -> Errors:
-    """Matches detections to objects as COCO does at an IoU of 0.5, and gives a reason for the rest.
+    """Matches detections to objects as COCO does at an IoU of 0.5. The others get a reason.
 
-    An object is missed if no detection of its class with at least the threshold's score matches it.
-    The reason is a match with a lower score ("score too low"), a detection of another class at an
-    IoU of 0.5 ("wrong class"), one of its class at 0.1 ("poorly placed"), or none ("not seen"). A
-    false alarm is a second detection of an object ("duplicate"), or has the same reasons, with
-    "background" for none. Detections on crowds are not false alarms.
+    An object is missed if no detection of its class with a score of at least the threshold matches
+    it. The reason is a match with a lower score ("score too low"), a detection of another class at
+    an IoU of 0.5 ("wrong class"), one of its class at 0.1 ("poorly placed"), or none ("not seen").
+    A false alarm is a second detection of an object ("duplicate"), or has one of these reasons,
+    with "background" for none. Detections on crowds are not false alarms.
 
     Args:
         dataset: the content of a COCO JSON: images, annotations, categories.
@@ -97,12 +116,7 @@ def find_errors(
     truth = _numbered(dataset)
     objects, detections = _matched(truth, results)
     counted = [d for d in detections.values() if d["score"] >= threshold and not d["ignored"]]
-    near: dict[int, list[dict[str, Any]]] = {}
-    for detection in counted:
-        near.setdefault(detection["image_id"], []).append(detection)
-    truths: dict[int, list[dict[str, Any]]] = {}
-    for thing in objects:
-        truths.setdefault(thing["image_id"], []).append(thing)
+    near, truths = _by_image(counted), _by_image(objects)
 
     def mistake(record: Mapping[str, Any], kind: str, score: float = 0.0) -> Mistake:
         size, level = _place(record, level_of)
@@ -115,33 +129,37 @@ def find_errors(
         partner = detections.get(thing["partner"])
         if partner is not None and partner["score"] >= threshold:
             continue
-        others = near.get(thing["image_id"], [])
+        others = near[thing["image_id"]]
         kind = "score too low" if partner is not None else _kind(thing, others, MISS_KINDS)
         misses.append(mistake(thing, kind))
     false_alarms = []
     for detection in counted:
         if detection["partner"] == 0:
-            others = truths.get(detection["image_id"], [])
-            kind = _kind(detection, others, FALSE_ALARM_KINDS)
+            kind = _kind(detection, truths[detection["image_id"]], FALSE_ALARM_KINDS)
             false_alarms.append(mistake(detection, kind, detection["score"]))
     return Errors(
         misses=tuple(sorted(misses, key=lambda m: -m.area)),
         false_alarms=tuple(sorted(false_alarms, key=lambda m: -m.score)),
-        objects=_counts(objects, level_of),
-        detections=_counts(counted, level_of),
+        objects=Counter(_place(record, level_of) for record in objects),
+        detections=Counter(_place(record, level_of) for record in counted),
         threshold=threshold,
     )
+
+
+def _by_image(records: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        grouped[record["image_id"]].append(record)
+    return grouped
 
 
 def _numbered(dataset: Mapping[str, Any]) -> COCO:
     """The dataset with annotations numbered from 1: for COCOeval, 0 means no annotation."""
     truth = COCO()
     annotations = [
-        {**copy.copy(annotation), "id": number, "iscrowd": annotation.get("iscrowd", 0)}
-        for number, annotation in enumerate(dataset["annotations"], start=1)
+        {"iscrowd": 0, "area": record["bbox"][2] * record["bbox"][3], **record, "id": number}
+        for number, record in enumerate(dataset["annotations"], start=1)
     ]
-    for annotation in annotations:
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     truth.dataset = {**dataset, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -160,22 +178,19 @@ def _matched(
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.iouThrs = np.array([_FOUND_IOU])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [len(results)]  # all: those that COCO leaves out are no misses
+        evaluation.params.maxDets = [len(results)]  # all detections; COCO uses only the best 100
         evaluation.evaluate()
     objects: list[dict[str, Any]] = []
     detections: dict[int, dict[str, Any]] = {}
     for pair in evaluation.evalImgs:
         if pair is None:  # neither objects nor detections of this class in this image
             continue
-        ignored = np.asarray(pair["gtIgnore"], dtype=bool)
-        for number, partner, ignore in zip(
-            pair["gtIds"], pair["gtMatches"][0], ignored, strict=True
-        ):
+        matches = zip(pair["gtIds"], pair["gtMatches"][0], pair["gtIgnore"], strict=True)
+        for number, partner, ignore in matches:
             if not ignore:
                 objects.append({**truth.anns[number], "partner": int(partner)})
-        for number, partner, ignore in zip(
-            pair["dtIds"], pair["dtMatches"][0], pair["dtIgnore"][0], strict=True
-        ):
+        matches = zip(pair["dtIds"], pair["dtMatches"][0], pair["dtIgnore"][0], strict=True)
+        for number, partner, ignore in matches:
             record = {**found.anns[number], "partner": int(partner), "ignored": bool(ignore)}
             detections[number] = record
     return objects, detections
@@ -184,7 +199,7 @@ def _matched(
 def _kind(
     record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], kinds: Sequence[str]
 ) -> str:
-    """The kind of a mistake, by the boxes that overlap it."""
+    """The kind of a mistake, given the other boxes in the image."""
     if not others:
         return kinds[3]
     boxes = [list(other["bbox"]) for other in others]
@@ -201,11 +216,3 @@ def _place(record: Mapping[str, Any], level_of: LevelOf) -> tuple[str, str]:
     area = record["area"]
     size = SIZES[0] if area < 32**2 else SIZES[1] if area < 96**2 else SIZES[2]
     return size, level_of(tuple(record["bbox"]), record["image_id"])
-
-
-def _counts(records: Sequence[Mapping[str, Any]], level_of: LevelOf) -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
-    for record in records:
-        place = _place(record, level_of)
-        counts[place] = counts.get(place, 0) + 1
-    return counts

@@ -12,9 +12,14 @@ from matplotlib.patches import Patch
 
 from fpn_plugin.inspection.anatomy import Anatomy
 
+from .figures import save
 from .palette import CATEGORY_COLORS, GRAY, INK, level_color, level_title
 
 __all__ = ["draw_anatomy"]
+
+_ANCHORS = {"ls": "", "marker": "D", "ms": 8, "mfc": "white", "mec": INK, "mew": 1.6}
+_LEGEND = {"fontsize": 11, "ncols": 2, "loc": "upper center", "frameon": False,
+           "bbox_to_anchor": (0.5, -0.2)}  # fmt: skip
 
 
 def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
@@ -22,11 +27,8 @@ def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
 
     Args:
         anatomy: of a model.
-        path: the file to write; its suffix sets the format.
-        title: set above.
-
-    Returns:
-        ``path``.
+        path: the file to write, which is returned; its suffix sets the format.
+        title: of the picture.
     """
     rows = max(len(anatomy.levels), len(anatomy.parts))
     figure = Figure(figsize=(12, 2.2 + 0.52 * rows), dpi=130, layout="constrained")
@@ -35,9 +37,7 @@ def draw_anatomy(anatomy: Anatomy, path: Path, title: str = "") -> Path:
     figure.suptitle(f"{title}: input {width} x {height} px".removeprefix(": "), fontsize=15)
     _draw_sizes(left, anatomy)
     _draw_parts(right, anatomy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
-    return path
+    return save(figure, path)
 
 
 def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
@@ -48,26 +48,22 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
     bands = {sizes.level: sizes for sizes in anatomy.sizes}
     for row, level in enumerate(anatomy.levels):
         if level.name in bands:
-            start, end = max(bands[level.name].low, low), min(bands[level.name].high, high)
-            axes.barh(
-                row, end - start, left=start, height=0.72, color=level_color(level.name), alpha=0.75
-            )
-            text = _range_text(bands[level.name].low, bands[level.name].high)
-            # A bar of one octave is narrower than its label, which goes before it.
-            octave = start == bands[level.name].low and end == bands[level.name].high
+            sizes, color = bands[level.name], level_color(level.name)
+            start, end = max(sizes.low, low), min(sizes.high, high)
+            axes.barh(row, end - start, left=start, height=0.72, color=color, alpha=0.75)
+            # A bar of one octave is narrower than its label, which stands to its left.
+            octave = (start, end) == (sizes.low, sizes.high)
             at, align = (start / 1.06, "right") if octave else (math.sqrt(start * end), "center")
-            axes.text(at, row - 0.19, text, ha=align, va="center", fontsize=11, color=INK)
+            text = {"ha": align, "va": "center", "fontsize": 11, "color": INK}
+            axes.text(at, row - 0.19, _range_text(sizes.low, sizes.high), **text)
         if level.anchor_sizes:
-            axes.plot(
-                level.anchor_sizes, [row + 0.14] * len(level.anchor_sizes), "D", ms=8,
-                mfc="white", mec=INK, mew=1.6,
-            )  # fmt: skip
+            axes.plot(level.anchor_sizes, [row + 0.14] * len(level.anchor_sizes), **_ANCHORS)
     names = [
         f"{level_title(v.name)}  stride {v.stride}\n{v.width} x {v.height} x {v.channels}"
         for v in anatomy.levels
     ]
     axes.set_yticks(range(len(names)), names, fontsize=11)
-    axes.set_ylim(len(names) - 0.5, -0.5)  # rows without a bar too
+    axes.set_ylim(len(names) - 0.5, -0.5)  # with rows that have no bar
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
@@ -79,20 +75,13 @@ def _draw_sizes(axes: Axes, anatomy: Anatomy) -> None:
     if anatomy.sizes:
         shown.append(Patch(color=GRAY, alpha=0.75, label="boxes pooled from the level"))
     if any(level.anchor_sizes for level in anatomy.levels):
-        shown.append(
-            Line2D([], [], ls="", marker="D", ms=8, mfc="white", mec=INK, mew=1.6,
-                   label="anchors of the level")
-        )  # fmt: skip
+        shown.append(Line2D([], [], label="anchors of the level", **_ANCHORS))
     if shown:
-        axes.legend(
-            handles=shown, fontsize=11, ncols=2, loc="upper center", frameon=False,
-            bbox_to_anchor=(0.5, -0.2),
-        )  # fmt: skip
-    if anatomy.canonical is None:
-        axes.set_title("Levels", fontsize=13)
-    else:
-        k0, size = anatomy.canonical
-        axes.set_title(f"Levels, and Eq. (1) with k0 = {k0} at {size:g} px", fontsize=13)
+        axes.legend(handles=shown, **_LEGEND)
+    title = "Levels"
+    if anatomy.canonical is not None:
+        title += ", and Eq. (1) with k0 = {} at {:g} px".format(*anatomy.canonical)
+    axes.set_title(title, fontsize=13)
 
 
 def _range_text(low: float, high: float) -> str:
@@ -103,19 +92,16 @@ def _range_text(low: float, high: float) -> str:
 
 def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
     parts = anatomy.parts
-    counts = [part.parameters for part in parts], [part.multiply_adds for part in parts]
     for offset, values, color, unit, prefix, divisor in (
-        (-0.2, counts[0], CATEGORY_COLORS[0], "parameters", "M", 1e6),
-        (0.2, counts[1], CATEGORY_COLORS[1], "multiply-adds", "G", 1e9),
+        (-0.2, [p.parameters for p in parts], CATEGORY_COLORS[0], "parameters", "M", 1e6),
+        (0.2, [p.multiply_adds for p in parts], CATEGORY_COLORS[1], "multiply-adds", "G", 1e9),
     ):
         whole = max(sum(values), 1)
         rows = [row + offset for row in range(len(parts))]
-        axes.barh(
-            rows, [100 * v / whole for v in values], height=0.36, color=color,
-            label=f"{_short(whole / divisor)} {prefix} {unit}",
-        )  # fmt: skip
+        label = f"{whole / divisor:.3g} {prefix} {unit}"
+        axes.barh(rows, [100 * v / whole for v in values], height=0.36, color=color, label=label)
         for row, value in zip(rows, values, strict=True):
-            text = f" {_short(value / divisor)} {prefix}"
+            text = f" {value / divisor:.3g} {prefix}"
             axes.text(100 * value / whole, row, text, va="center", fontsize=11, color=INK)
     axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=12)
     axes.invert_yaxis()
@@ -124,8 +110,4 @@ def _draw_parts(axes: Axes, anatomy: Anatomy) -> None:
     axes.set_xlabel("share of the model (%)", fontsize=12)
     axes.set_title("Parameters and multiply-adds by part", fontsize=13)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=11, ncols=2, loc="upper center", frameon=False, bbox_to_anchor=(0.5, -0.2))
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+    axes.legend(**_LEGEND)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
+from fpn_plugin.inspection.forward_trace import ForwardTrace
 
+from .figures import panels, save
 from .palette import INK, level_color, level_title
 
 __all__ = ["contributions", "draw_contributions"]
@@ -20,15 +20,15 @@ _BEST = 100  # proposals, as in AR@100
 def contributions(
     traces: Sequence[ForwardTrace], threshold: float = 0.5
 ) -> dict[str, dict[str, int]]:
-    """How many anchors, proposals and detections came from each level, over images.
+    """Counts the anchors, proposals and detections that came from each level, over images.
 
     Args:
         traces: of images by one model.
         threshold: lowest score of a detection that counts.
 
     Returns:
-        ``{figure: {level: count}}``, without figures of parts that the model lacks or of missing
-        labels.
+        ``{figure: {level: count}}``. Figures that need a part that the model lacks, or missing
+        labels, are left out.
     """
     counted: dict[str, dict[str, int]] = {}
     for trace in traces:
@@ -46,19 +46,15 @@ def contributions(
         ):
             if regions is not None:
                 by_level = counted.setdefault(figure, dict.fromkeys(trace.features, 0))
-                for level, count in _counts(regions).items():
-                    by_level[level] = by_level.get(level, 0) + count
+                for level in regions.levels:
+                    by_level[level] = by_level.get(level, 0) + 1
     return counted
-
-
-def _counts(regions: Regions) -> dict[str, int]:
-    return {level: regions.levels.count(level) for level in set(regions.levels)}
 
 
 def draw_contributions(
     counted: Sequence[dict[str, dict[str, int]]], labels: Sequence[str], path: Path, images: int
 ) -> Path:
-    """Draws what :func:`contributions` counted, a row for each model.
+    """Draws the counts of :func:`contributions`, a row for each model.
 
     Args:
         counted: of each model; at least one has a figure.
@@ -71,16 +67,11 @@ def draw_contributions(
     """
     figures = list(dict.fromkeys(figure for of_model in counted for figure in of_model))
     most = max(len(levels) for of_model in counted for levels in of_model.values())
-    # One model's figures are wrapped; of several, each has a row.
+    # One model's figures are wrapped; of several models, each has a row.
     across = min(len(figures), 3) if len(counted) == 1 else len(figures)
     rows = -(-len(figures) // across) * len(counted)
-    figure = Figure(
-        figsize=(1.0 + 2.7 * across, 0.9 + rows * (0.75 + 0.36 * most)), dpi=130,
-        layout="constrained",
-    )  # fmt: skip
-    grid = figure.subplots(rows, across, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    size = 1.0 + 2.7 * across, 0.9 + rows * (0.75 + 0.36 * most)
+    figure, grid = panels(rows, across, size)
     for row, of_model, label in zip(grid.reshape(len(counted), -1), counted, labels, strict=True):
         for axes, name in zip(row, figures, strict=False):
             if name in of_model:
@@ -88,12 +79,9 @@ def draw_contributions(
                 _draw_bars(axes, of_model[name])
                 axes.set_title(name, fontsize=13)
         row[0].set_ylabel(label, fontsize=14)
-    plural = "image" if images == 1 else "images"
-    figure.suptitle(f"What each level contributed: shares, and counts in {images} {plural}",
-                    fontsize=15)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
-    return path
+    title = f"What each level contributed: shares, and counts in {images} image"
+    figure.suptitle(title + "s" * (images != 1), fontsize=15)
+    return save(figure, path)
 
 
 def _draw_bars(axes: Axes, by_level: dict[str, int]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from .figures import panels, save
 from .keypoints import KeypointLayout, draw_keypoints
 from .palette import level_color
 
@@ -26,8 +26,8 @@ class DrawnBox:
     Attributes:
         box: XYXY in pixels of the picture.
         text: drawn above it.
-        level: that it was pooled from; None if that is not known.
-        keypoints: ``(x, y)`` of each; None for those that the object lacks.
+        level: the level it was pooled from; None if that is not known.
+        keypoints: ``(x, y)`` of each; None for keypoints that the object lacks.
     """
 
     box: tuple[float, float, float, float]
@@ -43,42 +43,36 @@ def draw_detections(
     ground_truth: Sequence[DrawnBox] | None = None,
     layout: KeypointLayout | None = None,
 ) -> Path:
-    """Writes a picture of detections, next to ground truth if that is given.
+    """Writes a picture of detections, with ground truth next to them if it is given.
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
-        detections: drawn in the colour of their level, which a legend names.
+        detections: drawn in the colour of their level; a legend names the levels.
         path: the file to write; its suffix sets the format.
-        ground_truth: boxes as labelled; None for a picture of detections only.
+        ground_truth: labelled boxes; None for a picture of detections only.
         layout: names and skeleton of keypoints.
 
     Returns:
         ``path``.
     """
-    panels = [("detections, by pyramid level", detections)]
+    shown = [("detections, by pyramid level", detections)]
     if ground_truth is not None:
-        panels.insert(0, ("ground truth", ground_truth))
+        shown.insert(0, ("ground truth", ground_truth))
     height = _PANEL_INCHES * image.shape[0] / image.shape[1]
-    figure = Figure(
-        figsize=(_PANEL_INCHES * len(panels), height + 0.6), dpi=160, layout="constrained"
-    )
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, boxes) in zip(all_axes, panels, strict=True):
+    size = _PANEL_INCHES * len(shown), height + 0.6
+    figure, grid = panels(1, len(shown), size, dpi=160)
+    for axes, (title, boxes) in zip(grid[0], shown, strict=True):
         axes.imshow(image)
         axes.set_title(title, fontsize=10)
-        axes.set_axis_off()
         for drawn in boxes:
             _draw_box(axes, drawn)
-            draw_keypoints(
-                axes, drawn.keypoints, layout or KeypointLayout(), level_color(drawn.level)
-            )
+            color = level_color(drawn.level)
+            draw_keypoints(axes, drawn.keypoints, layout or KeypointLayout(), color)
     levels = sorted({drawn.level for drawn in detections if drawn.level is not None})
     if levels:
         handles = [Patch(color=level_color(level), label=f"P{level}") for level in levels]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(levels), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
@@ -86,14 +80,6 @@ def _draw_box(axes: Axes, drawn: DrawnBox) -> None:
     color = level_color(drawn.level)
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, lw=1.5))
     # Above the box, or below its upper edge if there is no room above it.
-    room = y0 > 0.05 * max(axes.get_ylim())
-    axes.text(
-        x0,
-        y0,
-        drawn.text,
-        fontsize=6,
-        color="black",
-        va="bottom" if room else "top",
-        clip_on=True,
-        bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.9},
-    )
+    side = "bottom" if y0 > 0.05 * max(axes.get_ylim()) else "top"
+    edge = {"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
+    axes.text(x0, y0, drawn.text, fontsize=6, color="black", va=side, clip_on=True, bbox=edge)

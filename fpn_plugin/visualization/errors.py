@@ -1,4 +1,4 @@
-"""Pictures of a detector's errors: how many, and the worst of them."""
+"""Pictures of a detector's errors: their shares, and the worst ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, Mistake
 
+from .figures import outline, panels, save
 from .palette import CATEGORY_COLORS, INK, level_color, level_title
 
 __all__ = ["draw_mistakes", "plot_errors"]
@@ -22,73 +22,44 @@ def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
 
     Args:
         errors: of a detector on a dataset.
-        levels: names, finest first; without any, errors are drawn by size only.
-        path: the file to write; its suffix sets the format.
-
-    Returns:
-        ``path``.
+        levels: names, finest first; if empty, errors are drawn by size only.
+        path: the file to write, which is returned; its suffix sets the format.
     """
-    places = [(SIZES, 0, "size")]
-    if levels:
-        places.append((levels, 1, "level"))
+    places = [(SIZES, "size"), *([(levels, "level")] if levels else [])]
     figure = Figure(figsize=(12 if levels else 8, 6.6), dpi=110, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
-    ratios = [len(groups) for groups, _, _ in places]
+    ratios = [len(groups) for groups, _ in places]
     grid = figure.subplots(2, len(places), width_ratios=ratios, squeeze=False)
-    for row, (mistakes, wholes, kinds, title) in enumerate(
-        (
-            (errors.misses, errors.objects, MISS_KINDS, "objects missed"),
-            (
-                errors.false_alarms,
-                errors.detections,
-                FALSE_ALARM_KINDS,
-                "detections that are false",
-            ),
-        )
-    ):
-        for axes, (groups, place, name) in zip(grid[row], places, strict=True):
-            totals = [sum(n for key, n in wholes.items() if key[place] == g) for g in groups]
-            counts = [
-                [sum(m.kind == kind and (m.size, m.level)[place] == g for m in mistakes)
-                 for g in groups]
-                for kind in kinds
-            ]  # fmt: skip
-            _stack(axes, groups, counts, totals, kinds)
+    rows = (
+        ("objects missed", MISS_KINDS, errors.missed_in),
+        ("detections that are false", FALSE_ALARM_KINDS, errors.false_in),
+    )
+    for row, (title, kinds, counts_in) in zip(grid, rows, strict=True):
+        for axes, (groups, name) in zip(row, places, strict=True):
+            _stack(axes, groups, [counts_in(group) for group in groups], kinds)
             axes.set_title(f"{title}, by {name}", fontsize=13)
-        grid[row, 0].set_ylabel("share (%)", fontsize=12)
+        row[0].set_ylabel("share (%)", fontsize=12)
         # Column 0 always has bars.
-        handles, names = grid[row, 0].get_legend_handles_labels()
-        grid[row, -1].legend(
-            handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=11,
-            frameon=False,
-        )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
-    return path
+        place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        row[-1].legend(*row[0].get_legend_handles_labels(), fontsize=11, frameon=False, **place)
+    return save(figure, path)
 
 
 def _stack(
-    axes: Axes,
-    groups: Sequence[str],
-    counts: Sequence[Sequence[int]],
-    totals: Sequence[int],
-    kinds: Sequence[str],
+    axes: Axes, groups: Sequence[str], counts: Sequence[tuple[int, ...]], kinds: Sequence[str]
 ) -> None:
+    """Stacks the kinds of each group; its counts are all, the mistakes, and those of each kind."""
+    totals, wrong, *by_kind = np.array(counts).T
     bottom = np.zeros(len(groups))
-    hatches = ("", "//", "..", "xx")
-    for index, (kind, of_kind) in enumerate(zip(kinds, counts, strict=True)):
-        shares = 100 * np.array(of_kind) / np.maximum(totals, 1)
-        axes.bar(
-            range(len(groups)), shares, bottom=bottom, label=kind, color=CATEGORY_COLORS[index],
-            hatch=hatches[index], edgecolor="white", width=0.7,
-        )  # fmt: skip
+    styles = zip(kinds, by_kind, CATEGORY_COLORS, ("", "//", "..", "xx"), strict=False)
+    for kind, of_kind, color, hatch in styles:
+        shares = 100 * of_kind / np.maximum(totals, 1)
+        style = {"color": color, "hatch": hatch, "edgecolor": "white", "width": 0.7}
+        axes.bar(range(len(groups)), shares, bottom=bottom, label=kind, **style)
         bottom += shares
-    for place, (height, total) in enumerate(zip(bottom, totals, strict=True)):
-        missed = sum(of_kind[place] for of_kind in counts)
-        axes.text(
-            place, height + 2, f"{missed} of {total}", ha="center", va="bottom", fontsize=11,
-            color=INK,
-        )  # fmt: skip
+    for place, height in enumerate(bottom):
+        text, style = f"{wrong[place]} of {totals[place]}", {"fontsize": 11, "color": INK}
+        axes.text(place, height + 2, text, ha="center", va="bottom", **style)
     axes.set_xticks(range(len(groups)), [level_title(g) for g in groups], fontsize=12)
     axes.set_ylim(0, 115)
     axes.set_yticks([0, 25, 50, 75, 100])
@@ -101,19 +72,13 @@ def draw_mistakes(
     """Draws the surroundings of each mistake, its box in the colour of its level.
 
     Args:
-        mistakes: what to draw, six a row.
+        mistakes: the ones to draw, six in a row.
         image_of: uint8 RGB ``(H, W, 3)`` of an image id.
-        path: the file to write; its suffix sets the format.
-
-    Returns:
-        ``path``.
+        path: the file to write, which is returned; its suffix sets the format.
     """
     columns = 6
     rows = max(-(-len(mistakes) // columns), 1)
-    figure = Figure(figsize=(12, 2.65 * rows), dpi=100, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
+    figure, grid = panels(rows, columns, (12, 2.65 * rows), dpi=100)
     for axes, mistake in zip(grid.flat, mistakes, strict=False):
         image = image_of(mistake.image_id)
         x, y, width, height = mistake.box
@@ -125,14 +90,11 @@ def draw_mistakes(
         down = np.clip(y + height / 2, half, image.shape[0] - half)
         axes.set_xlim(across - half, across + half)
         axes.set_ylim(down + half, down - half)
-        for line, color in ((4.0, INK), (2.2, level_color(mistake.level or None))):
-            axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=color, lw=line))
+        outline(axes, (x, y, x + width, y + height), level_color(mistake.level or None), 2.2)
         score = f" {mistake.score:.2f}" if mistake.score else ""
         level = f", {level_title(mistake.level)}" if mistake.level else ""
         axes.set_title(
             f"{mistake.category}{score}\n{width:.0f} x {height:.0f} px{level}\n{mistake.kind}",
             fontsize=10,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
-    return path
+    return save(figure, path)

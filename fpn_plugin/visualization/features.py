@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from fpn_plugin.inspection.forward_trace import ForwardTrace
 
+from .figures import panels, save
 from .palette import INK, level_title
 
 __all__ = ["FeatureColors", "draw_features", "feature_colors", "feature_norms"]
 
-# Corners of a square: lightness is the first direction, blue to yellow the second. Red-green-blind
-# readers see these as others do.
+# Corners of a square: lightness is the first direction, blue to yellow the second. Readers who are
+# red-green blind distinguish these too.
 _DARK_BLUE, _DARK_YELLOW = np.array([16, 32, 96.0]), np.array([92, 70, 0.0])
 _LIGHT_BLUE, _LIGHT_YELLOW = np.array([150, 205, 255.0]), np.array([255, 236, 130.0])
 _PANEL_INCHES = 2.3
@@ -37,10 +37,10 @@ class FeatureColors:
 
 
 def feature_colors(features: dict[str, np.ndarray]) -> FeatureColors:
-    """Two principal directions of all levels' features as lightness and blue to yellow.
+    """Draws the two principal directions of all levels' features as lightness and blue to yellow.
 
-    Every level counts the same: its features are centred and scaled to unit variance first. All
-    levels share the directions. The first points to larger norms.
+    All levels share the directions and have the same weight: the features of each are first centred
+    and scaled to unit variance. The first direction points to larger norms.
 
     Args:
         features: ``{level: (C, h, w)}``.
@@ -91,7 +91,7 @@ def draw_features(
     path: Path,
     kinds: Sequence[str] = ("colour", "norm"),
 ) -> Path:
-    """Draws every level's features, a row for each model and kind.
+    """Draws the features of every level, a row for each model and kind.
 
     Args:
         traces: of one image by several models, or by one.
@@ -106,23 +106,16 @@ def draw_features(
             for kind in kinds]  # fmt: skip
     columns = 1 + max(len(trace.features) for trace in traces)
     height = _PANEL_INCHES * traces[0].image.shape[0] / traces[0].image.shape[1]
-    figure = Figure(
-        figsize=(_PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35), dpi=130,
-        layout="constrained",
-    )  # fmt: skip
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for row, (trace, label, kind) in enumerate(rows):
-        _draw_row(grid[row], trace, label, kind)
+    size = _PANEL_INCHES * columns, (height + 0.5) * len(rows) + 0.35
+    figure, grid = panels(len(rows), columns, size)
+    for all_axes, row in zip(grid, rows, strict=True):
+        _draw_row(all_axes, *row)
     captions = {
         "colour": "colour: 1st principal component of all levels dark to light, 2nd blue to yellow",
         "norm": "norm: length of a cell's vector; blue to yellow, on each level's own scale",
     }
     figure.supxlabel("\n".join(captions[kind] for kind in kinds), fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
-    return path
+    return save(figure, path)
 
 
 def _draw_row(row: Sequence[Axes], trace: ForwardTrace, label: str, kind: str) -> None:

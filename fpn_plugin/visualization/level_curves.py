@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from .figures import save
 from .palette import level_color, level_title
 
 __all__ = ["FIGURES", "plot_level_curves"]
@@ -27,16 +28,13 @@ _SMOOTHED = 5
 def plot_level_curves(
     statistics: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path
 ) -> Path:
-    """Draws a panel for each figure of :func:`fpn_plugin.utils.metrics.level_rows`, a line a level.
+    """Draws a panel for each figure of :func:`fpn_plugin.utils.metrics.level_rows`.
 
-    Lines are running means of five points; the points are drawn faint.
+    Each level is a line, the running mean of five points. The points are faint.
 
     Args:
         statistics: ``{figure: {level: [(iteration, value), ...]}}``.
-        path: the file to write; its suffix sets the format.
-
-    Returns:
-        ``path``.
+        path: the file to write, which is returned; its suffix sets the format.
     """
     shown = [name for name in FIGURES if name in statistics]
     rows = -(-len(shown) // 3)
@@ -68,9 +66,7 @@ def plot_level_curves(
         [handles[name] for name in sorted(handles)], sorted(handles), ncols=max(len(handles), 1),
         loc="outside lower center", fontsize=12,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
-    return path
+    return save(figure, path)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

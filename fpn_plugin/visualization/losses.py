@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 
 from fpn_plugin.utils.metrics import loss_rows
 
+from .figures import save
 from .palette import CATEGORY_COLORS, INK
 
 __all__ = ["plot_losses"]
 
-# 3 styles of 7 colours distinguish 21 losses; dots are for the learning rate.
+# 3 styles and 7 colours distinguish 21 losses. The learning rate is dotted.
 _STYLES = ("-", "--", "-.")
 
 
@@ -22,10 +23,7 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
 
     Args:
         metrics_file: the metrics.json that Detectron2 writes, one JSON object a line.
-        path: the file to write; its suffix sets the format.
-
-    Returns:
-        ``path``.
+        path: the file to write, which is returned; its suffix sets the format.
     """
     rows = loss_rows(metrics_file)
     iterations = [row["iteration"] for row in rows]
@@ -39,11 +37,8 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
             style = {"color": INK, "lw": 2.4}
         else:
             number = parts.index(name)
-            style = {
-                "color": CATEGORY_COLORS[number % len(CATEGORY_COLORS)],
-                "ls": _STYLES[number % len(_STYLES)],
-                "lw": 1.6,
-            }
+            color = CATEGORY_COLORS[number % len(CATEGORY_COLORS)]
+            style = {"color": color, "ls": _STYLES[number % len(_STYLES)], "lw": 1.6}
         axes.plot(iterations, values, label=name, **style)
     axes.set_yscale("log")
     axes.set_xlabel("iteration", fontsize=12)
@@ -57,6 +52,4 @@ def plot_losses(metrics_file: Path, path: Path) -> Path:
     figure.legend(
         *axes.get_legend_handles_labels(), fontsize=11, ncols=3, loc="outside lower center"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(figure, path)

@@ -1,4 +1,4 @@
-"""An HTML page that needs no other file: text, tables, and pictures as data URIs."""
+"""An HTML page in one file: text, tables, and pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from tabulate import tabulate
 
 from .palette import BLUE, INK
 
@@ -25,11 +27,11 @@ img {{ max-width: 100%; }} figure {{ margin: 1em 0; }} figcaption, .note {{ colo
 
 
 class Page:
-    """A page, built section by section; :meth:`html` returns it.
+    """A page, built section by section. :meth:`html` returns it.
 
     Args:
         title: of the page.
-        subtitle: a line under it.
+        subtitle: a line under the title.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -47,13 +49,9 @@ class Page:
         self._body.append(f'<p class="note">{escape(text)}</p>')
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Adds a table; floats are written with one digit after the point."""
-        head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row) + "</tr>\n"
-            for row in rows
-        )
-        self._body.append(f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>")
+        """Adds a table. Cells are written as they are."""
+        cells = [[str(value) for value in row] for row in rows]
+        self._body.append(tabulate(cells, headers, tablefmt="html", disable_numparse=True))
 
     def picture(self, path: Path, caption: str) -> None:
         """Copies a PNG file into the page."""
@@ -75,7 +73,3 @@ class Page:
             f"<h1>{escape(self._title)}</h1>\n<p>{escape(self._subtitle)}</p>\n"
             f"<nav>{links}</nav>\n" + "\n".join(self._body) + "\n</body></html>\n"
         )
-
-
-def _cell(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +46,17 @@ def draw_models(
     """Writes pictures for each image, and contributions.png and .json over all of them.
 
     Args:
-        models: they stand side by side; their labels differ.
+        models: drawn side by side, with different labels.
         images: at least one.
         output: folder to write to.
         class_names: of the models' classes.
-        keypoints: the models' keypoints.
-        threshold: least score of a detection to draw and count.
-        proposals: how many of the best to draw.
+        keypoints: names and skeleton of the models' keypoints.
+        threshold: lowest score of a detection to draw and count.
+        proposals: how many of the best proposals to draw.
 
     Returns:
-        Whether contributions.png is written: a model without RoI heads has no contributions
-        without labels.
+        Whether contributions.png is written. Without labels, a model without RoI heads has no
+        contributions.
 
     Raises:
         UserError: an image cannot be read.
@@ -64,9 +65,15 @@ def draw_models(
     traces: list[list[ForwardTrace]] = [[] for _ in models]
     taken: set[str] = set()
     for image in tqdm(images, desc="drawing", unit="image"):
-        of_image = [_trace(model, image) for model in models]
+        of_image = [
+            forward_trace(m.model, m.cfg, read_picture(m.cfg, image.path), image.annotations)
+            for m in models
+        ]
         folder = output / free_name(image.path.stem, taken)
-        _draw(of_image, labels, folder, class_names, keypoints, threshold, proposals)
+        _draw_features_and_anchors(of_image, labels, folder)
+        if any(one.proposed is not None or one.detections is not None for one in of_image):
+            path = folder / "pooling.png"
+            draw_pooling(of_image, labels, path, proposals, threshold, class_names, keypoints)
         for kept, trace in zip(traces, of_image, strict=True):
             kept.append(trace)
             trace.features.update({level: maps[:0] for level, maps in trace.features.items()})
@@ -78,37 +85,19 @@ def draw_models(
     return any(counted)
 
 
-def _trace(model: LabelledModel, given: GivenImage) -> ForwardTrace:
-    image = read_picture(model.cfg, given.path)
-    return forward_trace(model.model, model.cfg, image, given.annotations)
-
-
-def _draw(
-    traces: Sequence[ForwardTrace],
-    labels: Sequence[str],
-    folder: Path,
-    class_names: Sequence[str],
-    keypoints: KeypointLayout,
-    threshold: float,
-    proposals: int,
+def _draw_features_and_anchors(
+    traces: Sequence[ForwardTrace], labels: Sequence[str], folder: Path
 ) -> None:
     if len(traces) == 1:
         draw_features(traces, labels, folder / "features.png")
     else:
         draw_features(traces, labels, folder / "features.png", kinds=["colour"])
         draw_features(traces, labels, folder / "norms.png", kinds=["norm"])
-    if any(one.proposed is not None or one.detections is not None for one in traces):
-        path = folder / "pooling.png"
-        draw_pooling(traces, labels, path, proposals, threshold, class_names, keypoints)
     drawn: list[Tensor] = []
     for one, label in zip(traces, labels, strict=True):
         # Anchors do not depend on weights: models of one config have the same.
         if one.matched is None or any(torch.equal(one.matched.boxes, other) for other in drawn):
             continue
-        suffix = f"-{_file_name(label)}" if drawn else ""
+        suffix = "-" + re.sub(r"[\W_]", "_", label).strip("_") if drawn else ""
         draw_anchors(one, folder / f"anchors{suffix}.png")
         drawn.append(one.matched.boxes)
-
-
-def _file_name(label: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in label).strip("_")

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
 
+from .figures import outline, panels, save
 from .keypoints import KeypointLayout, draw_keypoints
 from .palette import INK, level_color, level_title
 
@@ -35,7 +36,7 @@ def draw_pooling(
     Proposals of a model without a box head have the colour of their anchors' level.
 
     Args:
-        traces: of one image. Several models have a column each, one model a row of panels.
+        traces: of one image. Of several models, each has a column; one model has a row of panels.
         labels: the models' names.
         path: the file to write; its suffix sets the format.
         proposals: how many of the best to draw.
@@ -49,30 +50,34 @@ def draw_pooling(
     columns = [_panels(trace, proposals, threshold, class_names) for trace in traces]
     deep = max(map(len, columns))
     shape = (1, deep) if len(columns) == 1 else (deep, len(columns))
-    figure, grid = _figure(traces[0], shape)
-    for number, (label, panels) in enumerate(zip(labels, columns, strict=True)):
-        for place, (title, regions, texts) in enumerate(panels):
+    figure, grid = _figure(traces[0], shape, _PANEL_INCHES)
+    for number, (label, column) in enumerate(zip(labels, columns, strict=True)):
+        for place, (title, regions, texts) in enumerate(column):
             axes = grid[0, place] if len(columns) == 1 else grid[place, number]
             axes.imshow(traces[number].image)
             axes.set_title(f"{label}: {title}" if len(columns) > 1 else title, fontsize=14)
             _draw_regions(axes, regions, texts)
-            _draw_keypoints(axes, regions, layout or KeypointLayout())
-    drawn = [regions for panels in columns for _, regions, _ in panels]
+            points = () if regions.keypoints is None else regions.keypoints.tolist()
+            for of_object, level in zip(points, regions.levels, strict=False):
+                keypoints = [tuple(xy) for xy in of_object]
+                color = level_color(level or None)
+                draw_keypoints(axes, keypoints, layout or KeypointLayout(), color)
+    drawn = [regions for column in columns for _, regions, _ in column]
     _legend(figure, drawn, f"{labels[0]}: " if len(columns) == 1 else "")
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def _panels(
     trace: ForwardTrace, proposals: int, threshold: float, class_names: Sequence[str]
 ) -> list[tuple[str, Regions, list[str]]]:
     """Title, boxes and their texts of each panel."""
-    panels = []
+    shown = []
     if trace.pooled is not None:
         best = trace.pooled.first(proposals)
-        panels.append((f"{len(best)} best proposals, where pooled", best, []))
+        shown.append((f"{len(best)} best proposals, where pooled", best, []))
     elif trace.proposed is not None:
         best = trace.proposed.first(proposals)
-        panels.append((f"{len(best)} best proposals,\nby the level of their anchors", best, []))
+        shown.append((f"{len(best)} best proposals,\nby the level of their anchors", best, []))
     if trace.detections is not None:
         sure = trace.detections.chosen(trace.detections.scores >= threshold)
         texts = [
@@ -80,25 +85,26 @@ def _panels(
             for c, score in zip(sure.classes.tolist(), sure.scores.tolist(), strict=True)
         ]
         where = ", where pooled" if trace.pooled is not None else ""
-        panels.append((f"{len(sure)} detections{where}", sure, texts))
-    return panels
+        shown.append((f"{len(sure)} detections{where}", sure, texts))
+    return shown
 
 
 def draw_anchors(trace: ForwardTrace, path: Path) -> Path:
-    """Draws the anchors of each level that match ground truth, which is dashed and white.
+    """Draws the anchors of each level that match ground truth. Ground truth is dashed and white.
 
     Args:
         trace: with labels.
-        path: the file to write; its suffix sets the format.
-
-    Returns:
-        ``path``.
+        path: the file to write, which is returned; its suffix sets the format.
     """
-    names = [name for name in trace.features if name in _anchor_levels(trace)]
+    # All levels if none has matched anchors.
+    levels = set(trace.matched.levels) or set(trace.features)
+    names = [name for name in trace.features if name in levels]
+    faded = (trace.image * 0.55).astype(np.uint8)
     figure, grid = _figure(trace, (1, len(names)), inches=3.0)
     for axes, name in zip(grid[0], names, strict=True):
-        of_level = trace.matched.chosen(_is(trace.matched, name))
-        axes.imshow(_faded(trace.image))
+        chosen = [level == name for level in trace.matched.levels]
+        of_level = trace.matched.chosen(torch.tensor(chosen, dtype=torch.bool))
+        axes.imshow(faded)
         for x0, y0, x1, y1 in trace.truths.boxes.tolist():
             axes.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="white", lw=1.4, ls="--")
@@ -107,32 +113,15 @@ def draw_anchors(trace: ForwardTrace, path: Path) -> Path:
         plural = "anchor" if len(of_level) == 1 else "anchors"
         axes.set_title(f"{level_title(name)}: {len(of_level)} {plural}", fontsize=14)
     figure.suptitle("Anchors that match ground truth (dashed), by level", fontsize=15)
-    return _saved(figure, path)
-
-
-def _anchor_levels(trace: ForwardTrace) -> set[str]:
-    # All levels if none has matched anchors.
-    return set(trace.matched.levels) or set(trace.features)
-
-
-def _is(regions: Regions, name: str) -> torch.Tensor:
-    return torch.tensor([level == name for level in regions.levels], dtype=torch.bool)
-
-
-def _faded(image: np.ndarray) -> np.ndarray:
-    return (image * 0.55).astype(np.uint8)
+    return save(figure, path)
 
 
 def _figure(
-    trace: ForwardTrace, shape: tuple[int, int], inches: float = _PANEL_INCHES
+    trace: ForwardTrace, shape: tuple[int, int], inches: float
 ) -> tuple[Figure, np.ndarray]:
     height = inches * trace.image.shape[0] / trace.image.shape[1]
     size = (inches * shape[1] + 0.2, (height + 0.45) * shape[0] + 0.6)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    grid = figure.subplots(*shape, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    return figure, grid
+    return panels(*shape, size)
 
 
 def _draw_regions(axes: Axes, regions: Regions, texts: Sequence[str], width: float = 1.6) -> None:
@@ -140,23 +129,15 @@ def _draw_regions(axes: Axes, regions: Regions, texts: Sequence[str], width: flo
     for index in reversed(range(len(regions))):
         x0, y0, x1, y1 = regions.boxes[index].tolist()
         color = level_color(regions.levels[index] or None)
-        for line, shade in ((width + 1.4, INK), (width, color)):
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=shade, lw=line))
+        outline(axes, (x0, y0, x1, y1), color, width)
         if texts:
             room = y0 > 14
-            right = x0 > 0.7 * axes.get_xlim()[1]  # the text would leave the picture
+            right = x0 > 0.7 * axes.get_xlim()[1]  # else the text leaves the picture
             axes.text(
                 x1 if right else x0, y0 if room else y1, texts[index], fontsize=9, color="black",
                 ha="right" if right else "left", va="bottom" if room else "top", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.9, "alpha": 0.95},
             )  # fmt: skip
-
-
-def _draw_keypoints(axes: Axes, regions: Regions, layout: KeypointLayout) -> None:
-    for index, points in enumerate(() if regions.keypoints is None else regions.keypoints.tolist()):
-        draw_keypoints(
-            axes, [tuple(xy) for xy in points], layout, level_color(regions.levels[index] or None)
-        )
 
 
 def _legend(figure: Figure, drawn: Sequence[Regions], label: str) -> None:
@@ -171,9 +152,3 @@ def _legend(figure: Figure, drawn: Sequence[Regions], label: str) -> None:
         handles=handles, loc="outside lower center", ncols=len(levels), fontsize=13,
         title=f"{label}pyramid level", title_fontsize=12,
     )  # fmt: skip
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
-    return path

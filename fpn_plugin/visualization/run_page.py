@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from detectron2.data import MetadataCatalog
 
 from fpn_plugin.data import check_datasets, read_image_or_say
 from fpn_plugin.inspection.box_levels import BoxLevels
-from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, find_errors
+from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, find_errors
 from fpn_plugin.mini import ensure_mini_datasets
 from fpn_plugin.utils.metrics import level_rows, loss_rows, task_metrics
 
@@ -30,12 +31,12 @@ _WORST = 12
 
 
 def run_page(run: Path, cfg: CfgNode, threshold: float = 0.5) -> Page:
-    """The report on a run as a page; it names what the run does not have.
+    """The report on a run as a page. It says which parts the run lacks.
 
     Args:
         run: its OUTPUT_DIR.
         cfg: its config.
-        threshold: least score of a detection that counts.
+        threshold: lowest score of a detection that counts.
     """
     page = Page(f"Run {run.resolve().name}", _summary(cfg))
     with tempfile.TemporaryDirectory() as folder:
@@ -68,18 +69,17 @@ def _add_results(page: Page, run: Path) -> None:
     for task, metrics in task_metrics(json.loads(path.read_text())):
         overall = {key: value for key, value in metrics.items() if "-" not in key}
         page.text(f"{task}, in percent")
-        page.table(list(overall), [[_number(value) for value in overall.values()]])
+        page.table(list(overall), [_numbers(overall.values())])
         by_class = {key[3:]: value for key, value in metrics.items() if key.startswith("AP-")}
         if by_class:
             page.text("AP by category")
-            names = list(by_class)
-            for start in range(0, len(names), 10):
-                some = names[start : start + 10]
-                page.table(some, [[_number(by_class[name]) for name in some]])
+            for start in range(0, len(by_class), 10):
+                some = dict(itertools.islice(by_class.items(), start, start + 10))
+                page.table(list(some), [_numbers(some.values())])
 
 
-def _number(value: float) -> float | str:
-    return "-" if value is None or math.isnan(value) else float(value)
+def _numbers(values: Iterable[float]) -> list[str]:
+    return ["-" if v is None or math.isnan(v) else f"{v:.1f}" for v in values]
 
 
 def _add_losses(page: Page, run: Path, folder: Path) -> None:
@@ -98,13 +98,13 @@ def _add_levels(page: Page, run: Path, folder: Path) -> None:
         page.text("Not logged: train with MODEL.FPN.LEVEL_STATS_PERIOD 20 to see them here.")
         return
     picture = plot_level_curves(statistics, folder / "levels.png")
-    page.picture(picture, "What each level did: single iterations faint, running means drawn.")
+    page.picture(picture, "Statistics of each level: iterations as points, running means as lines.")
     levels = sorted({level for by_level in statistics.values() for level in by_level})
-    rows = []
-    for name, title in FIGURES.items():
-        if name in statistics:
-            means = [_late_mean(statistics[name].get(level, [])) for level in levels]
-            rows.append([title, *means])
+    rows = [
+        [title, *(_late_mean(statistics[name].get(level, [])) for level in levels)]
+        for name, title in FIGURES.items()
+        if name in statistics
+    ]
     page.text("Means over the last quarter of the training")
     page.table(["", *map(level_title, levels)], rows)
 
@@ -120,7 +120,7 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     if not results.is_file() or not cfg.DATASETS.TEST:
         page.text(f"No detections: {results.name} is not in the run's folder inference.")
         return
-    name = cfg.DATASETS.TEST[-1]  # the evaluation of each replaces the file of the one before
+    name = cfg.DATASETS.TEST[-1]  # each evaluation replaces the file of the one before
     ensure_mini_datasets([name])
     check_datasets([name], "DATASETS.TEST")
     metadata = MetadataCatalog.get(name)
@@ -130,40 +130,29 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     page.text(
         f"On {name}: {len(errors.misses)} of {sum(errors.objects.values())} objects missed, "
         f"{len(errors.false_alarms)} of {sum(errors.detections.values())} detections false, at "
-        f"scores of {threshold:g} and an IoU of 0.5. Sizes are COCO's, in pixels of the image. A "
-        "box's level is that of Eq. (1) for the box itself at the network's input size; a "
-        "detection was pooled for its proposal, whose level may be the next."
+        f"scores from {threshold:g} on and an IoU of 0.5. Sizes are COCO's, in pixels of the "
+        "image. The level of a box is Eq. (1)'s for the box itself at the network's input size. A "
+        "detection was pooled for its proposal, whose level may be the next one."
     )
     page.picture(
         plot_errors(errors, levels.names, folder / "errors.png"),
         "Objects missed and detections that are false, as shares of all of that size or level.",
     )
-    _error_tables(page, errors, levels.names)
+    for headers, kinds, counts_in in (
+        (("objects", "missed"), MISS_KINDS, errors.missed_in),
+        (("detections", "false"), FALSE_ALARM_KINDS, errors.false_in),
+    ):
+        rows = [[level_title(group), *counts_in(group)] for group in (*SIZES, *levels.names)]
+        page.table(["", *headers, *kinds], rows)
     files = {image["id"]: image["file_name"] for image in dataset["images"]}
 
     def image_of(image_id: int) -> np.ndarray:
         return read_image_or_say(Path(metadata.image_root) / files[image_id])[:, :, ::-1]
 
     for mistakes, caption in (
-        (errors.misses, "The largest objects that were missed."),
+        (errors.misses, "The largest missed objects."),
         (errors.false_alarms, "The false alarms with the highest scores."),
     ):
         if mistakes:
             worst = mistakes[:_WORST]
             page.picture(draw_mistakes(worst, image_of, folder / "worst.png"), caption)
-
-
-def _error_tables(page: Page, errors: Errors, levels: Sequence[str]) -> None:
-    for mistakes, wholes, kinds, found in (
-        (errors.misses, errors.objects, MISS_KINDS, "missed"),
-        (errors.false_alarms, errors.detections, FALSE_ALARM_KINDS, "false"),
-    ):
-        rows = []
-        for place, groups in ((0, SIZES), (1, levels)):
-            for group in groups:
-                of_group = [m for m in mistakes if (m.size, m.level)[place] == group]
-                whole = sum(count for key, count in wholes.items() if key[place] == group)
-                by_kind = [sum(m.kind == kind for m in of_group) for kind in kinds]
-                rows.append([level_title(group), whole, len(of_group), *by_kind])
-        headers = ["", "objects" if found == "missed" else "detections", found, *kinds]
-        page.table(headers, rows)
