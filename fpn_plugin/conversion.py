@@ -24,7 +24,7 @@ from .config import value_at
 from .engine.build_errors import explained_build_errors
 from .engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from .engine.settings import load_config
-from .errors import UserError, first_line
+from .errors import UserError, one_line
 
 __all__ = [
     "CONFIG_KEYS",
@@ -495,7 +495,7 @@ def _explained_writing(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write --output {output}: {first_line(error)}") from error
+        raise UserError(f"cannot write --output {output}: {one_line(error)}") from error
 
 
 def _top_block_keys(state: dict[str, Tensor]) -> list[str]:

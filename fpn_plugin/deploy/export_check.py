@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpn_plugin.data import channels_first, resized_picture
-from fpn_plugin.errors import UserError, first_line
+from fpn_plugin.errors import UserError, one_line
 from fpn_plugin.modeling import image_channels
 
 from .comparison import Agreement
@@ -73,7 +73,7 @@ def export_checked(
             problems.append(str(error))
             continue
         except RuntimeError as error:  # the file does not take an image of this size
-            problems.append(f"{path} fails on the images: {first_line(error)}")
+            problems.append(f"{path} fails on the images: {one_line(error)}")
             continue
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
