@@ -14,16 +14,11 @@ from fpn_plugin.utils import atomic
 
 __all__ = ["MOMENTS", "train_until"]
 
-MOMENTS = (
-    "among its bytes",
-    "before they are on the disk",
-    "before it has its name",
-    "before last_checkpoint names it",
-)
+MOMENTS = ("among its bytes", "before they are on the disk", "before it has its name",
+           "before last_checkpoint names it")  # fmt: skip
 """When the process is killed."""
 
-_BYTES = 40 << 20
-"""A checkpoint of the tiny model has at least as many."""
+_BYTES = 40 << 20  # a checkpoint of the tiny model has more
 
 
 def train_until() -> None:

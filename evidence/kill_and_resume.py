@@ -33,7 +33,7 @@ _TRAIN = "from evidence.checkpoint_kills import train_until; train_until()"
 _STARTED = re.compile(r"Starting training from iteration (\d+)")
 _CONFIG = ".hooks.ExactResume.config."
 _LONGEST_SECONDS = 3600
-"""A training without output for longer hangs."""
+"""After this time, a training counts as hanging."""
 
 
 def kill_main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; those of the command line by default.
 
     Raises:
-        UserError: the folder is there or cannot be made, a training failed, or the two differ.
+        UserError: the folder exists or cannot be made, a training failed, or the two differ.
     """
     parser = ToolParser(
         description="Kill (SIGKILL) a tiny training at random moments, resume it each time, and "
@@ -69,24 +69,24 @@ def kill_main(argv: Sequence[str] | None = None) -> None:
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -> dict[str, Any]:
     """Trains twice on the same data, once without being killed.
 
-    Half of the kills come while a checkpoint is written, a quarter at any moment of the process,
-    also while it imports or loads, and a quarter while it trains.
+    Half of the kills come while a checkpoint is written. A quarter come at any moment of the
+    process, also during imports and loading, and a quarter in training.
 
     Args:
-        folder: is made.
+        folder: to make.
         kills: how many.
         seed: of the moments.
         workers: processes that load images.
 
     Returns:
-        ``kills``, by kind, those within a write by how far that was; ``resumed_at``: iterations
-        from which it went on; ``checkpoints_read``: how many times last_checkpoint named one
-        after a kill; ``unreadable_checkpoints``; ``half_written``: files that kills within a
-        write left so; ``differing_tensors``: of weights, optimizer and schedule.
+        ``kills`` by kind, those in a write by its progress; ``resumed_at``: iterations at which
+        processes started; ``checkpoints_read``: how many times last_checkpoint named one after a
+        kill; ``unreadable_checkpoints``; ``half_written``: incomplete files after kills in a write;
+        ``differing_tensors``: of weights, optimizer and schedule.
 
     Raises:
-        UserError: the folder is there or cannot be made; the training failed, or reached its end
-            before all kills.
+        UserError: the folder exists or cannot be made, the training failed, or it ended before all
+            kills.
     """
     make_new_folder(folder)
     dataset = make_squares(folder / "data")
@@ -105,7 +105,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
                 moment = MOMENTS[number // 2 % len(MOMENTS)]
                 kind = f"in a write, {moment}"
                 run.start(moment, draw.randint(1, 2), draw.random())
-                run.wait_until_killed()
+                run.wait(-signal.SIGKILL)
                 found["half written"] += run.half_written()
             else:
                 kind = "anywhere" if number % 4 == 1 else "in training"
@@ -129,13 +129,9 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, workers: int = 1) -
 
 
 def differing_tensors(one: Path, other: Path) -> list[str]:
-    """Names of the tensors and numbers in which two checkpoints differ in any bit.
+    """Names of the tensors and numbers that differ in any bit between two checkpoint files.
 
-    The configs that they keep are left out: runs have folders of their own.
-
-    Args:
-        one: of torch.save.
-        other: likewise.
+    Their configs are not compared: each run has its own folder.
     """
     left, right = (dict(_leaves(read_checkpoint(path), "")) for path in (one, other))
     names = sorted(name for name in set(left) | set(right) if _CONFIG not in name)
@@ -173,7 +169,7 @@ class _Run:
         self._log_begin = 0
 
     def start(self, moment: str = "never", nth: int = 0, fraction: float = 0.0) -> None:
-        """Starts it, or goes on; see :func:`evidence.checkpoint_kills.train_until`."""
+        """Starts or resumes it; see :func:`evidence.checkpoint_kills.train_until`."""
         self._log_begin = self._log.stat().st_size if self._log.is_file() else 0
         self._begun = time.monotonic()
         with open(self._log, "ab") as log:
@@ -185,34 +181,32 @@ class _Run:
             )
 
     def finish(self) -> tuple[float, float]:
-        """Lets it reach its end; seconds until it trained, and until its end.
+        """Runs it to its end: the seconds until it trained, and until its end.
 
         Raises:
             UserError: it ended otherwise.
         """
         self.start()
         begin = self._wait_until_it_trains()
-        status = self._process.wait(timeout=_LONGEST_SECONDS)
-        if status:
-            raise UserError(f"the training ended with status {status}: see {self._log}")
+        self.wait(0)
         return begin, time.monotonic() - self._begun
 
-    def wait_until_killed(self) -> None:
-        """Waits until it has killed itself.
+    def wait(self, expected: int) -> None:
+        """Waits for its end.
 
         Raises:
-            UserError: it ended otherwise.
+            UserError: it ended with another status than expected.
         """
         status = self._process.wait(timeout=_LONGEST_SECONDS)
-        if status != -signal.SIGKILL:
+        if status != expected:
             raise UserError(f"the training ended with status {status}: see {self._log}")
 
     def kill(self, after: float, in_training: bool, longest: float) -> None:
-        """Kills it some seconds after its start or, in training, at most ``longest`` after the
-        beginning of that.
+        """Kills it some seconds after its start or, in training, at most ``longest`` seconds after
+        training started.
 
         Raises:
-            UserError: it had ended before.
+            UserError: it had already ended.
         """
         if in_training:
             self._wait_until_it_trains()
@@ -228,9 +222,8 @@ class _Run:
         return any(self._output.glob(f"*.pth{PARTIAL}"))
 
     def read_last_checkpoint(self) -> str:
-        """Reads what last_checkpoint names: "read", "unreadable", or "none" if there is none.
-
-        Earlier ones are deleted.
+        """Reads the file that last_checkpoint names: "read", "unreadable", or "none" without one.
+        Deletes earlier checkpoints.
         """
         last = self._output / "last_checkpoint"
         if not last.is_file():
@@ -245,7 +238,7 @@ class _Run:
             return "unreadable"
 
     def began_at(self) -> list[int]:
-        """The iterations that its processes began with, as far as they came to train."""
+        """The first iteration of each of its processes that came to training."""
         return [int(found) for found in _STARTED.findall(self._log.read_text())]
 
     def _wait_until_it_trains(self) -> float:

@@ -50,7 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def cost_main(argv: Sequence[str] | None = None) -> None:
-    """Prints the cost of an observed iteration, and of the statistics at the config's period.
+    """Prints the cost of an iteration with statistics, and of statistics at the config's period.
 
     Args:
         argv: arguments; those of the command line by default.
@@ -72,7 +72,7 @@ def cost_main(argv: Sequence[str] | None = None) -> None:
 
 
 def cost_table(plain: Sequence[float], observed: Sequence[float], period: int) -> str:
-    """Medians, spread and ratio of paired timings, in words.
+    """Describes paired timings: medians, spread and ratio.
 
     Args:
         plain: seconds of iterations without statistics.
@@ -113,7 +113,8 @@ def paired_seconds(
 ) -> tuple[list[float], list[float]]:
     """Seconds of training iterations without and with statistics, on the same batches.
 
-    The two take turns at being first. The learning rate is 0, so that random weights stay finite.
+    Which comes first changes from batch to batch. The learning rate is 0, so that random weights
+    stay finite.
 
     Args:
         model: in training mode.

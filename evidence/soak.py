@@ -61,8 +61,8 @@ def soak_main(argv: Sequence[str] | None = None) -> None:
 def slope(rss: Sequence[int], warm_up: int) -> dict[str, float]:
     """The line of least squares through memory over steps.
 
-    Readings depend on those before, so an interval for independent ones would be far too narrow.
-    The interval is Student's for the means of ten blocks instead.
+    Each reading depends on earlier ones, so an interval for independent readings would be too
+    narrow. The interval is Student's, for the means of ten blocks.
 
     Args:
         rss: bytes after each step.
@@ -102,15 +102,12 @@ def _soak(cfg: Any, args: argparse.Namespace) -> dict[str, list[int]]:
     quiet.DATASETS.TEST = ()
     trainer = FPNTrainer(quiet)
     test = FPNTrainer.test
+    model, images = trainer.model, args.images
+    without = "evaluation without keeping predictions"
     for name, total, unit, call in (
         ("training", args.iterations, "iteration", trainer.train),
-        ("evaluation", args.images, "image", lambda: test(cfg, trainer.model)),
-        (
-            "evaluation without keeping predictions",
-            args.images,
-            "image",
-            lambda: test(cfg, trainer.model, _KeepsNothing()),
-        ),
+        ("evaluation", images, "image", lambda: test(cfg, model)),
+        (without, images, "image", lambda: test(cfg, model, _KeepsNothing())),
     ):
         with tqdm(total=total, unit=unit) as bar, _readings(trainer.model, bar) as found[name]:
             call()
@@ -118,7 +115,7 @@ def _soak(cfg: Any, args: argparse.Namespace) -> dict[str, list[int]]:
 
 
 class _KeepsNothing(DatasetEvaluator):
-    """COCOEvaluator holds every prediction until the end; this shows what the rest does."""
+    """Keeps no predictions. COCOEvaluator keeps all until the end."""
 
     def evaluate(self) -> dict[str, Any]:
         return {}
@@ -134,7 +131,7 @@ def _rss() -> int:
 
 @contextmanager
 def _readings(model: nn.Module, bar: tqdm) -> Iterator[list[int]]:
-    """The memory after each forward pass of a model within it."""
+    """Collects the memory after each forward pass of a model, in its block."""
     readings: list[int] = []
 
     def read(*_: Any) -> None:

@@ -22,7 +22,7 @@ def make_new_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise UserError(f"{folder} is there already: name a new folder with --output") from error
+        raise UserError(f"{folder} exists already: name a new folder with --output") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         message = getattr(error, "strerror", None) or error
         raise UserError(f"cannot make {folder}: {message}; name another with --output") from error
@@ -32,7 +32,7 @@ def make_squares(folder: Path, images: int = 12) -> str:
     """Makes a COCO-format dataset of bright squares on dark ground, some wide and some high.
 
     Args:
-        folder: is made; ``images/*.png`` and ``squares.json`` come to lie in it.
+        folder: to make; ``images/*.png`` and ``squares.json`` are written to it.
         images: how many.
 
     Returns:

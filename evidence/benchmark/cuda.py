@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, record_function
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.convolution import FusedConv2d
 from fpn_plugin.deploy.graphs import tf32_set
+from fpn_plugin.errors import one_line
 
 from .measure import MIB, Bench, bare_convolutions, calls_of, no_grad
 from .models import (
@@ -43,44 +44,29 @@ _STOCK, _AUTOCAST = "stock Detectron2", "stock under autocast"
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison, made when its turn comes.
+    """One comparison. ``calls`` is called when its turn comes."""
 
-    Attributes:
-        name: of what is compared; "{half}" stands for the dtype of half precision.
-        baseline: against what.
-        calls: gives the baseline's call and the plugin's.
-        aim: how many times faster the plugin should be.
-        limit: seconds that it should take at most.
-    """
-
-    name: str
+    name: str  # "{half}" stands for the dtype of half precision
     baseline: str
-    calls: Callable[[CudaBench], _Calls]
-    aim: float | None = None
-    limit: float | None = None
+    calls: Callable[[CudaBench], _Calls]  # returns the baseline's call and the plugin's
+    aim: float | None = None  # how many times faster the plugin should be
+    limit: float | None = None  # the plugin's largest time, in seconds
 
 
 @dataclass(frozen=True)
 class Count:
-    """One figure of both sides that should be low.
-
-    Attributes:
-        name: of what is counted.
-        measure: gives a call's figure.
-        calls: gives stock's call and the plugin's.
-        aim: what the plugin's should be at most; None for stock's.
-    """
+    """One figure of both sides that should be low."""
 
     name: str
-    measure: Callable[[Callable[[], object]], float]
-    calls: Callable[[CudaBench], _Calls]
-    aim: float | None = None
+    measure: Callable[[Callable[[], object]], float]  # returns the figure of a call
+    calls: Callable[[CudaBench], _Calls]  # returns stock's call and the plugin's
+    aim: float | None = None  # the plugin's largest figure; None for stock's
 
 
 class CudaBench(Bench):
     """Comparisons at one image size on a GPU; see :class:`Bench` for the arguments.
 
-    What cannot be measured, for example without enough memory, is noted in ``failed``.
+    Failed measurements, for example without enough memory, are recorded in ``failed``.
     """
 
     def __init__(self, device: str, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +84,7 @@ class CudaBench(Bench):
         return self._rows("comparisons")
 
     def steps(self) -> Iterator[Comparison]:
-        """Without graphs, and with a compiled backbone besides."""
+        """Without graphs, and with a compiled backbone."""
         return self._rows("steps")
 
     def training(self) -> Iterator[Comparison]:
@@ -122,26 +108,22 @@ class CudaBench(Bench):
         yield from self._measured(f"{name}, against {row.baseline}", timed)
 
     def _measured(self, name: str, action: Callable[[], _Found]) -> Iterator[_Found]:
-        """The result of an action; nothing if it fails, which is noted."""
+        """Yields the result of an action, or nothing if it fails. Failures are recorded."""
         try:
             found = action()
-        except Exception as error:  # out of memory, no profiler: others can be measured still
-            message = " ".join(str(error).split())[:200]
-            self.failed[name] = f"{type(error).__name__}: {message}"
+        except Exception as error:  # out of memory, no profiler: other measurements go on
+            self.failed[name] = f"{type(error).__name__}: {one_line(error)}"
             return
         yield found
 
     def figures(self, part: str) -> Iterator[tuple[str, Any]]:
         """The other measurements, see the base class."""
         for count in COUNTS.get(part, ()):
-            for both in self._measured(
-                count.name, lambda c=count: list(map(c.measure, c.calls(self)))
-            ):
-                theirs, ours = both
+            both = self._measured(count.name, lambda c=count: [*map(c.measure, c.calls(self))])
+            for theirs, ours in both:
                 aim = theirs if count.aim is None else count.aim
-                self.counted.append(
-                    {"name": count.name, "stock": theirs, "plugin": ours, "aim": aim}
-                )
+                figures = {"stock": theirs, "plugin": ours, "aim": aim}
+                self.counted.append({"name": count.name, **figures})
                 yield "counted", self.counted
         if part == "comparisons":
             for found in self._measured("bare convolutions", self.convolution_seconds):
@@ -154,10 +136,10 @@ class CudaBench(Bench):
         yield "failed", self.failed
 
     def convolution_calls(self) -> Callable[[], object]:
-        """Those in half precision, without biases, in one graph."""
+        """As the base class's, in half precision, without biases, in one graph."""
         model = optimize_for_inference(self.stock, dtype=self.half, graphs=None)
         called = bare_convolutions(model, self.inputs)
-        # Bare are products: a bias is another kernel unless a ReLU comes with it.
+        # Without biases: a bias is another kernel unless a ReLU follows.
         for module in model.modules():
             if isinstance(module, FusedConv2d):
                 module.bias = None
@@ -183,10 +165,10 @@ class CudaBench(Bench):
 
         Args:
             config: of Detectron2's model zoo.
-            images: in a batch.
-            half: whether ours computes in half precision.
+            images: number of images in a batch.
+            half: whether the optimised one computes in half precision.
             autocast: whether stock's does.
-            of_bytes: images are uint8, as from a data loader.
+            of_bytes: whether images are uint8, as from a data loader.
             left: fields that stay on the GPU.
         """
         if config not in self._stocks:
@@ -244,9 +226,7 @@ class CudaBench(Bench):
         return stock, ours
 
     def trainers(self, images: int, amp: bool) -> _Calls:
-        """A training iteration each, from images on the host, as Detectron2's loader gives them, to
-        the optimizer's step.
-        """
+        """A training iteration of each, from images on the host to the optimizer's step."""
         batch = training_batch(self.image.round().to(torch.uint8), images)
         models = (copy.deepcopy(self.stock), plugin_model(self.stock, self.device, **self._opts))
         stock, ours = (self._iteration(model, batch, amp) for model in models)
@@ -279,7 +259,7 @@ class CudaBench(Bench):
 
     @contextmanager
     def _noted_memory(self, name: str) -> Iterator[None]:
-        """Notes the memory of graphs that are captured within it."""
+        """Records the memory of graphs that are captured in its block."""
         before = _graph_memory()
         yield
         added = _graph_memory() - before
@@ -294,7 +274,7 @@ class CudaBench(Bench):
         autocast: bool = False,
         left: tuple[str, ...] = (),
     ) -> Callable[[], object]:
-        """A call that brings results to the host, except fields that are left."""
+        """A call that moves results to the host, except the fields in ``left``."""
         given = self.inputs if inputs is None else inputs
 
         def call() -> list[Any]:
@@ -316,8 +296,13 @@ def _trainers(images: int, amp: bool) -> Callable[[CudaBench], _Calls]:
     return lambda bench: bench.trainers(images, amp)
 
 
+def _spread_poolers(bench: CudaBench) -> _Calls:
+    return bench.poolers(spread=True)
+
+
 _BATCH_1, _BATCH_8 = "Faster R-CNN, {half}, batch 1", "Faster R-CNN, {half}, batch 8"
-_MASKS = "Mask R-CNN, {half}, batch 1"
+_FLOAT, _MASKS = "Faster R-CNN, float32, batch 1", "Mask R-CNN, {half}, batch 1"
+_LEFT = _detectors(MASK_R50, left=("pred_masks",))
 _SPREAD = "pooler, boxes of 12 to 400 px, channels last, {half}"
 _PROPOSED = "pooler, the RPN's boxes, channels last, {half}"
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -325,30 +310,20 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row(_BATCH_1, _STOCK, _detectors(FASTER_R50), 5, 0.004),
         Row(_BATCH_1, _AUTOCAST, _detectors(FASTER_R50, autocast=True), 5, 0.004),
         Row(f"{_BATCH_1}, uint8", _STOCK, _detectors(FASTER_R50, of_bytes=True), 5, 0.004),
-        Row("Faster R-CNN, float32, batch 1", _STOCK, _detectors(FASTER_R50, half=False), 3),
+        Row(_FLOAT, _STOCK, _detectors(FASTER_R50, half=False), 3),
         Row(_BATCH_8, _STOCK, _detectors(FASTER_R50, 8), 2.5),
         Row(_BATCH_8, _AUTOCAST, _detectors(FASTER_R50, 8, autocast=True), 2.5),
         Row(_MASKS, _STOCK, _detectors(MASK_R50), 3),
-        Row(
-            f"{_MASKS}, masks left on the GPU",
-            _STOCK,
-            _detectors(MASK_R50, left=("pred_masks",)),
-            3,
-        ),
+        Row(f"{_MASKS}, masks left on the GPU", _STOCK, _LEFT, 3),
         Row("RetinaNet, {half}, batch 1", _STOCK, _detectors(RETINANET_R50), 4),
         Row(_BATCH_1, "torchvision under autocast", CudaBench.torchvision, 3),
-        Row(_SPREAD, _STOCK, lambda bench: bench.poolers(spread=True), 5),
+        Row(_SPREAD, _STOCK, _spread_poolers, 5),
         Row(_PROPOSED, _STOCK, lambda bench: bench.poolers(spread=False), 5),
     ),
     "steps": (
         Row(f"{_BATCH_1}, no graphs", _STOCK, CudaBench.without_graphs),
         Row(f"{_BATCH_1}, compiled", _STOCK, lambda bench: bench.compiled(half=True), 5, 0.004),
-        Row(
-            "Faster R-CNN, float32, batch 1, compiled",
-            _STOCK,
-            lambda bench: bench.compiled(half=False),
-            3,
-        ),
+        Row(f"{_FLOAT}, compiled", _STOCK, lambda bench: bench.compiled(half=False), 3),
     ),
     "training": (
         Row("training iteration, AMP, batch 16", _STOCK, _trainers(16, True), 1.6),
@@ -356,14 +331,14 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("training iteration, float32, batch 16", _STOCK, _trainers(16, False), 1.3),
     ),
 }
-"""By part, in the order of measuring."""
+"""By part, in the order of measurement."""
 
 
 def waits(call: Callable[[], object]) -> int:
-    """How often a call waits for the GPU, by the CUDA functions that it is seen to call.
+    """How often a call waits for the GPU, by the CUDA functions that torch's profiler sees.
 
-    Those are seen by torch's profiler, in all threads: waits for a stream, an event or the device,
-    and copies that wait. Torch waits for a stream after each copy to the host's usual memory.
+    These are, in all threads, waits for a stream, an event or the device, and copies that wait.
+    Torch waits for a stream after each copy to pageable memory of the host.
 
     Raises:
         RuntimeError: the profiler sees no CUDA functions here.
@@ -382,7 +357,7 @@ _WAIT = re.compile(r"cu(da)?(Stream|Event|Device|Ctx)Synchronize|cu(da)?Memcpy(?
 
 
 def waits_among(events: Iterable[Any]) -> int:
-    """How many of a profiler's events, within the one that marks the call, wait for the GPU.
+    """How many of a profiler's events wait for the GPU, within the event that marks the call.
 
     Raises:
         RuntimeError: none of them is a launch.
@@ -396,7 +371,7 @@ def waits_among(events: Iterable[Any]) -> int:
 
 
 def peak_of_call(call: Callable[[], object]) -> float:
-    """Most memory of the GPU, in MiB, that a call takes in addition to what is allocated."""
+    """Peak memory of the GPU, in MiB, that a call allocates."""
     torch.cuda.synchronize()
     call()
     torch.cuda.reset_peak_memory_stats()
@@ -443,11 +418,7 @@ def _graph_memory() -> float:
 COUNTS: dict[str, tuple[Count, ...]] = {
     "comparisons": (
         Count("waits, one image", waits, _detectors(FASTER_R50), 1),
-        Count(
-            "MiB of the pooler, boxes of 12 to 400 px",
-            peak_of_call,
-            lambda bench: bench.poolers(spread=True),
-        ),
+        Count("MiB of the pooler, boxes of 12 to 400 px", peak_of_call, _spread_poolers),
     ),
     "training": (
         Count("waits, training, AMP, batch 2", waits, _trainers(2, True), 1),

@@ -52,9 +52,9 @@ class Bench:
 
     Args:
         device: "cpu" or "cuda".
-        image: as :func:`photograph` gives it.
+        image: as :func:`photograph` returns it.
         pairs: timed pairs of each comparison.
-        proposals: how many must be pooled.
+        proposals: the least number that must be pooled.
         opts: config keys of the models, dots written as two underscores.
 
     Raises:
@@ -83,7 +83,7 @@ class Bench:
         self.fast_half = self._made(self.half)
 
     def _made(self, dtype: torch.dtype, compile: bool = False) -> nn.Module:
-        """An optimised copy that has been called once; how long that took is kept."""
+        """An optimised copy after its first call. Records the seconds of both."""
         started = time.perf_counter()
         model = optimize_for_inference(self.stock, dtype=dtype, compile=compile)
         made = time.perf_counter() - started
@@ -93,7 +93,7 @@ class Bench:
         return model
 
     def differences(self) -> dict[str, float]:
-        """How far the optimised float32 copy's detections are stock's, see :class:`Agreement`."""
+        """Compares the optimised float32 copy's detections with stock's, see :class:`Agreement`."""
         agreement = Agreement()
         with torch.no_grad():
             theirs, ours = (
@@ -113,27 +113,21 @@ class Bench:
         for name, boxes in (("RPN's", self.proposals[0]), ("12 to 400 px", spread)):
             yield self._pooler(name, boxes.to(self.device), torch.contiguous_format, 4.0)
             yield self._pooler(name, boxes.to(self.device), torch.channels_last, None)
-        height, width = self.image.shape[1:]
-        other = torchvision_model(self.device, height, width)
+        other = torchvision_model(self.device, *self.image.shape[1:])
         picture = [(self.image.flip(0) / 255).to(self.device)]
-        yield compare(
-            "Faster R-CNN R50-FPN, float32",
-            "torchvision",
-            no_grad(lambda: other(picture)),
-            fast,
-            pairs=self.pairs,
-        )
+        calls = no_grad(lambda: other(picture)), fast
+        yield compare("Faster R-CNN R50-FPN, float32", "torchvision", *calls, pairs=self.pairs)
 
     def figures(self, part: str) -> Iterator[tuple[str, Any]]:
-        """Other measurements after the comparisons of a part, by their names in the report."""
+        """Further measurements after the comparisons of a part, by their names in the report."""
         if part == "comparisons":
             yield "bare_convolutions", self.convolution_seconds()
 
     def training(self) -> Iterator[Comparison]:
         """Each against stock Detectron2; then inference in the memory that training leaves.
 
-        The allocator keeps that memory, so the system does not provide it again. Stock's larger and
-        more numerous temporaries gain more from this.
+        The allocator keeps that memory, and the system need not provide it again. Stock gains more
+        from this: its temporaries are larger and more.
         """
         yield self._pooler_training()
         yield self._training()
@@ -142,10 +136,10 @@ class Bench:
             yield self._compare(f"inference after it, {dtype}", *self._calls(model), None)
 
     def steps(self) -> Iterator[Comparison]:
-        """The gain of each step of optimising, one after the other, and of compiling instead."""
+        """The gain of each step of the optimizer, one after the other, and of compiling instead."""
 
         def ignore(*_: object, **__: object) -> None:
-            """Takes a report of a step."""
+            """Ignores the record of a step."""
 
         model = copy.deepcopy(self.stock)
         fold(model, ignore)
@@ -164,16 +158,16 @@ class Bench:
                 yield self._compare(name, *self._calls(model), None)
 
     def convolution_calls(self) -> Callable[[], object]:
-        """A call of every convolution and matrix product of the optimised float32 model.
+        """Calls every convolution and matrix product of the optimised float32 model.
 
-        They are the operators that the model calls, without the ReLUs and sums fused into them.
+        These are the model's operators, without the ReLUs and sums fused into them.
         """
         return calls_of(bare_convolutions(self.fast, self.inputs))
 
     def convolution_seconds(self) -> dict[str, float]:
         """Seconds of the optimised model, and of its convolutions and matrix products one by one.
 
-        The latter may be the slower: the model's convolutions find their input in the cache.
+        The latter may be slower: in the model, convolutions find their input in the cache.
         """
         return self._convolution_seconds(self.fast)
 
@@ -198,7 +192,7 @@ class Bench:
             run()
         spent = {"convolutions, matrix products": 0.0}
         for event in profiler.key_averages():
-            # On a GPU kernels: in a graph they are no operators'.
+            # On a GPU, the time of kernels: in a graph, no operators call them.
             kind = torch.autograd.DeviceType
             if event.device_type != (kind.CUDA if on_gpu else kind.CPU):
                 continue
@@ -228,9 +222,10 @@ class Bench:
             x = self.stock.preprocess_image(self.inputs).tensor
             stages = self.stock.backbone.bottom_up(x)
         last = {k: v.contiguous(memory_format=torch.channels_last) for k, v in stages.items()}
-        calls = []
-        for backbone, maps in ((self.stock.backbone, stages), (self.fast.backbone, last)):
-            calls.append(no_grad(lambda b=backbone, m=maps: _with_stages(b, m)))
+        calls = [
+            no_grad(lambda b=backbone, m=maps: _with_stages(b, m))
+            for backbone, maps in ((self.stock.backbone, stages), (self.fast.backbone, last))
+        ]
         return self._compare("neck alone, float32", *calls, 1.5)
 
     def _features(self, layout: torch.memory_format) -> list[Tensor]:
@@ -260,17 +255,14 @@ class Bench:
             pooled = pooler(features, [Boxes(more)])
             torch.autograd.grad(pooled, features, torch.ones_like(pooled))
 
-        stock = self.stock.roi_heads.box_pooler
-        ours: PyramidROIPooler = self.fast.roi_heads.box_pooler
-        return self._compare(
-            "pooler, 1024 boxes, forward and backward", lambda: run(stock), lambda: run(ours), 2.0
-        )
+        poolers = (model.roi_heads.box_pooler for model in (self.stock, self.fast))
+        calls = [partial(run, pooler) for pooler in poolers]
+        return self._compare("pooler, 1024 boxes, forward and backward", *calls, 2.0)
 
     def _training(self) -> Comparison:
         batch = training_batch(self.image, 2)
-        calls = []
-        for model in (self.stock, plugin_model(self.stock, self.device, **self._opts)):
-            calls.append(lambda m=model: train_once(m, batch))
+        models = self.stock, plugin_model(self.stock, self.device, **self._opts)
+        calls = [partial(train_once, model, batch) for model in models]
         pairs = self._compare("training iteration, batch 2", *calls, 1.2)
         self.stock.eval()
         return pairs
@@ -282,9 +274,9 @@ def no_grad(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def calls_of(called: list[tuple[Callable[[Tensor], Tensor], Tensor]]) -> Callable[[], object]:
-    """Calls of all functions with their inputs, without gradients.
+    """Calls all functions with their inputs, without gradients.
 
-    No result is kept: all of them together would need new memory each time.
+    Results are not kept: all together would need new memory each time.
     """
 
     def run() -> None:
@@ -304,7 +296,7 @@ def train_once(model: nn.Module, batch: list[dict[str, Any]]) -> None:
 
 
 def _with_stages(backbone: nn.Module, stages: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A pyramid of stages that are there already."""
+    """The pyramid of given stages: the bottom-up network is not called."""
     bottom_up = backbone.bottom_up
     del backbone._modules["bottom_up"]
     backbone.__dict__["bottom_up"] = lambda _: stages
@@ -327,7 +319,7 @@ def bare_convolutions(
 
     for module in model.modules():
         if isinstance(module, FusedConv2d):
-            # Called in two ways, which both take their input so.
+            # It has two methods; both read their input through this one.
             module._input = partial(_recorded_input, module, called)
             fused.append(module)
         elif isinstance(module, nn.Conv2d | nn.Linear):
@@ -380,24 +372,13 @@ def scaling(
     stock = stock_model(device, image, **opts)
     fast = optimize_for_inference(stock)
     inputs = [{"image": image}] * (value if what == "batch" else 1)
-    pairs = compare(
-        f"{what} {value}",
-        "stock",
-        no_grad(lambda: stock(inputs)),
-        no_grad(lambda: fast(inputs)),
-        pairs=3,
-    )
+    calls = [no_grad(partial(model, inputs)) for model in (stock, fast)]
+    pairs = compare(f"{what} {value}", "stock", *calls, pairs=3)
     return {"stock": sorted(pairs.baseline_seconds)[1], "optimised": sorted(pairs.seconds)[1]}
 
 
-_MEMORY_KINDS = (
-    "stock",
-    "optimised",
-    "training stock",
-    "training plugin",
-    "pooler stock",
-    "pooler",
-)
+_MEMORY_KINDS = ("stock", "optimised", "training stock", "training plugin", "pooler stock",
+                 "pooler")  # fmt: skip
 
 
 def memory(device: str, height: int, width: int, image_path: str | None) -> dict[str, float]:
@@ -414,7 +395,7 @@ def memory(device: str, height: int, width: int, image_path: str | None) -> dict
 
 
 def _peak_of_process(device: str) -> float:
-    """Most memory that this process has had on the device so far, in MiB."""
+    """Peak memory of this process on the device so far, in MiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
     status = Path("/proc/self/status").read_text()
@@ -422,9 +403,9 @@ def _peak_of_process(device: str) -> float:
 
 
 def peak(kind: str, device: str, height: int, width: int, image_path: str | None) -> None:
-    """Prints the peak memory, in MiB, of one kind; called in a process of its own.
+    """Prints the peak memory, in MiB, of one kind. It is called in a new process.
 
-    Of a pooler: the memory that pooling adds to its maps and boxes.
+    For a pooler it is the memory that pooling adds to its maps and boxes.
     """
     base = 0.0
     if kind.startswith("pooler"):

@@ -66,12 +66,12 @@ def _set(cfg: CfgNode, device: str, opts: dict[str, Any]) -> CfgNode:
 
 
 def stock_model(device: str, image: Tensor, config: str = FASTER_R50, **opts: Any) -> nn.Module:
-    """Detectron2's own R-CNN or RetinaNet, seeded, with the spread of activations of a trained
-    one: frozen norms have the statistics of an image, and scores are not all alike.
+    """Detectron2's own R-CNN or RetinaNet, seeded, with activations spread as in a trained model:
+    frozen norms have the statistics of an image, and scores differ.
 
     Args:
-        device: that it is on.
-        image: as :func:`photograph` gives it.
+        device: of the model.
+        image: as :func:`photograph` returns it.
         config: of Detectron2's model zoo.
         opts: config keys, dots written as two underscores.
     """
@@ -106,7 +106,7 @@ def stock_model(device: str, image: Tensor, config: str = FASTER_R50, **opts: An
 
 
 def plugin_model(stock: nn.Module, device: str, **opts: Any) -> nn.Module:
-    """The plugin's twin with a stock model's weights, as ``fpn-plugin train`` makes it."""
+    """The plugin's model with a stock model's weights, as ``fpn-plugin train`` makes it."""
     cfg = _set(model_zoo.get_config(FASTER_R50), device, _keys(opts))
     model = build_model(cfg)
     model.load_state_dict(stock.state_dict())
@@ -130,7 +130,7 @@ def _keys(opts: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def proposals_of(model: nn.Module) -> Iterator[list[list[Boxes]]]:
-    """Within it, the list given has the boxes of each call of the model's box pooler."""
+    """Collects the boxes of each call of the model's box pooler, in its block."""
     pooled: list[list[Boxes]] = []
     hook = model.roi_heads.box_pooler.register_forward_pre_hook(
         lambda _, inputs: pooled.append(list(inputs[1]))

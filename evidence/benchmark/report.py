@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -26,7 +27,7 @@ __all__ = ["LEAST_PAIRS", "UNITS", "environment", "one_line", "spread", "write_r
 _OURS, _THEIRS = CATEGORY_COLORS[:2]
 
 LEAST_PAIRS = 7
-"""A comparison of fewer is a trial."""
+"""A comparison of fewer pairs is a trial."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,17 @@ def environment(device: str, size: tuple[int, int], pairs: int) -> dict[str, str
 def write_report(
     folder: Path, content: dict[str, Any], comparisons: dict[str, list[Comparison]]
 ) -> Path:
-    """Writes the results so far; called after each measurement.
+    """Writes the results so far. It is called after each measurement.
 
     Args:
-        folder: gets benchmark.json, benchmark.md and a chart a scaling.
+        folder: benchmark.json, benchmark.md and a chart of each scaling are written to it.
         content: by part: environment, differences, first_calls, bare_convolutions, profile,
             memory, accuracy, agreement, scaling; on a GPU also counted, graphs, graph_calls,
             trained_calls, failed, and differences and agreement without TF32.
-        comparisons: by part, comparisons, steps and training, in the order to list them in.
+        comparisons: by part (comparisons, steps, training), in the order of the report.
 
     Returns:
-        benchmark.md.
+        The path of benchmark.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
     timed = {
@@ -178,20 +179,14 @@ def _aims_table(
     counted: list[dict[str, Any]], comparisons: dict[str, list[Comparison]], unit: Unit
 ) -> str:
     """Measurements with an aim, and whether they meet it."""
-    rows = [
-        [
-            each.name,
-            each.baseline,
-            f"{statistics.median(each.baseline_seconds) * unit.of_a_second:.2f} {unit.symbol}",
-            f"{statistics.median(each.seconds) * unit.of_a_second:.2f} {unit.symbol}",
-            f"{each.ratio:.2f}",
-            _aim(each, unit),
-            "yes" if each.met else "no",
-        ]
-        for of_part in comparisons.values()
-        for each in of_part
-        if each.met is not None
-    ]
+    rows = []
+    for each in itertools.chain(*comparisons.values()):
+        if each.met is not None:
+            medians = map(statistics.median, (each.baseline_seconds, each.seconds))
+            times = (f"{median * unit.of_a_second:.2f} {unit.symbol}" for median in medians)
+            met = "yes" if each.met else "no"
+            aim = _aim(each, unit)
+            rows.append([each.name, each.baseline, *times, f"{each.ratio:.2f}", aim, met])
     for each in counted:
         met = "yes" if each["plugin"] <= each["aim"] else "no"
         figures = [f"{each[key]:.4g}" for key in ("stock", "plugin", "aim")]
@@ -209,25 +204,12 @@ def _aim(comparison: Comparison, unit: Unit) -> str:
 
 
 def _comparison_table(comparisons: list[Comparison], unit: Unit) -> str:
-    rows = [
-        [
-            each.name,
-            each.baseline,
-            unit.spread(each.baseline_seconds),
-            unit.spread(each.seconds),
-            spread(each.ratios, 2),
-            _aim(each, unit),
-        ]
-        for each in comparisons
-    ]
-    headers = [
-        "what",
-        "against",
-        f"its {unit.name}",
-        f"plugin's {unit.name}",
-        "times faster",
-        "aim",
-    ]
+    rows = []
+    for each in comparisons:
+        times = map(unit.spread, (each.baseline_seconds, each.seconds))
+        rows.append([each.name, each.baseline, *times, spread(each.ratios, 2), _aim(each, unit)])
+    headers = ["what", "against", f"its {unit.name}", f"plugin's {unit.name}", "times faster"]
+    headers.append("aim")
     return tabulate(rows, headers=headers, tablefmt="github") + "\n"
 
 

@@ -41,18 +41,14 @@ def argument_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     parser = ToolParser(
         description="Time the plugin against stock Detectron2 and torchvision. Run nothing else "
-        "on the machine. On a GPU both sides bring results to the host.",
+        "on the machine. On a GPU, times include moving the results to the host.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--output", type=output_folder, default="output/benchmark", help="folder to write to"
     )
-    parser.add_argument(
-        "--pairs",
-        type=at_least(1),
-        default=LEAST_PAIRS,
-        help=f"timed pairs of each comparison; fewer than {LEAST_PAIRS} are a trial",
-    )
+    pairs = f"timed pairs of each comparison; fewer than {LEAST_PAIRS} are a trial"
+    parser.add_argument("--pairs", type=at_least(1), default=LEAST_PAIRS, help=pairs)
     parser.add_argument(
         "--size", type=at_least(1, 10_000), nargs=2, default=(800, 1216), metavar=("H", "W")
     )
@@ -60,11 +56,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=at_least(1, 1024), help="threads of torch; its own choice by default"
     )
-    parser.add_argument(
-        "--trained",
-        metavar="RUN",
-        help="a run's folder, as output/demo: its AP in half precision, and agreement",
-    )
+    trained = "folder of a training, for example output/demo: compare its AP and its detections"
+    parser.add_argument("--trained", metavar="RUN", help=trained)
     parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
     return parser
 
@@ -130,8 +123,8 @@ def _line(comparison: Comparison, device: str) -> str:
 
 
 def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
-    """AP of a trained model and its fast copies, and how far the float32 one's detections are; on
-    a GPU also without TF32, and how the copy's calls ran.
+    """AP of a trained model and its fast copies, and how well the float32 copy's detections agree;
+    on a GPU also without TF32, and how the copy's calls ran.
     """
     cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", device])
     original = FPNTrainer.build_model(cfg)
@@ -148,7 +141,7 @@ def _accuracy(run: Path, device: str) -> dict[str, dict[str, float]]:
     points = {}
     for name, model in models.items():
         evaluator = COCOEvaluator(dataset, tasks=("bbox",), distributed=False)
-        # Detectron2's own test(): the plugin's writes files besides.
+        # Detectron2's own test(): the plugin's also writes files.
         results = DefaultTrainer.test.__func__(FPNTrainer, cfg, model, [evaluator])
         points[name] = results["bbox"]["AP"]
     loader = partial(FPNTrainer.build_test_loader, cfg, dataset)

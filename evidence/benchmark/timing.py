@@ -44,7 +44,7 @@ class Comparison:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """How long a call takes, with what it left to do on a GPU."""
+    """Seconds of a call, with its work on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -64,16 +64,16 @@ def compare(
     target: float | None = None,
     limit: float | None = None,
 ) -> Comparison:
-    """Times two calls in turn, which of them comes first changing from pair to pair.
+    """Times two calls in turn. The call that comes first changes from pair to pair.
 
     Args:
-        name: of what is compared.
-        baseline_name: of the other way.
-        baseline: that way.
-        ours: the plugin's.
-        pairs: how often; one more of each goes before, untimed.
-        target: the ratio hoped for.
-        limit: seconds hoped for.
+        name: of the comparison.
+        baseline_name: of the baseline.
+        baseline: its call.
+        ours: the plugin's call.
+        pairs: how many are timed, after one that is not.
+        target: the ratio to reach.
+        limit: the seconds to reach.
     """
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for pair in tqdm(range(pairs + 1), desc=name, unit="pair", leave=False):

@@ -1,1 +1,1 @@
-"""What a model and a training do, level by level. Nothing here changes either."""
+"""Reads what models and trainings do at each level, without changing them."""

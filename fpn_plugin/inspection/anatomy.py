@@ -1,6 +1,4 @@
-"""What a model is made of: levels, anchors, Eq. (1)'s box sizes, and each part's parameters and
-multiply-adds.
-"""
+"""The levels, anchors and box sizes of a model, and its parts' parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ from .level_observer import box_pooling
 
 __all__ = ["Anatomy", "Level", "Part", "SizeRange", "anatomy"]
 
-# Of a box head without an RPN, which would limit them.
-_DEFAULT_ROIS = 1000
+_DEFAULT_ROIS = 1000  # of a box head without an RPN
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ class Part:
         name: for example "bottom-up".
         parameters: numbers, frozen ones too, without buffers.
         trained: parameters that have a gradient.
-        multiply_adds: of convolutions and matrix products, for one image. An FLOP is an addition or
-            a multiplication: a multiply-add is two.
+        multiply_adds: of convolutions and matrix products, for one image; each is two FLOPs.
     """
 
     name: str
@@ -88,9 +84,9 @@ class Anatomy:
 
     Attributes:
         input_size: height and width, in pixels, as given.
-        padded_size: what the network sees, padded to the coarsest stride.
-        rois: how many regions the box head's multiply-adds are for.
-        detections: how many those of the mask and keypoint heads are for.
+        padded_size: of the network's input, padded to the coarsest stride.
+        rois: number of regions in the box head's multiply-adds.
+        detections: number of regions in those of the mask and keypoint heads.
         levels: finest first.
         parts: in the order of the forward pass; together the whole model.
         sizes: by level, finest first; empty for models that pool no regions.
@@ -113,13 +109,13 @@ def anatomy(
     rois: int | None = None,
     detections: int | None = None,
 ) -> Anatomy:
-    """Lists the parts of a model, which is put into evaluation mode.
+    """Lists the levels and parts of a model, and sets the model to evaluation mode.
 
     Args:
         model: any of Detectron2's architectures; weights do not matter.
-        input_size: height and width of an image as the network gets it, after resizing.
-        rois: regions that the box head takes; by default, as many as the RPN may propose.
-        detections: regions that mask and keypoint heads take; by default, the largest number of
+        input_size: height and width of an image after resizing.
+        rois: regions of the box head; by default, the RPN's largest number of proposals.
+        detections: regions of mask and keypoint heads; by default, the largest number of
             detections.
     """
     model.eval()
@@ -136,6 +132,7 @@ def anatomy(
     with torch.no_grad():
         maps = model.backbone(image)
     pooled, pooler = box_pooling(heads) if heads is not None else ([], None)
+    many = len(pooled) > 1
     return Anatomy(
         input_size=input_size,
         padded_size=padded,
@@ -143,10 +140,8 @@ def anatomy(
         detections=detections,
         levels=tuple(_levels(model, maps, pooled)),
         parts=tuple(_parts(model, image, maps, rois, detections)),
-        sizes=tuple(_size_ranges(pooled, pooler)) if len(pooled) > 1 else (),
-        canonical=(
-            (pooler.canonical_level, pooler.canonical_box_size) if len(pooled) > 1 else None
-        ),
+        sizes=tuple(_size_ranges(pooled, pooler)) if many else (),
+        canonical=(pooler.canonical_level, pooler.canonical_box_size) if many else None,
     )
 
 
@@ -183,15 +178,10 @@ def _levels(model: nn.Module, maps: dict[str, Tensor], pooled: Sequence[str]) ->
 
 
 def _size_ranges(names: Sequence[str], pooler: nn.Module) -> Iterable[SizeRange]:
-    for number, name in enumerate(names):
-        level = pooler.min_level + number
+    for level, name in enumerate(names, start=pooler.min_level):
         low = pooler.canonical_box_size * 2.0 ** (level - pooler.canonical_level)
-        yield SizeRange(
-            level=name,
-            stride=2**level,
-            low=0.0 if number == 0 else low,
-            high=math.inf if number == len(names) - 1 else 2 * low,
-        )
+        high = math.inf if name == names[-1] else 2 * low
+        yield SizeRange(name, 2**level, 0.0 if name == names[0] else low, high)
 
 
 def _parts(

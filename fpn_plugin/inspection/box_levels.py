@@ -25,7 +25,7 @@ class BoxLevels:
 
     def __init__(self, cfg: CfgNode, dataset: Mapping[str, Any]) -> None:
         self.names: list[str] = []
-        """Levels, finest first; empty if the config pools from no pyramid."""
+        """Levels, finest first; empty if the config does not pool from a pyramid."""
         numbered = [re.fullmatch(r"p(\d+)", name) for name in cfg.MODEL.ROI_HEADS.IN_FEATURES]
         if cfg.MODEL.META_ARCHITECTURE != "RetinaNet" and all(numbered):
             self.names = sorted(cfg.MODEL.ROI_HEADS.IN_FEATURES, key=lambda name: int(name[1:]))

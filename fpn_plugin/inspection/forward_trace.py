@@ -1,4 +1,4 @@
-"""What a trained model does with one image, level by level."""
+"""The regions and features of a trained model on one image, by pyramid level."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Regions:
 
     Attributes:
         boxes: float32 ``(N, 4)`` XYXY in pixels of the network's input.
-        levels: N names, "p2" for example; "" for a box without one.
+        levels: N names, for example "p2"; "" for a box without a level.
         scores: float32 ``(N,)``: of detections; objectness logits of proposals; 1 otherwise.
         classes: int64 ``(N,)``; -1 without classes.
         keypoints: float32 ``(N, K, 2)``, x and y in the same pixels; None without keypoints.
@@ -69,15 +69,15 @@ class Regions:
 
 @dataclass(frozen=True)
 class ForwardTrace:
-    """What a model did with one image; None stands for parts that it lacks.
+    """What a model did with one image. None stands for parts that it lacks.
 
     Attributes:
         image: uint8 RGB ``(H, W, 3)``, resized as the network sees it, without padding.
-        features: ``{level: (C, h, w)}``, float32, finest first, cells that begin on the image.
+        features: ``{level: (C, h, w)}``, float32, finest first, without cells of the padding.
         strides: of each level.
         proposed: the RPN's proposals, best first, with the level of their anchors.
-        pooled: what the box head pooled, with Eq. (1)'s level.
-        detections: best first, with the level each was pooled from.
+        pooled: the regions that the box head pooled, with Eq. (1)'s level.
+        detections: best first, with the level that each was pooled from.
         truths: ground truth without crowds; None without labels.
         matched: anchors that match ground truth, with their level; None without labels.
     """
@@ -117,7 +117,7 @@ def _overlaps(regions: Regions, truths: Regions) -> Tensor:
 
 
 def _first_hits(overlaps: Tensor) -> Tensor:
-    """Which boxes, in order, have a column of 0.5 or more that no earlier box took."""
+    """Which boxes, in order, have an IoU of 0.5 with an object that no earlier box has taken."""
     hits = torch.zeros(len(overlaps), dtype=torch.bool)
     for index in range(len(overlaps) if overlaps.shape[1] else 0):
         best, truth = overlaps[index].max(dim=0)
@@ -134,7 +134,7 @@ def forward_trace(
     image: np.ndarray,
     annotations: Sequence[dict[str, Any]] | None = None,
 ) -> ForwardTrace:
-    """Runs a model on an image and keeps what it did.
+    """Runs a model on an image and keeps its intermediate results.
 
     Args:
         model: trained, in evaluation mode.
@@ -185,10 +185,10 @@ def forward_trace(
 
 @contextmanager
 def recorded_levels(model: nn.Module) -> Iterator[None]:
-    """Gives detections of an R-CNN model ``pyramid_level``; other models are untouched.
+    """Gives detections of an R-CNN model ``pyramid_level``. Other models do not change.
 
-    A detection's box is not the box it was pooled for; its proposal is. Only the box predictor's
-    ``inference`` knows which proposal that was: it is called once more on the same predictions.
+    A detection was pooled for the box of its proposal, not for its own. Only the box predictor's
+    ``inference`` knows the proposal, so it is called once more on the same predictions.
 
     Args:
         model: in evaluation mode.
@@ -196,7 +196,7 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
     heads = getattr(model, "roi_heads", None)
     pooler = getattr(heads, "box_pooler", None)
     predictor = getattr(heads, "box_predictor", None)
-    # A cascade pools three times, for boxes that its predictors do not return.
+    # A cascade pools three times, for boxes that its predictors do not return: no levels.
     if not isinstance(pooler, PyramidROIPooler) or not hasattr(predictor, "inference"):
         yield
         return
@@ -207,7 +207,7 @@ def recorded_levels(model: nn.Module) -> Iterator[None]:
         for found, proposed, of_image in zip(output[0], proposals, indices, strict=True):
             found.pyramid_level = pooling_levels(pooler, proposed.proposal_boxes.tensor[of_image])
 
-    graphs = getattr(model, "graphs", None)  # they call no heads, and know levels themselves
+    graphs = getattr(model, "graphs", None)  # they do not call heads, and record levels themselves
     with ExitStack() as hooks:
         kept = keep_outputs(hooks, predictions=predictor)
         hooks.callback(heads.register_forward_hook(record, with_kwargs=True).remove)
@@ -229,7 +229,7 @@ def _regions(
 
 
 def _proposed(model: nn.Module, kept: dict[str, Any], size: tuple[int, int]) -> Regions | None:
-    """Finds each proposal among the RPN's decoded boxes: box and logit are copies, bit for bit."""
+    """Finds each proposal among the RPN's decoded boxes: box and logit are the same, to the bit."""
     if "rpn" not in kept:
         return None
     rpn, [found] = model.proposal_generator, kept["rpn"][0]

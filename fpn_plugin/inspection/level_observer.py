@@ -1,7 +1,8 @@
-"""What each level of a pyramid does in a training step, seen by hooks.
+"""Statistics of each pyramid level in a training step, collected by hooks.
 
-Hooks keep what modules take and return. After a module has run, its own methods are called again on
-that: they sample labels with the same random numbers, and compute losses of one level at a time.
+Hooks keep the inputs and outputs of modules. After a module has run, its own methods are called
+again on them: they sample labels with the same random numbers, and compute the losses of one level
+at a time.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ Losses = Callable[..., dict[str, Tensor]]
 
 @contextmanager
 def observed_levels(model: nn.Module) -> Iterator[LevelTally]:
-    """Counts what a training step does on each level.
+    """Collects the statistics of each level in a training step.
 
-    Losses, gradients, random numbers and what Detectron2 logs stay as they are. Observed are the
-    backbone's features, Detectron2's RPN, the box heads of its R-CNNs and RetinaNet, and their
-    subclasses; parts that a model lacks are left out. Losses of masks and keypoints are not split.
+    Losses, gradients, random numbers and Detectron2's logs stay the same. The statistics are of the
+    backbone's features, Detectron2's RPN, the box heads of its R-CNNs, RetinaNet, and their
+    subclasses. Parts that a model lacks are left out. Losses of masks and keypoints are not split.
 
     Args:
         model: in training mode; may be wrapped for distributed training.
@@ -82,7 +83,7 @@ def observed_levels(model: nn.Module) -> Iterator[LevelTally]:
 
 
 def keep_outputs(hooks: ExitStack, **modules: nn.Module) -> dict[str, Any]:
-    """Keeps the last output of each module, by the given name, as long as ``hooks`` is open."""
+    """Keeps the last output of each module, by its given name, until ``hooks`` is closed."""
     kept: dict[str, Any] = {}
     for name, module in modules.items():
 
@@ -94,7 +95,7 @@ def keep_outputs(hooks: ExitStack, **modules: nn.Module) -> dict[str, Any]:
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """An argument of a call that a hook sees, given by position or by name."""
+    """An argument of a hooked call, given by position or by name."""
     return kwargs[name] if name in kwargs else args[position]
 
 
@@ -141,14 +142,14 @@ def rpn_predictions(
 def matched_anchors(
     rpn: RPN, anchors: Sequence[Boxes], truths: Sequence[Instances]
 ) -> list[Tensor]:
-    """Which anchors match an object, by the RPN's matcher, before any are sampled: of each image,
-    bool over the anchors of all levels.
+    """Which anchors the RPN's matcher gives an object, before sampling: bool over the anchors of
+    all levels, for each image.
     """
     every = type(anchors[0]).cat(list(anchors))
     iou = pairwise_iou_rotated if isinstance(every, RotatedBoxes) else pairwise_iou
     matched = []
     for of_image in truths:
-        # Without memory on the GPU, on the CPU, as in Detectron2.
+        # On the CPU if the GPU's memory is too small, as in Detectron2.
         overlaps = retry_if_cuda_oom(iou)(of_image.gt_boxes, every)
         labels = retry_if_cuda_oom(rpn.anchor_matcher)(overlaps)[1].to(every.device)
         if rpn.anchor_boundary_thresh >= 0:
@@ -172,10 +173,10 @@ def _add_recall(tally: LevelTally, rpn: RPN, proposals: list[Instances], truths:
 
 
 def anchor_levels(rpn: RPN, boxes: Tensor) -> Tensor:
-    """Indices into ``rpn.in_features`` of the levels whose anchors are nearest in size.
+    """Finds the level whose anchors are nearest in size, as an index into ``rpn.in_features``.
 
-    Sizes are square roots of areas, and distances those of their logarithms: with one anchor size
-    a level (section 4.1), boxes change level halfway between, at 45 px for 32 and 64 px.
+    A size is the square root of an area. Distances are between logarithms of sizes: with one anchor
+    size per level (section 4.1), the limit between 32 and 64 px is 45 px.
 
     Args:
         rpn: its anchor generator holds the anchors of a cell of each level.
@@ -213,10 +214,10 @@ def _observe_box_heads(hooks: ExitStack, tally: LevelTally, heads: ROIHeads) -> 
                 if len(predictions[0]) != sum(map(len, proposals)):
                     raise UserError(
                         f"MODEL.FPN.LEVEL_STATS_PERIOD: {type(heads).__name__} predicts for other "
-                        "boxes than its label_and_sample_proposals gives; set it to 0"
+                        "boxes than its label_and_sample_proposals returns; set it to 0"
                     )
-                levels = pooling_levels(pooler, [of_image.proposal_boxes for of_image in proposals])
-                levels = levels - pooler.min_level
+                boxes = [of_image.proposal_boxes for of_image in proposals]
+                levels = pooling_levels(pooler, boxes) - pooler.min_level
                 classes = torch.cat([of_image.gt_classes for of_image in proposals])
                 foreground = (classes >= 0) & (classes < heads.num_classes)
                 tally.add("rois", names, _counts(levels, len(names)))
@@ -244,26 +245,18 @@ def box_pooling(heads: nn.Module) -> tuple[list[str], nn.Module]:
 
 def pooling_levels(pooler: nn.Module, boxes: Tensor | Boxes | Sequence[Boxes]) -> Tensor:
     """The level k that a pooler pools each box from, see :func:`fpn_plugin.assign_levels`."""
-    return assign_levels(
-        boxes,
-        pooler.min_level,
-        pooler.max_level,
-        pooler.canonical_box_size,
-        pooler.canonical_level,
-    )
+    ends = pooler.min_level, pooler.max_level
+    return assign_levels(boxes, *ends, pooler.canonical_box_size, pooler.canonical_level)
 
 
 def _loss_of(
-    losses: Losses,
-    predictions: tuple[Tensor, Tensor],
-    proposals: Sequence[Instances],
-    chosen: Tensor,
+    losses: Losses, predictions: Sequence[Tensor], proposals: Sequence[Instances], chosen: Tensor
 ) -> Tensor:
-    """The share of some RoIs in the box head's losses, which are means over all RoIs."""
+    """The part of the box head's losses, which are means over all RoIs, that chosen RoIs have."""
     parts = []
     by_image = chosen.split([len(of_image) for of_image in proposals])
     for of_image, mask in zip(proposals, by_image, strict=True):
-        # Masks and keypoints are slow to index, and not read.
+        # Masks and keypoints are left out: they are slow to index, and these losses need none.
         fields = {"proposal_boxes", "gt_classes", "gt_boxes"} & of_image.get_fields().keys()
         values = {name: of_image.get(name)[mask] for name in fields}
         parts.append(Instances(of_image.image_size, **values))
@@ -290,7 +283,7 @@ def _observe_retinanet(hooks: ExitStack, tally: LevelTally, model: RetinaNet) ->
             [permute_to_N_HWA_K(x, size) for x in maps]
             for maps, size in zip(kept["predictions"], (model.num_classes, 4), strict=True)
         )
-        # Losses are divided by a running mean of matched anchors, which each call moves.
+        # Losses are divided by a running mean of matched anchors, which each call updates.
         normalizer = model.loss_normalizer
         with EventStorage():
             parts = _dense_losses_by_level(unnormalized, anchors, logits, labels, deltas, boxes)
@@ -308,25 +301,21 @@ def _dense_losses_by_level(
     deltas: Sequence[Tensor],
     boxes: Sequence[Tensor],
 ) -> Tensor:
-    """Detectron2's losses over anchors, which are sums, of one level at a time."""
+    """Detectron2's losses over anchors, which are sums, one level at a time."""
     sizes = [len(level) for level in anchors]
-    labels_by_image = [of_image.split(sizes) for of_image in labels]
-    boxes_by_image = [of_image.split(sizes) for of_image in boxes]
+    labels_by_level, boxes_by_level = (
+        list(zip(*(of_image.split(sizes) for of_image in values), strict=True))
+        for values in (labels, boxes)
+    )
     parts = []
-    for level in range(len(anchors)):
-        of_level = losses(
-            [anchors[level]],
-            [predictions[level]],
-            [of_image[level] for of_image in labels_by_image],
-            [deltas[level]],
-            [of_image[level] for of_image in boxes_by_image],
-        )
-        parts.append(sum(of_level.values()))
+    for level, (targets, truths) in enumerate(zip(labels_by_level, boxes_by_level, strict=True)):
+        given = [anchors[level]], [predictions[level]], targets, [deltas[level]], truths
+        parts.append(sum(losses(*given).values()))
     return torch.stack(parts)
 
 
 def _counts(levels: Tensor, count: int) -> Tensor:
-    """How many indices are 0, 1, ... ``count - 1``; nothing leaves the device."""
+    """How often each of 0, 1, ... ``count - 1`` occurs; no transfer from the device."""
     return (levels[:, None] == torch.arange(count, device=levels.device)).sum(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""Sums by pyramid level, and the figures that are logged of them."""
+"""Sums by pyramid level, and the figures that are logged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LevelTally:
 
 
 def level_scalars(processes: Iterable[Sums]) -> dict[str, float]:
-    """The logged figures of sums: ``{"fpn_<figure>/<level>": value}``.
+    """Computes the logged figures from sums: ``{"fpn_<figure>/<level>": value}``.
 
     ===================  ===========================================================================
     figure               value
@@ -68,7 +68,7 @@ def level_scalars(processes: Iterable[Sums]) -> dict[str, float]:
     share                share of both together
     ===================  ===========================================================================
 
-    Shares of 0, such as the recall of a level without objects, are left out.
+    Shares of nothing, such as the recall of a level without objects, are left out.
 
     Args:
         processes: the sums of every process.

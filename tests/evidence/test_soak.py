@@ -31,7 +31,7 @@ def test_the_interval_holds_the_slope_where_readings_wander():
 def test_warming_up_must_leave_readings(tmp_path):
     with pytest.raises(UserError, match="--warm-up leaves fewer than 100 readings"):
         soak_main(["--iterations", "400", "--output", str(tmp_path / "new")])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         soak_main(["--output", str(tmp_path)])
     (tmp_path / "file").write_text("")
     for name in (tmp_path / "file" / "new", "n" * 300, "a\0b"):

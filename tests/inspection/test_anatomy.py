@@ -101,5 +101,5 @@ def test_the_tool_prints_and_draws(tmp_path, capsys):
     assert "Input 320 x 256 px" in said
     with Image.open(picture) as image:
         assert image.width > 1000
-    with pytest.raises(UserError, match="MAX_SIZE_TEST make 15000 x 20000 px: sides are 1 to"):
+    with pytest.raises(UserError, match="make 15000 x 20000 px; expected sides of 1 to"):
         inspect_main(["--config-file", FASTER, "INPUT.MIN_SIZE_TEST", "15000", *unbounded])
