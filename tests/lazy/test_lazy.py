@@ -265,7 +265,7 @@ def lazy_args(name, dataset, tmp_path):
 
 def test_a_config_that_ends_in_py_is_lazy_without_being_said(monkeypatch, squares, tmp_path):
     started = []
-    monkeypatch.setattr(run, "launch", lambda *args: started.append(args[-1][0]))
+    monkeypatch.setattr(run, "launch", lambda work, *_: started.append(work.__self__))
     with forgotten():
         train_main([*lazy_args("faster_rcnn_R_18_FPN", squares, tmp_path), "train.seed=3"])
     assert [(type(each), each.config["seed"]) for each in started] == [(LazyRun, 3)]
