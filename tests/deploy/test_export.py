@@ -52,12 +52,9 @@ def threshold_owner(model) -> torch.nn.Module:
 
 
 def assert_the_models(model, exported, cases, *, box_px=0.05, score=1e-4):
-    found = detection_differences(model, exported, cases)
-    assert found["other"] == 0
-    assert found["box (px)"] <= box_px
-    assert found["score"] <= score
-    assert found["mask"] <= 10 * score
-    return found["detections"]
+    detections, other, box, by_score, mask = detection_differences(model, exported, cases).values()
+    assert other == 0 and box <= box_px and by_score <= score and mask <= 10 * score
+    return detections
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,18 +78,12 @@ def test_masks_are_the_models(detector, cases):
 
 DYNAMIC = hasattr(torch.export.Dim, "DYNAMIC")
 needs_dynamic = pytest.mark.skipif(not DYNAMIC, reason="this torch.export has no dynamic sizes")
+ONNX, TORCH_EXPORT = (pytest.param(kind, marks=needs_dynamic) for kind in ("onnx", "torch_export"))
 
 
 # Mask R-CNN does all that Faster R-CNN does.
 @pytest.mark.parametrize("kind", ["mask", "retinanet"])
-@pytest.mark.parametrize(
-    "format",
-    [
-        "torchscript",
-        pytest.param("onnx", marks=needs_dynamic),
-        pytest.param("torch_export", marks=needs_dynamic),
-    ],
-)
+@pytest.mark.parametrize("format", ["torchscript", ONNX, TORCH_EXPORT])
 def test_a_file_gives_the_models_detections(kind, format, detector, cases, tmp_path):
     model = detector(kind)
     if format == "torch_export":
@@ -110,12 +101,9 @@ def test_a_file_gives_the_models_detections(kind, format, detector, cases, tmp_p
 
 @pytest.mark.parametrize(
     ("kind", "format"),
-    [
-        ("faster", "torchscript"),
-        pytest.param("mask", "onnx", marks=needs_dynamic),
-        pytest.param("retinanet", "torch_export", marks=needs_dynamic),
-    ],
-)
+    [("faster", "torchscript"), pytest.param("mask", "onnx", marks=needs_dynamic),
+     pytest.param("retinanet", "torch_export", marks=needs_dynamic)],
+)  # fmt: skip
 def test_a_file_that_detects_nothing(kind, format, detector, cases, tmp_path):
     model = detector(kind)
     threshold_owner(model).test_score_thresh = 1.1

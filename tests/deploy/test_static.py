@@ -80,13 +80,9 @@ def test_more_candidates_than_there_is_room_for_are_not_exact_unless_enough_are_
     corner = torch.arange(6.0)[None, :, None] * 100
     apart = torch.cat([corner, corner, corner + 10, corner + 10], dim=2)
     scores = torch.linspace(0.9, 0.4, 6)[None]
-    none = torch.zeros(1, 6, dtype=torch.int64)
-    source = torch.arange(6)[None]
-    for boxes, most, exact in (
-        (apart, 4, True),
-        (apart, 5, False),
-        (apart[:, :1].expand(-1, 6, -1), 4, False),
-    ):
+    none, source = torch.zeros(1, 6, dtype=torch.int64), torch.arange(6)[None]
+    same = apart[:, :1].expand(-1, 6, -1)
+    for boxes, most, exact in ((apart, 4, True), (apart, 5, False), (same, 4, False)):
         found = static._suppressed(boxes, scores, none, source, 0.5, most)
         assert found.exact.tolist() == [exact]
 
@@ -188,9 +184,7 @@ class TestOnGPU:
             for ours in several:
                 assert_same(ours, expected[number % 2], least=0)
 
-    def test_copies_start_without_graphs_and_weights_may_change(
-        self, detector, images, exact_digits
-    ):
+    def test_copies_have_no_graphs_and_weights_may_change(self, detector, images, exact_digits):
         model = detector("faster").cuda()
         fast = optimize_for_inference(model, example=images[0]["image"])
         assert len(fast.graphs) == 1

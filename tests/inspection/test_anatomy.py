@@ -67,21 +67,21 @@ def test_multiply_adds_and_parameters_by_hand(make_model):
 
 
 @pytest.mark.parametrize(
-    ("name", "opts"),
+    "name",
     [
-        ("mini/table1_a_C4.yaml", ()),
-        ("mini/table1_d_bottom_up_unshared.yaml", ()),
-        ("mini/table2_c_FPN.yaml", ()),
-        ("mini/table3_a_C4.yaml", ()),
-        ("mini/mask_rcnn_R_18_FPN.yaml", ()),
-        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", ()),
-        ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", ()),
-        ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", ()),
-        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", ()),
+        "mini/table1_a_C4.yaml",
+        "mini/table1_d_bottom_up_unshared.yaml",
+        "mini/table2_c_FPN.yaml",
+        "mini/table3_a_C4.yaml",
+        "mini/mask_rcnn_R_18_FPN.yaml",
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
     ],
 )
-def test_parts_are_the_whole_model(name, opts, make_config):
-    model = build_model(make_config(name, *opts))
+def test_parts_are_the_whole_model(name, make_config):
+    model = build_model(make_config(name))
     parts = anatomy(model, (128, 160), rois=5, detections=3)
     assert sum(p.parameters for p in parts.parts) == sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -51,26 +51,26 @@ def test_errors_of_a_model_without_levels_are_drawn_by_size_alone(tmp_path, draw
         assert told == [list(MISS_KINDS), list(FALSE_ALARM_KINDS)]
 
 
-def test_every_level_has_its_row_where_no_box_is_pooled(tmp_path, drawn):
+def drawn_anatomy(numbers, sizes, canonical, path):
+    """Draws levels without anchors."""
     levels = tuple(
-        Level(f"p{k}", 2**k, 16, 256 >> k, 256 >> k, 0, (), (), pooled=False) for k in (3, 4, 5)
+        Level(f"p{k}", 2**k, 16, 256 >> k, 256 >> k, 0, (), (), bool(sizes)) for k in numbers
     )
-    parts = (Part("bottom-up", 10, 10, 20),)
-    draw_anatomy(Anatomy((256, 256), (256, 256), 0, 0, levels, parts, (), None), tmp_path / "a.png")
+    side, parts = (256, 256), (Part("bottom-up", 10, 10, 20),)
+    draw_anatomy(Anatomy(side, side, 0, 0, levels, parts, sizes, canonical), path)
+
+
+def test_every_level_has_its_row_where_no_box_is_pooled(tmp_path, drawn):
+    drawn_anatomy((3, 4, 5), (), None, tmp_path / "a.png")
     axes = drawn[0].axes[0]
     assert axes.get_ylim() == (2.5, -0.5)
 
 
 def test_a_bar_of_an_octave_has_its_label_before_it(tmp_path, drawn):
     """At half size the label would reach beyond the bar; the open-ended ones are wide enough."""
-    levels = tuple(
-        Level(f"p{k}", 2**k, 16, 256 >> k, 256 >> k, 0, (), (), pooled=True) for k in (2, 3, 4)
-    )
     sizes = (SizeRange("p2", 4, 0, 112), SizeRange("p3", 8, 112, 224),
              SizeRange("p4", 16, 224, np.inf))  # fmt: skip
-    parts = (Part("bottom-up", 10, 10, 20),)
-    anatomy = Anatomy((256, 256), (256, 256), 0, 0, levels, parts, sizes, (4, 224.0))
-    draw_anatomy(anatomy, tmp_path / "a.png")
+    drawn_anatomy((2, 3, 4), sizes, (4, 224.0), tmp_path / "a.png")
     texts = {text.get_text(): text for text in drawn[0].axes[0].texts}
     assert texts["112 to 224"].get_ha() == "right"
     assert texts["112 to 224"].get_position()[0] < 112
