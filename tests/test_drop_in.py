@@ -9,7 +9,6 @@ from pathlib import Path
 import detectron2
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
@@ -18,6 +17,7 @@ from detectron2.utils.events import EventStorage
 
 from evidence.tiny import tiny_options
 from fpn_plugin import FeaturePyramidNetwork, PyramidROIPooler, model_zoo
+from tests.helpers.datasets import forgotten
 
 PAGE = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
 MINI = "mini/faster_rcnn_R_18_FPN.yaml"
@@ -78,21 +78,19 @@ def test_detectron2s_train_net_trains_with_the_pages_setup(squares, tmp_path, mo
     monkeypatch.setattr(train_net, "setup", page["setup"])
 
     annotations, images = squares.partition("=")[2].rsplit(":", 1)
-    register_coco_instances("squares", {}, annotations, images)
-    try:
-        options = tiny_options(squares, tmp_path / "run", workers=0)
-        options = options[options.index("MODEL.DEVICE") :]
-        parsed = default_argument_parser().parse_args(
-            ["--config-file", model_zoo.get_config_file(MINI), *options, "SOLVER.MAX_ITER", "2"]
-        )
+    options = tiny_options(squares, tmp_path / "run", workers=0)
+    options = options[options.index("MODEL.DEVICE") :]
+    options += ["DATASETS.TRAIN", "('page',)", "DATASETS.TEST", "('page',)"]
+    parsed = default_argument_parser().parse_args(
+        ["--config-file", model_zoo.get_config_file(MINI), *options, "SOLVER.MAX_ITER", "2"]
+    )
+    with forgotten():
+        register_coco_instances("page", {}, annotations, images)
         train_net.main(parsed)
-    finally:
-        DatasetCatalog.remove("squares")
-        MetadataCatalog.remove("squares")
     lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert any(0 < each.get("total_loss", 0) < 100 for each in told)
-    assert any(0 <= each.get("bbox/AP", -1) <= 100 for each in told)
+    rows = [json.loads(line) for line in lines]
+    assert any(0 < each.get("total_loss", 0) < 100 for each in rows)
+    assert any(0 <= each.get("bbox/AP", -1) <= 100 for each in rows)
     state = torch.load(tmp_path / "run" / "model_final.pth", weights_only=False)["model"]
     assert "backbone.fpn_lateral2.weight" in state
     assert "backbone.fpn_output5.weight" not in state  # the plugin's reading, from its config

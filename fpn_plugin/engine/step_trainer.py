@@ -1,7 +1,6 @@
 """Detectron2's trainer of single steps, in a precision, and in several processes on the CPU."""
 
-from __future__ import annotations
-
+# No annotations as text here: torch reads those of _mean_in_order_of_ranks.
 from typing import Any
 
 import torch

@@ -497,7 +497,7 @@ def test_headers_alone_tell_sizes_but_not_that_a_file_is_cut_off(whole, capsys):
     cut(whole, "JPEG")
     whole.write()
     check_main([whole.json_file, whole.images, "--images", "headers"])
-    assert "those cut off are not found" in capsys.readouterr().out
+    assert "cut-off files are not found" in capsys.readouterr().out
     save(whole, np.zeros((9, 9, 3), np.uint8))
     assert found(whole, look="headers") == {"image_other_size": 1}
     assert found(whole, look="none") == {}
