@@ -13,8 +13,8 @@ __all__ = ["add_fpn_config", "flat_keys", "value_at"]
 
 
 def add_fpn_config(cfg: CfgNode) -> None:
-    """Adds the plugin's keys with their defaults: MODEL.FPN.*, MODEL.TIMM.*, MODEL.TORCHVISION.*
-    and SOLVER.AMP.DTYPE.
+    """Adds the plugin's keys with their defaults: MODEL.FPN.*, MODEL.TIMM.*, MODEL.TORCHVISION.*,
+    SOLVER.AMP.DTYPE, SOLVER.EPOCHS, SOLVER.BEST_METRIC and SOLVER.PATIENCE.
 
     Detectron2's own keys of MODEL.FPN (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they
     are. A key that exists already keeps its value, so calling it again is safe.
@@ -76,15 +76,27 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         "NORM": "FrozenBN",
     }
+    solver = {
+        # Above 0: the length of a training in passes over its images, instead of MAX_ITER. Then
+        # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same.
+        "EPOCHS": 0,
+        # The metric, such as "bbox/AP", whose best evaluation is kept as model_best.pth; "": none.
+        "BEST_METRIC": "",
+        # A training ends after so many evaluations in a row without a better BEST_METRIC; 0: never.
+        "PATIENCE": 0,
+    }
     # What mixed precision computes in: "float16", or "bfloat16", which has no gradients to scale.
-    if "DTYPE" not in cfg.SOLVER.AMP:
-        cfg.SOLVER.AMP.DTYPE = "float16"
-    for name, keys in (("FPN", defaults), ("TIMM", timm), ("TORCHVISION", torchvision)):
-        if name not in cfg.MODEL:
-            cfg.MODEL[name] = CfgNode()
+    amp = {"DTYPE": "float16"}
+    for parent, name, keys in (
+        (cfg.MODEL, "FPN", defaults),
+        (cfg.MODEL, "TIMM", timm),
+        (cfg.MODEL, "TORCHVISION", torchvision),
+        (cfg, "SOLVER", solver),
+        (cfg.SOLVER, "AMP", amp),
+    ):
+        node = parent.setdefault(name, CfgNode())
         for key, default in keys.items():
-            if key not in cfg.MODEL[name]:
-                cfg.MODEL[name][key] = default
+            node.setdefault(key, default)
 
 
 def flat_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -322,6 +322,11 @@ class StrictCheckpointer(DetectionCheckpointer):
                 kwargs["classes"] = list(self._classes)
             super().save(name, **kwargs)
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Names the checkpoint to resume from, which the best model is not."""
+        if last_filename_basename != "model_best.pth":
+            super().tag_last_checkpoint(last_filename_basename)
+
     def _check_finite(self, name: str) -> None:
         for key, value in self.model.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():

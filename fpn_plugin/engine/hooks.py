@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,17 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 
-from fpn_plugin.utils.atomic import explained_full_disk
+from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.utils.atomic import explained_full_disk, written_whole
 from fpn_plugin.visualization import plot_losses
 
+from .checkpoint import StrictCheckpointer
 from .level_statistics import LevelStatistics
 from .nonfinite import NonFiniteCheck, SkippedSteps
 from .resume import ResumeState
 from .run_config import RunConfig
 
-__all__ = ["JointEvalHook", "LossCurve", "TrainingHooks"]
+__all__ = ["BestModel", "JointEvalHook", "LossCurve", "TrainingHooks"]
 
 
 class LossCurve(HookBase):
@@ -78,6 +82,91 @@ class JointEvalHook(EvalHook):
         super()._do_eval()
 
 
+class _Ended(UserError):
+    """Ends a training that no longer improves."""
+
+
+class BestModel(HookBase):
+    """Keeps the model of the best evaluation as model_best.pth, and ends a training in time.
+
+    best.json has the metric of each evaluation, and a resumed run continues with it. Detectron2's
+    BestCheckpointer forgets the best result then, and makes a run resume from its best model.
+
+    Args:
+        checkpointer: of the run.
+        config: of the run: the metric, such as "bbox/AP", when it evaluates, and its patience.
+    """
+
+    def __init__(self, checkpointer: StrictCheckpointer, config: RunConfig) -> None:
+        self._checkpointer = checkpointer
+        self._key, self._metric = config.key("best_metric"), config["best_metric"]
+        self._period, self._patience = config["eval_period"], config["patience"]
+        self._file = Path(config["output_dir"]) / "best.json"
+        self._values: dict[int, float] = {}  # by iteration
+
+    def before_train(self) -> None:
+        """Reads the earlier results of a resumed run; ends it again if it had ended."""
+        if comm.is_main_process() and self.trainer.iter and self._file.is_file():
+            earlier = json.loads(self._file.read_text()).get(self._metric, {})
+            iterations = (i for i in map(int, earlier) if i < self.trainer.iter)
+            self._values = {i: earlier[str(i)] for i in iterations}
+        self._end_without_improvement()
+
+    def after_step(self) -> None:
+        """Compares the results, if there was an evaluation.
+
+        Raises:
+            UserError: the metric is not among them.
+        """
+        done = self.trainer.iter + 1
+        if self._period and done % self._period == 0 and done < self.trainer.max_iter:
+            self._compare()
+            self._end_without_improvement()
+
+    def after_train(self) -> None:
+        """Compares the results of the last evaluation."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._compare()
+
+    def _compare(self) -> None:
+        if not comm.is_main_process():
+            return
+        latest = {
+            name: value
+            for name, (value, iteration) in self.trainer.storage.latest().items()
+            if iteration == self.trainer.iter and "/" in name
+        }
+        if self._metric not in latest:
+            raise UserError(
+                f"{self._key} is {self._metric!r}, and the evaluation has no such result; "
+                f"{near_names(self._metric, latest)}"
+            )
+        now = min(self.trainer.iter, self.trainer.max_iter - 1)  # max_iter after the last
+        value = latest[self._metric]
+        # Not a number, where a class has no objects, is no result.
+        best = max(self._values.values(), default=-math.inf)
+        self._values[now] = value if math.isfinite(value) else -1.0
+        if self._values[now] > best:
+            self._checkpointer.save("model_best", iteration=now)
+        with written_whole(str(self._file), "w") as file:
+            file.write(json.dumps({self._metric: self._values}))
+
+    def _end_without_improvement(self) -> None:
+        """Ends the training if patience is exhausted, in every process."""
+        values = list(self._values.values())
+        since = len(values) - 1 - values.index(max(values)) if values else 0
+        if not comm.all_gather(0 < self._patience <= since)[0]:
+            return
+        self._checkpointer.save("model_final", iteration=self.trainer.iter)
+        logging.getLogger(__name__).info(
+            "%s was not better in the last %d evaluations: the training ends. Its best model is "
+            "model_best.pth",
+            self._metric,
+            since,
+        )
+        raise _Ended
+
+
 class TrainingHooks:
     """What this plugin adds to the hooks of a training.
 
@@ -102,13 +191,17 @@ class TrainingHooks:
         step.register_hooks([self._nonfinite])
 
     def around(
-        self, hooks: Sequence[HookBase | None], augmented: Callable[[], dict[str, Any]]
+        self,
+        hooks: Sequence[HookBase | None],
+        augmented: Callable[[], dict[str, Any]],
+        checkpointer: StrictCheckpointer,
     ) -> list[HookBase | None]:
         """All hooks of the training, in their order.
 
         Args:
             hooks: Detectron2's; each EvalHook becomes a :class:`JointEvalHook`.
             augmented: evaluates with test-time augmentation, once, when training ends.
+            checkpointer: of the run.
         """
         step, config = self._step, self._config
         scaler = getattr(step, "grad_scaler", None)
@@ -126,11 +219,15 @@ class TrainingHooks:
             found.append(JointEvalHook(hook._period, hook._func))
             if config["augmented_test"]:
                 found.append(JointEvalHook(0, augmented))
+            if config["best_metric"]:
+                found.append(BestModel(checkpointer, config))
         return [*found, LossCurve(config["output_dir"]) if comm.is_main_process() else None]
 
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Within it, the training runs; a full disk and a number that is not finite are reported.
+
+        A training that ends because it no longer improves leaves it without an error.
 
         Raises:
             UserError: the disk is full.
@@ -139,5 +236,5 @@ class TrainingHooks:
         """
         remedy = "make room, then continue with --resume"
         full = explained_full_disk(f"to {self._config['output_dir']}", remedy)
-        with full, self._nonfinite.explained():
+        with full, self._nonfinite.explained(), suppress(_Ended):
             yield

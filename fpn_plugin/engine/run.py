@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig
@@ -132,6 +132,8 @@ class Run(ABC):
         self._match_datasets()
         make_output_dir(config["output_dir"], config.key("output_dir"))
         ensure_mini_datasets([*config.names("train"), *config.names("test")])
+        if self.training and config["epochs"]:
+            config.set_length(sum(len(DatasetCatalog.get(name)) for name in config.names("train")))
         launch(self.work, args, config["device"], ())
 
     def check_data(self) -> None:

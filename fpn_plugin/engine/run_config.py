@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -21,24 +22,36 @@ _KEYS = {
     "augmented_sizes": ("TEST.AUG.MIN_SIZES", "train.tta.min_sizes"),
     "augmented_test": ("TEST.AUG.ENABLED", "train.tta.enabled"),
     "batch_size": ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+    "best_metric": ("SOLVER.BEST_METRIC", "train.best_metric"),
     "checkpoint_period": ("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period"),
     "compile": ("MODEL.FPN.COMPILE", "train.compile"),
     "device": ("MODEL.DEVICE", "train.device"),
+    "epochs": ("SOLVER.EPOCHS", "train.epochs"),
+    "eval_period": ("TEST.EVAL_PERIOD", "train.eval_period"),
     "expected_results": ("TEST.EXPECTED_RESULTS", "train.expected_results"),
     "learning_rate": ("SOLVER.BASE_LR", "optimizer.lr"),
     "level_stats_period": ("MODEL.FPN.LEVEL_STATS_PERIOD", "train.level_stats_period"),
     "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
     "output_dir": ("OUTPUT_DIR", "train.output_dir"),
+    "patience": ("SOLVER.PATIENCE", "train.patience"),
     "seed": ("SEED", "train.seed"),
     "test": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "test_proposals": ("DATASETS.PROPOSAL_FILES_TEST", "dataloader.test.dataset.proposal_files"),
     "train": ("DATASETS.TRAIN", "dataloader.train.dataset.names"),
     "train_proposals": ("DATASETS.PROPOSAL_FILES_TRAIN", "dataloader.train.dataset.proposal_files"),
+    "warmup": ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length"),
     "weights": ("MODEL.WEIGHTS", "train.init_checkpoint"),
 }
 # What a lazy config may leave out.
-_DEFAULTS = {"amp_dtype": "float16", "compile": False, "expected_results": [], "seed": -1}
-_LEAST = {"max_iter": 1, "checkpoint_period": 1, "batch_size": 1, "learning_rate": 0}
+_DEFAULTS = {
+    "amp_dtype": "float16", "best_metric": "", "compile": False, "epochs": 0,
+    "expected_results": [], "patience": 0, "seed": -1,
+}  # fmt: skip
+_LEAST = {
+    "max_iter": 1, "checkpoint_period": 1, "batch_size": 1, "learning_rate": 0, "epochs": 0,
+    "patience": 0,
+}  # fmt: skip
+_EVALUATIONS = 10  # of a training whose length is in epochs
 _LARGEST_SEED = 2**32 - 2**10  # numpy takes 32 bits, and each process adds its rank
 
 
@@ -81,6 +94,18 @@ class RunConfig:
         for name, least in _LEAST.items():
             if not self.is_lazy or self[name] is not None:  # a lazy config may leave it out
                 _check_number(self.key(name), self[name], least)
+        if self["patience"] and not (self["best_metric"] and self["eval_period"] + self["epochs"]):
+            raise UserError(
+                f"{self.key('patience')} is {self['patience']}: it needs {self.key('best_metric')} "
+                f"'bbox/AP' or the like, and evaluations, by {self.key('eval_period')} or "
+                f"{self.key('epochs')}"
+            )
+        steps = "lr_multiplier.scheduler.milestones" if self.is_lazy else "SOLVER.STEPS"
+        if self["epochs"] and self._has_steps():
+            raise UserError(
+                f"{self.key('epochs')} is {self['epochs']}, and the rate falls at {steps}, which "
+                "are iterations: take the schedule WarmupCosineLR, which has none"
+            )
         if self.is_lazy:
             return
         key, batch = "SOLVER.REFERENCE_WORLD_SIZE", self["batch_size"]
@@ -91,6 +116,31 @@ class RunConfig:
                 f"{self.key('batch_size')} is {batch}, which {key} {reference} does not divide: "
                 "processes have equal parts of a batch"
             )
+
+    def _has_steps(self) -> bool:
+        if self.is_lazy:
+            return OmegaConf.select(self.cfg, "lr_multiplier.scheduler.milestones") is not None
+        return self.cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupCosineLR"
+
+    def set_length(self, images: int) -> None:
+        """Gives a training whose length is in epochs its iterations, and when it evaluates.
+
+        Its warm-up is a tenth of it at most.
+
+        Args:
+            images: of the training sets.
+        """
+        if not self["epochs"]:
+            return
+        before, batch = self["max_iter"], self["batch_size"]
+        length = self["max_iter"] = max(math.ceil(self["epochs"] * images / batch), 1)
+        if not self["eval_period"]:
+            self["eval_period"] = self["checkpoint_period"] = math.ceil(length / _EVALUATIONS)
+        # Iterations of a yacs config, a part of the length of a lazy one.
+        if self.is_lazy:
+            self["warmup"] = min(self["warmup"] * before / length, 0.1)
+        else:
+            self["warmup"] = min(self["warmup"], length // 10)
 
     def check_seed(self) -> None:
         """Refuses a seed that not every generator takes."""

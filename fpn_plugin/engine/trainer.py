@@ -86,7 +86,7 @@ class FPNTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks, and those of :class:`TrainingHooks`."""
-        return self._added.around(super().build_hooks(), self._test_augmented)
+        return self._added.around(super().build_hooks(), self._test_augmented, self.checkpointer)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint or MODEL.WEIGHTS; see :meth:`DefaultTrainer.resume_or_load`.

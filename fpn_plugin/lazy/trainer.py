@@ -151,7 +151,7 @@ class LazyRun(Run):
             detectron2s.insert(2, hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer))
             detectron2s.append(hooks.PeriodicWriter(writers, period=train.log_period))
         added = TrainingHooks(trainer, config)
-        trainer.register_hooks(added.around(detectron2s, evaluate_augmented))
+        trainer.register_hooks(added.around(detectron2s, evaluate_augmented, checkpointer))
         with added.resume.explained():
             checkpointer.resume_or_load(train.init_checkpoint, resume=self.args.resume)
         start = trainer.iter + 1 if self.args.resume and checkpointer.has_checkpoint() else 0
