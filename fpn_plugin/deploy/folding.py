@@ -91,6 +91,7 @@ def _fold_observed(model: nn.Module, example: Tensor) -> int:
     def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             writers[id(output)] = (module, output)  # kept, so that no other tensor gets its id
+            readers[id(output)] = []  # what an earlier tensor of this id was read by
 
     leaves = [m for m in model.modules() if not any(m.children()) or isinstance(m, _NORMS)]
     leaves += [m for m in model.modules() if _is_fixed(m) and m not in leaves]

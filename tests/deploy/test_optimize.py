@@ -313,6 +313,8 @@ def test_norms_that_are_left_are_those_of_the_whole_model(config_of):
          "MODEL.TIMM.PRETRAINED", False],
         ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "convnext_atto",
          "MODEL.TIMM.PRETRAINED", False],
+        ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0",
+         "MODEL.TIMM.PRETRAINED", False, "MODEL.BACKBONE.FREEZE_AT", 0],
         ["MODEL.FPN.BOTTOM_UP", "build_torchvision_backbone", "MODEL.TORCHVISION.NAME",
          "regnet_y_400mf", "MODEL.TORCHVISION.WEIGHTS", ""],
         ["MODEL.FPN.TOP_DOWN", False],
@@ -366,6 +368,24 @@ def test_norms_are_folded_where_the_order_of_modules_does_not_show_them():
     # Both were folded, the values changed, both were put back.
     assert fold_batch_norms(net, example=x) == (0, 2)
     torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", ""])
+def test_every_norm_that_holds_an_activation_is_folded(norm, config_of):
+    cfg = config_of("faster")
+    cfg.merge_from_list([
+        "MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "tf_efficientnet_lite0",
+        "MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0,
+    ])  # fmt: skip
+    network = detectron2.modeling.build_model(cfg).backbone.bottom_up.eval()
+    vary_norms(network)
+    image = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        expected = network(image)
+        # A pass frees maps, and the next ones get their ids: they are other tensors.
+        assert fold_batch_norms(network, example=torch.randn(1, 3, 64, 64)) == (48, 0)
+        for name, level in network(image).items():
+            assert (level - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 def test_a_norm_that_still_counts_is_not_folded():
