@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from fpn_plugin.cli.common import ToolParser, at_least, output_folder
 from fpn_plugin.engine import run_tool
-from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.errors import UserError
 from fpn_plugin.utils.atomic import PARTIAL
+from fpn_plugin.utils.weight_files import read_checkpoint
 
 from .checkpoint_kills import MOMENTS
 from .tiny import make_new_folder, make_squares, tiny_options

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .config import value_at
 from .engine.build_errors import explained_build_errors
-from .engine.checkpoint import read_checkpoint, weights_of, write_checkpoint
 from .engine.settings import load_config
 from .errors import UserError, one_line
+from .utils.weight_files import read_checkpoint, weights_of, write_checkpoint
 
 __all__ = [
     "CONFIG_KEYS",

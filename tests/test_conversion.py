@@ -24,8 +24,8 @@ from fpn_plugin.conversion import (
     to_library,
 )  # fmt: skip
 from fpn_plugin.engine import load_config
-from fpn_plugin.engine.checkpoint import read_checkpoint
 from fpn_plugin.engine.trainer import FPNTrainer
+from fpn_plugin.utils.weight_files import read_checkpoint
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"

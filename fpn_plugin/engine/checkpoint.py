@@ -1,34 +1,29 @@
-"""Checkpoints: read without running their code, checked against the model, and written whole."""
+"""Checkpoints: checked against the model, and written whole."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlparse
 
-import numpy as np
-import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError, one_line
 from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
-from fpn_plugin.utils.pickles import NO_PICKLE, load_arrays
+from fpn_plugin.utils.weight_files import (
+    NO_CHECKPOINT,
+    a_dict,
+    explained_reading,
+    read_file,
+    weights_of,
+)
 
-__all__ = [
-    "StrictCheckpointer",
-    "classes_in",
-    "read_checkpoint",
-    "weights_of",
-    "write_checkpoint",
-]
+__all__ = ["StrictCheckpointer"]
 
 
 class _Dependent(NamedTuple):
@@ -91,58 +86,6 @@ _KEYS = {
     r"^head\.": "MODEL.META_ARCHITECTURE, MODEL.RETINANET, MODEL.FPN.OUT_CHANNELS",
 }
 
-# What torch, pickle and Detectron2 raise for a file that is not a checkpoint.
-_NO_CHECKPOINT = (*NO_PICKLE, AssertionError, RuntimeError)
-
-_OF_TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # an archive; a pickle, before torch 1.6
-_HTML = (b"<!doctype html", b"<html", b"<head", b"<?xml")
-
-_TRUSTED = (
-    "If you trust its author: load it once with torch.load(..., weights_only=False) or pickle, "
-    "and save its state dict with safetensors.torch.save_file"
-)
-
-
-def _read(path: str, trust_pickle: bool = False) -> dict[Any, Any]:
-    """What a file of weights holds; see :func:`read_checkpoint`."""
-    zoo, in_safetensors = path.endswith(".pkl"), path.endswith(".safetensors")
-    _check_kind(path, of_torch_save=not (zoo or in_safetensors or trust_pickle))
-    if in_safetensors:
-        return {"model": safetensors.torch.load_file(path)}
-    if zoo:
-        with open(path, "rb") as file:
-            return _a_dict(load_arrays(file))
-    try:
-        return _a_dict(torch.load(path, map_location="cpu", weights_only=not trust_pickle))
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error):
-            raise
-        found = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-        raise UserError(
-            f"it holds more than tensors{f', {found[1]} first' if found else ''}; loading that "
-            "would run code that is in it"
-        ) from error
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Within it, a file is read; errors name it by what the user gave, for example a URL."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path!r} is not loaded: {error}. {_TRUSTED}") from error
-    except OSError as error:
-        raise UserError(f"cannot read weights {path!r}: {error.strerror or error}") from error
-    except (*_NO_CHECKPOINT, safetensors.SafetensorError) as error:
-        raise UserError(f"{path!r} is not a checkpoint: {one_line(error)}") from error
-
-
-def _a_dict(content: Any, where: str = "it") -> dict[Any, Any]:
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ValueError(f"{where} holds a value of type {kind}, expected a dict of tensors")
-    return content
-
 
 def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
     """A checkpoint of any layout that Detectron2 reads, with its weights under "model".
@@ -160,116 +103,6 @@ def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
         return {**content, "model": weights_of(content["model"])}
     kept = {key: v for key, v in weights_of(weights).items() if not key.endswith(left_out)}
     return {"model": kept, "__author__": author, "matching_heuristics": True}
-
-
-def _check_kind(path: str, of_torch_save: bool) -> None:
-    """Refuses files that hold no weights, and those that hold code, if torch.load shall run none.
-
-    torch before 2.6 runs code of some archives in spite of ``weights_only`` (CVE-2025-32434).
-    """
-    with open(path, "rb") as file:
-        head = file.read(512)
-        file.seek(0)
-        if not head:
-            raise ValueError("it is empty")
-        if head.startswith(b"version https://git-lfs"):
-            raise ValueError("it is git-lfs's pointer to the weights: get them by git lfs pull")
-        if head.lstrip().lower().startswith(_HTML):
-            raise ValueError(
-                "it is an HTML page, which servers send for a log-in or an error: download the "
-                "weights again"
-            )
-        if not of_torch_save:
-            return
-        with (
-            suppress(tarfile.TarError),
-            tarfile.open(fileobj=file, mode="r:"),
-        ):  # as torch.load does
-            raise UserError("it is a tar file, as torch before 0.1.10 wrote; these may run code")
-    if not head.startswith(_OF_TORCH_SAVE):
-        raise ValueError(f"it begins with {head[:20]!r}, unlike any file of torch.save")
-    if head.startswith(_OF_TORCH_SAVE[0]):
-        # torch's own reader, because another one may see other content.
-        members = torch._C.PyTorchFileReader(path).get_all_records()
-        if any(member.rpartition("/")[2] == "constants.pkl" for member in members):
-            raise UserError(
-                "it is a TorchScript archive, a program with its weights (it has constants.pkl)"
-            )
-
-
-def weights_of(checkpoint: Any, *parts: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name.
-
-    Args:
-        checkpoint: the content of a file.
-        parts: keys that the weights may be under; if it has none of them, it is all weights.
-
-    Raises:
-        ValueError: it holds no tensors, or anything else.
-    """
-    part = next((part for part in parts if isinstance(checkpoint, dict) and part in checkpoint), "")
-    where = f"its {part!r}" if part else "it"
-    weights = _a_dict(checkpoint[part] if part else checkpoint, where)
-    if not weights:
-        raise ValueError(f"{where} holds no tensors")
-    for key, value in weights.items():
-        named = f"{where} has {str(key)[:60]!r}"
-        if not isinstance(key, str):
-            raise ValueError(f"{named} of type {type(key).__name__} for the name of a tensor")
-        if not isinstance(value, Tensor | np.ndarray):
-            raise ValueError(f"{named} of type {type(value).__name__}, expected a tensor")
-        if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
-            raise ValueError(f"{named} of dtype {value.dtype}, expected numbers")
-    return {key: torch.as_tensor(value) for key, value in weights.items()}
-
-
-def read_checkpoint(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
-    """The content of a file of weights, read without running code that is in it.
-
-    Args:
-        path: ``.safetensors``, whose weights are returned under "model"; ``.pkl`` of arrays, as in
-            Detectron2's model zoo; or torch.save's file of tensors and plain values.
-        trust_pickle: also read files of torch.save that hold more. This runs code that is in them.
-
-    Raises:
-        UserError: the file cannot be read, would run code, or holds something else.
-    """
-    with _explained(str(path)):
-        return _read(str(path), trust_pickle)
-
-
-def classes_in(path: str | Path) -> list[str] | None:
-    """Names of the classes that a checkpoint's model was trained on, in its order.
-
-    Returns:
-        None if the file does not name them, does not exist or is no checkpoint.
-    """
-    try:
-        _check_kind(str(path), of_torch_save=True)
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except (*_NO_CHECKPOINT, OSError):
-        return None
-    classes = content.get("classes") if isinstance(content, dict) else None
-    if type(classes) is not list or not all(type(name) is str for name in classes):
-        return None
-    return classes
-
-
-def write_checkpoint(state: dict[str, Tensor], path: str | Path, *, bare: bool = False) -> None:
-    """Writes a state dict, by safetensors to ``.safetensors``, else by torch.save.
-
-    Args:
-        state: tensors by name.
-        path: of the file; its folder is made.
-        bare: torch.save writes the state dict itself, as in torchvision's files, instead of
-            ``{"model": state dict}``.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
-    else:
-        torch.save(state if bare else {"model": state}, path)
 
 
 class StrictCheckpointer(DetectionCheckpointer):
@@ -394,21 +227,21 @@ class StrictCheckpointer(DetectionCheckpointer):
     def _load_part(self, key: str, state: Any) -> None:
         """Loads the state of the optimizer or the trainer."""
         try:
-            iteration = _a_dict(state).get("iteration", 0)
+            iteration = a_dict(state).get("iteration", 0)
             if type(iteration) is not int:
                 raise ValueError(f"its 'iteration' is {str(iteration)[:20]!r}, expected a number")
             self.checkpointables[key].load_state_dict(state)
         except UserError:
             raise
-        except _NO_CHECKPOINT as error:
+        except NO_CHECKPOINT as error:
             raise UserError(
                 f"{key!r} of {self._path!r} cannot be loaded ({type(error).__name__}: "
                 f"{one_line(error)}): is it from another config or another program?"
             ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        with _explained(self._path):
-            loaded = _detectron2_layout(_read(filename), filename)
+        with explained_reading(self._path):
+            loaded = _detectron2_layout(read_file(filename), filename)
             queries = parse_qs(urlparse(self._path).query)
             if queries.pop("matching_heuristics", None) == ["True"]:
                 loaded["matching_heuristics"] = True
@@ -427,7 +260,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         initial = {key: state[key].clone() for key in dependent}
         try:
             incompatible = super()._load_model(checkpoint)
-        except _NO_CHECKPOINT as error:  # matching names, or a tensor without values
+        except NO_CHECKPOINT as error:  # matching names, or a tensor without values
             raise UserError(f"{self._path!r} does not fit this model: {one_line(error)}") from error
         wrong = {key: (saved, built) for key, saved, built in incompatible.incorrect_shapes}
         missing = [key for key in incompatible.missing_keys if key not in wrong]

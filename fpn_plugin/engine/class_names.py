@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fpn_plugin.data import class_order, follow_classes
-
-from .checkpoint import classes_in
+from fpn_plugin.utils.weight_files import classes_in
 
 __all__ = ["match_datasets"]
 

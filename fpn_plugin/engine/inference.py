@@ -16,10 +16,11 @@ from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.forward_trace import recorded_levels
+from fpn_plugin.utils.weight_files import classes_in
 from fpn_plugin.visualization import KeypointLayout
 
 from .build_errors import explained_build_errors
-from .checkpoint import StrictCheckpointer, classes_in
+from .checkpoint import StrictCheckpointer
 
 __all__ = ["Detector", "class_names", "keypoint_layout"]
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from fpn_plugin import UserError
 from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import class_order, follow_classes, register_datasets
-from fpn_plugin.engine.checkpoint import classes_in
 from fpn_plugin.engine.class_names import match_datasets
 from fpn_plugin.engine.evaluation import DetectionEvaluator
+from fpn_plugin.utils.weight_files import classes_in
 from tests.helpers.datasets import forgotten
 from tests.helpers.datasets import write_dataset as write
 

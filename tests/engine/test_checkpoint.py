@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.convert import convert_main
 from fpn_plugin.engine import StrictCheckpointer
-from fpn_plugin.engine.checkpoint import read_checkpoint, write_checkpoint
+from fpn_plugin.utils.weight_files import read_checkpoint, write_checkpoint
 from tests.helpers.runs import Malicious
 
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
