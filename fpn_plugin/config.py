@@ -59,6 +59,9 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "NAME": "resnet50",
         # Whether to fetch timm's weights; MODEL.WEIGHTS, loaded later, has the last word.
         "PRETRAINED": True,
+        # A file of the network's weights in place of timm's: a state dict, .pth or .safetensors, of
+        # the network or of a detector on it; "" for none.
+        "WEIGHTS": "",
         # Stages by their stride, 2^k for res{k}; under a pyramid MODEL.FPN.IN_FEATURES decides.
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         # Rate of stochastic depth, where the network has one; 0.0 for none.
@@ -70,7 +73,8 @@ def add_fpn_config(cfg: CfgNode) -> None:
     torchvision = {
         # For build_torchvision_backbone: any classification network of torchvision.
         "NAME": "resnet50",
-        # Name of torchvision's weights, "DEFAULT" for the best there are, "" for none.
+        # Name of torchvision's weights, "DEFAULT" for the best there are, "" for none; or a file,
+        # as in MODEL.TIMM.
         "WEIGHTS": "DEFAULT",
         # As those of MODEL.TIMM.
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],

@@ -19,6 +19,7 @@ from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.inspection.anatomy_text import anatomy_text
+from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.visualization.anatomy import draw_anatomy
 
 from .common import ToolParser, add_shared, at_least, command_parser, output_file
@@ -63,7 +64,7 @@ def inspect_main(argv: list[str] | None = None) -> None:
             f"of 1 to {_LARGEST_SIDE} px"
         )
     # Counts are the same for any weights: download none.
-    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg = without_network_weights(cfg)
     cfg.MODEL.TORCHVISION.WEIGHTS = ""
     with explained_build_errors(cfg):
         model = build_model(cfg)

@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from fpn_plugin.errors import NonFiniteError, UserError, one_line
+from fpn_plugin.modeling.network_weights import network_weights, origin
 from fpn_plugin.utils.atomic import AtomicWrites, explained_full_disk
 from fpn_plugin.utils.weight_files import (
     NO_CHECKPOINT,
@@ -76,6 +77,7 @@ _FIRST_CONVOLUTION = _Dependent(
 _KEYS = {
     r"fpn_": "MODEL.FPN.OUT_CHANNELS, IN_FEATURES, NORM",
     r"top_block": "MODEL.FPN.TOP_BLOCK, OUT_CHANNELS",
+    r"^backbone\.(bottom_up\.)?net\.": "MODEL.TIMM.NAME or MODEL.TORCHVISION.NAME",
     r"bottom_up": "MODEL.RESNETS.DEPTH, NORM, NUM_GROUPS, WIDTH_PER_GROUP; MODEL.FPN.BOTTOM_UP",
     r"^backbone": "MODEL.BACKBONE.NAME; MODEL.RESNETS",
     r"^proposal_generator": "MODEL.ANCHOR_GENERATOR, MODEL.RPN; MODEL.FPN.OUT_CHANNELS",
@@ -99,8 +101,8 @@ def _detectron2_layout(content: dict[Any, Any], path: str) -> dict[str, Any]:
     elif path.endswith(".pkl") and not {"model", "__author__"} <= content.keys():
         author, weights, left_out = "Caffe2", content.get("blobs", content), "_momentum"
     else:
-        content = content if "model" in content else {"model": content}
-        return {**content, "model": weights_of(content["model"])}
+        whole = {} if content.keys().isdisjoint(("model", "state_dict")) else content
+        return {**whole, "model": weights_of(content, "model", "state_dict")}
     kept = {key: v for key, v in weights_of(weights).items() if not key.endswith(left_out)}
     return {"model": kept, "__author__": author, "matching_heuristics": True}
 
@@ -253,9 +255,24 @@ class StrictCheckpointer(DetectionCheckpointer):
             self.logger.info("Reading a file from %r", loaded["__author__"])
         return loaded
 
+    def _with_prefix(self, checkpoint: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Renames a state dict of the bottom-up network by itself, of timm or torchvision."""
+        given = checkpoint["model"]
+        whole = any(name.removeprefix("module.") in state for name in given)  # of a detector
+        if whole or checkpoint.get("matching_heuristics"):
+            return
+        network = _bottom_up(self.model)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        found = network_weights(network.state_dict(), given)
+        if len(found.tensors) > len(found.missing):
+            prefix = names[id(network)]
+            checkpoint["model"] = {f"{prefix}.{k}": value for k, value in found.tensors.items()}
+            self.logger.info("%r is loaded as %s: %s", self._path, prefix, found.report())
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        given = set(checkpoint["model"])
         state = self.model.state_dict()
+        self._with_prefix(checkpoint, state)
+        given = set(checkpoint["model"])
         dependent = _dependent(self.model, state)
         initial = {key: state[key].clone() for key in dependent}
         try:
@@ -269,7 +286,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         if not set(parameters) - set(missing) - set(wrong):
             raise UserError(
                 f"none of the {len(given)} tensors of {self._path!r} fits this model; the file "
-                f"begins with {sorted(given)[:2]}, the model with {sorted(parameters)[:2]}"
+                f"begins with {sorted(given)[:2]}, the model with {sorted(parameters)[:2]}; "
+                f"{origin(given)}"
             )
         left = {
             key: dependent[key]
@@ -335,13 +353,17 @@ def _dependent(model: nn.Module, state: dict[str, Tensor]) -> dict[str, _Depende
         for key in state
         if (row := next((row for row in _DEPENDENT if re.match(row.names, key)), None))
     }
-    backbone = getattr(model, "backbone", nn.Module())
-    network = getattr(backbone, "bottom_up", backbone)
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in _bottom_up(model).modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         name = next(name for name, module in model.named_modules() if module is first)
         found[f"{name}.weight"] = _FIRST_CONVOLUTION
     return found
+
+
+def _bottom_up(model: nn.Module) -> nn.Module:
+    """The network under the pyramid, or the backbone; one of no tensors if there is neither."""
+    backbone = getattr(model, "backbone", nn.Module())
+    return getattr(backbone, "bottom_up", backbone)
 
 
 def _differ_in_one(saved: Sequence[int], built: Sequence[int], axis: int) -> bool:

@@ -16,6 +16,7 @@ from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.forward_trace import recorded_levels
+from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.utils.weight_files import classes_in
 from fpn_plugin.visualization import KeypointLayout
 
@@ -47,7 +48,7 @@ class Detector:
     def __init__(self, cfg: CfgNode, optimize: torch.dtype | None = None) -> None:
         self._cfg = cfg.clone()
         with explained_build_errors(cfg):
-            self.model: nn.Module = build_model(self._cfg).eval()
+            self.model: nn.Module = build_model(without_network_weights(cfg)).eval()
         """The model; an optimised copy may replace it."""
         StrictCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
         if optimize is not None:

@@ -32,6 +32,7 @@ from fpn_plugin.data import (
     registered_specs,
 )
 from fpn_plugin.errors import UserError
+from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.utils.atomic import written_whole
 from fpn_plugin.utils.pickles import load_arrays
 
@@ -75,7 +76,7 @@ def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_datasets(args.dataset, checked=True)
     setup_logger(name="fvcore")
-    model = FPNTrainer.build_model(cfg).eval()
+    model = FPNTrainer.build_model(without_network_weights(cfg)).eval()
     StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     for split in args.splits:
         target = Path(args.output) / f"{split}.pkl"

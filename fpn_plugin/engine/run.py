@@ -29,6 +29,7 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
+from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.utils.atomic import explained_full_disk, make_output_dir
 
 from .changes import earlier_config_kept
@@ -258,7 +259,7 @@ class YacsRun(Run):
                 )
 
     def model(self) -> nn.Module:
-        return FPNTrainer.build_model(self.config.cfg)
+        return FPNTrainer.build_model(without_network_weights(self.config.cfg))
 
     def trainer(self) -> Callable[[], Any]:
         trainer = FPNTrainer(self.config.cfg)

@@ -3,7 +3,11 @@
 from .bottom_up import build_fpn_backbone, image_channels
 from .levels import assign_levels
 from .neck import FeaturePyramidNetwork
-from .networks import build_timm_backbone, build_torchvision_backbone
+from .networks import (
+    build_timm_backbone,
+    build_torchvision_backbone,
+    without_network_weights,
+)
 from .pooler import PyramidROIPooler
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import PerLevelRPNHead
@@ -11,5 +15,5 @@ from .rpn import PerLevelRPNHead
 __all__ = [
     "FPNCascadeROIHeads", "FPNROIHeads", "FeaturePyramidNetwork", "PerLevelRPNHead",
     "PyramidROIPooler", "assign_levels", "build_fpn_backbone", "build_timm_backbone",
-    "build_torchvision_backbone", "image_channels",
+    "build_torchvision_backbone", "image_channels", "without_network_weights",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -17,9 +18,16 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from fpn_plugin.errors import UserError, near_names, one_line
 
+from .network_weights import load_network
 from .scripting import spelt_out
 
-__all__ = ["ImageNetwork", "as_cfg_node", "build_timm_backbone", "build_torchvision_backbone"]
+__all__ = [
+    "ImageNetwork",
+    "as_cfg_node",
+    "build_timm_backbone",
+    "build_torchvision_backbone",
+    "without_network_weights",
+]
 
 _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
@@ -225,7 +233,7 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
 
     Raises:
         UserError: timm is not installed, has no network of that name or cannot fetch its weights,
-            or the network lacks the stages or stochastic depth.
+            the file of weights does not fit, or the network lacks the stages or stochastic depth.
     """
     cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TIMM
@@ -258,12 +266,14 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
     chosen = _chosen(wanted, info.reduction(), what, "MODEL.TIMM.OUT_FEATURES")
     indices = tuple(info.out_indices[i] for i in chosen)
     try:
-        net = create(pretrained=node.PRETRAINED, out_indices=indices)
+        net = create(pretrained=node.PRETRAINED and not node.WEIGHTS, out_indices=indices)
     except OSError as error:  # the hub's and the system's for what cannot be fetched
         raise UserError(
             f"timm's weights of {node.NAME} cannot be fetched: {one_line(error)}; "
-            "MODEL.TIMM.PRETRAINED False builds it without"
+            "MODEL.TIMM.PRETRAINED False builds it without, MODEL.TIMM.WEIGHTS takes a file"
         ) from error
+    if node.WEIGHTS:
+        load_network(net, node.WEIGHTS, "MODEL.TIMM.WEIGHTS", what)
     config = timm.data.resolve_model_data_config(net)
     return ImageNetwork(
         net,
@@ -319,8 +329,8 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
         input_shape: channels of the input image; must be 3.
 
     Raises:
-        UserError: torchvision has no network or weights of that name or cannot fetch them, or the
-            network lacks the stages.
+        UserError: torchvision has no network or weights of that name or cannot fetch them, the file
+            of weights does not fit, or the network lacks the stages.
     """
     cfg = as_cfg_node(cfg)
     node = cfg.MODEL.TORCHVISION
@@ -331,17 +341,18 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
             f"{torchvision.__version__}: {near_names(node.NAME, known)}"
         )
     known_weights = torchvision.models.get_model_weights(node.NAME).__members__
-    if node.WEIGHTS and node.WEIGHTS not in known_weights:
+    name = node.WEIGHTS if node.WEIGHTS in known_weights else ""
+    if not name and node.WEIGHTS and not _is_file(node.WEIGHTS):
         raise UserError(
             f"MODEL.TORCHVISION.WEIGHTS {node.WEIGHTS!r} is not known for {node.NAME}: "
-            f"{near_names(node.WEIGHTS, known_weights)} Or an empty string for none"
+            f"{near_names(node.WEIGHTS, known_weights)} Or a file, or an empty string for none"
         )
     try:
-        net = torchvision.models.get_model(node.NAME, weights=node.WEIGHTS or None)
+        net = torchvision.models.get_model(node.NAME, weights=name or None)
     except OSError as error:  # urllib's for what cannot be fetched
         raise UserError(
             f"torchvision's weights {node.WEIGHTS} of {node.NAME} cannot be fetched: "
-            f"{one_line(error)}; MODEL.TORCHVISION.WEIGHTS '' builds it without"
+            f"{one_line(error)}; MODEL.TORCHVISION.WEIGHTS '' builds it without, or takes a file"
         ) from error
     blocks = _torchvision_blocks(net)
     strides = [stride for _, stride, _ in blocks]
@@ -354,7 +365,10 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nodes differ between training and evaluation
         extractor = create_feature_extractor(net, {path: path for path, _, _ in chosen})
-    preset = known_weights[node.WEIGHTS or "DEFAULT"].transforms()
+    if node.WEIGHTS and not name:
+        what = f"torchvision's {node.NAME}"
+        load_network(extractor, node.WEIGHTS, "MODEL.TORCHVISION.WEIGHTS", what)
+    preset = known_weights[name or "DEFAULT"].transforms()
     return ImageNetwork(
         extractor,
         wanted,
@@ -365,6 +379,27 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
         cfg=cfg,
         norm=node.NORM,
     )
+
+
+def without_network_weights(cfg: CfgNode) -> CfgNode:
+    """A copy of a config whose network reads no weights of its own.
+
+    It is for models whose weights are all loaded from a checkpoint, also where the network's file
+    is not.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if "TIMM" in cfg.MODEL:
+        cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
+    # A name of torchvision's says how its images are normalised.
+    if "TORCHVISION" in cfg.MODEL and _is_file(cfg.MODEL.TORCHVISION.WEIGHTS):
+        cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    return cfg
+
+
+def _is_file(weights: str) -> bool:
+    """Whether MODEL.TORCHVISION.WEIGHTS is a file: torchvision's names have no dots or slashes."""
+    return re.search(r"[./\\]", weights) is not None
 
 
 def _torchvision_blocks(net: nn.Module) -> list[tuple[str, int, int]]:

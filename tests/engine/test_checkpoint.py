@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import pickle
 import tarfile
 import zipfile
@@ -10,7 +11,9 @@ from pathlib import Path
 import detectron2
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -211,6 +214,56 @@ def test_layouts_are_read_as_by_detectron2(saved, tmp_path, name):
     assert_same(ours, theirs.state_dict())
     key = "backbone.bottom_up.res3.0.conv1.weight"
     assert torch.equal(ours.state_dict()[key], saved[1][key])
+
+
+NETWORKS = {
+    "timm": lambda: timm.create_model("tf_efficientnet_lite0", pretrained=False),
+    "torchvision": lambda: torchvision.models.mobilenet_v3_small(weights=None),
+}
+OPTS = {
+    "timm": ["MODEL.TIMM.NAME", "tf_efficientnet_lite0", "MODEL.TIMM.PRETRAINED", False],
+    "torchvision": [
+        "MODEL.TORCHVISION.NAME", "mobilenet_v3_small", "MODEL.TORCHVISION.WEIGHTS", "",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_classification_networks_weights_get_the_prefix_of_the_model(kind, tmp_path, caplog):
+    opts = ["MODEL.FPN.BOTTOM_UP", f"build_{kind}_backbone", *OPTS[kind]]
+    state = {k: torch.rand_like(v, dtype=v.dtype) if v.is_floating_point() else v
+             for k, v in NETWORKS[kind]().state_dict().items()}  # fmt: skip
+    write_checkpoint(state, tmp_path / "bare.pth", bare=True)
+    write_checkpoint(state, tmp_path / "bare.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "run.pth")
+    for name in ("bare.pth", "bare.safetensors", "run.pth"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            model = load(str(tmp_path / name), *opts)
+        network = model.backbone.bottom_up.net.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in network.items())
+        count = sum("num_batches_tracked" not in key for key in network)
+        said = [line for line in caplog.messages if "is loaded as backbone.bottom_up: " in line]
+        assert len(said) == 1 and f"{count} of {count} tensors are loaded" in said[0]
+        assert "no place for" in said[0] and "classifier" in said[0]
+        with pytest.raises(UserError, match=rf"{name}' lacks \d+ of .*; see MODEL.FPN"):
+            load(str(tmp_path / name), *opts, complete=True)
+    # A detector that was saved out of DataParallel is not taken for its network.
+    whole = {f"module.{k}": torch.ones_like(v) for k, v in model.state_dict().items()}
+    write_checkpoint(whole, tmp_path / "parallel.pth")
+    assert_same(load(str(tmp_path / "parallel.pth"), *opts, complete=True),
+                {k.removeprefix("module."): v for k, v in whole.items()})  # fmt: skip
+
+
+def test_a_network_that_is_not_the_models_is_named_with_its_key(tmp_path):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    write_checkpoint(state, tmp_path / "r18.pth", bare=True)
+    expected = r"none of .*r18.pth' fits .*a ResNet of timm or torchvision, for MODEL.TIMM.WEIGHTS"
+    with pytest.raises(UserError, match=expected):
+        load(str(tmp_path / "r18.pth"))
+    opts = ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.PRETRAINED", False]
+    with pytest.raises(UserError, match=r"fit in \d+ tensors: backbone.*; see MODEL.TIMM.NAME or"):
+        load(str(tmp_path / "r18.pth"), *opts, "MODEL.TIMM.NAME", "resnet26")
 
 
 def test_an_unknown_query_is_refused(saved):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -56,6 +57,23 @@ def test_detector(arch, tmp_path):
     assert found.image_size == (120, 200)
     assert len(found) > 0
     assert set(found.pyramid_level.tolist()) <= {2, 3, 4, 5}
+
+
+def test_a_trained_detector_needs_no_file_of_its_networks_first_weights(tmp_path):
+    first = tmp_path / "first.pth"
+    torch.save(torchvision.models.mobilenet_v3_small(weights=None).state_dict(), first)
+    cfg = small_config(
+        "MODEL.FPN.BOTTOM_UP", "build_torchvision_backbone", "MODEL.TORCHVISION.NAME",
+        "mobilenet_v3_small", "MODEL.TORCHVISION.WEIGHTS", str(first),
+    )  # fmt: skip
+    model = build_model(cfg)
+    StrictCheckpointer(model, str(tmp_path)).save("weights")
+    first.unlink()
+    with pytest.raises(UserError, match=r"no file .*first.pth'; MODEL.TORCHVISION.WEIGHTS '' "):
+        build_model(cfg)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    for key, value in Detector(cfg).model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
 
 
 def test_a_detector_without_weights_is_an_error():

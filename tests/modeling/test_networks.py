@@ -1,6 +1,9 @@
 """Networks under the pyramid: Detectron2's, timm's, torchvision's and a user's own."""
 
+import logging
+import re
 import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -17,6 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from fpn_plugin import UserError, add_fpn_config
 from fpn_plugin.modeling.detectron2_networks import DETECTRON2_NETWORKS
+from fpn_plugin.utils.weight_files import write_checkpoint
 
 STAGES = ["res2", "res3", "res4", "res5"]
 
@@ -382,6 +386,135 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_key(monkeypatch, tmp_
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_host)
     with pytest.raises(UserError, match=r"DEFAULT of resnet18 .* no host.*WEIGHTS '' builds"):
         build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.WEIGHTS", "DEFAULT"))
+
+
+def random_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict of which no value is one that a new network begins with."""
+    return {
+        name: torch.rand_like(value) + 0.5 if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+
+
+def whole_network(network: str) -> nn.Module:
+    """The classification network, and not only its stages."""
+    kind, _, name = network.partition(":")
+    if kind == "timm":
+        return timm.create_model(name, pretrained=False)
+    return torchvision.models.get_model(name, weights=None)
+
+
+def with_file(network: str, path: Path, *opts: object) -> nn.Module:
+    key = f"MODEL.{network.partition(':')[0].upper()}.WEIGHTS"
+    return build_backbone(config(network, key, str(path), *opts)).bottom_up.net
+
+
+# One of each way in which extractors rename tensors.
+FROM_FILES = [
+    "timm:tf_efficientnet_lite0", "timm:convnext_atto", "timm:densenet121", "timm:hrnet_w18_small",
+    "timm:swin_tiny_patch4_window7_224", "torchvision:resnet18", "torchvision:regnet_y_400mf",
+    "torchvision:mobilenet_v2", "torchvision:densenet121",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", FROM_FILES)
+def test_a_file_gives_the_weights_that_the_library_itself_loads(network, tmp_path, caplog):
+    kind, _, name = network.partition(":")
+    state = random_state(whole_network(network))
+    paths = [tmp_path / "bare.pth", tmp_path / "sorted.safetensors", tmp_path / "training.pth"]
+    write_checkpoint(state, paths[0], bare=True)
+    write_checkpoint(state, paths[1])
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, paths[2])
+    caplog.set_level(logging.INFO)
+    nets = [with_file(network, path) for path in paths]
+    assert len(caplog.records) == 3
+    for record in caplog.records:
+        assert re.search(r"(\d+) of \1 tensors are loaded.*no place for .*", record.getMessage())
+    if kind == "timm":
+        overlay = {"state_dict": {k: v.clone() for k, v in state.items()}}
+        theirs = timm.create_model(
+            name, pretrained=True, features_only=True, pretrained_cfg_overlay=overlay,
+            out_indices=nets[0].feature_info.out_indices,
+        )  # fmt: skip
+        expected = theirs.state_dict()
+    else:
+        expected = {name: state[name] for name in nets[0].state_dict()}
+    # A detector's checkpoint, of any run of this plugin.
+    detector = build_backbone(config(network, f"MODEL.{kind.upper()}.WEIGHTS", str(paths[0])))
+    whole = {f"backbone.{k}": v for k, v in detector.state_dict().items()}
+    write_checkpoint({**whole, "roi_heads.box_head.fc1.bias": torch.zeros(3)}, tmp_path / "d.pth")
+    for net in (*nets, with_file(network, tmp_path / "d.pth")):
+        assert net.state_dict().keys() == expected.keys()
+        for key, value in net.state_dict().items():
+            assert key.endswith("num_batches_tracked") or torch.equal(value, expected[key]), key
+    assert "from backbone.bottom_up.net." in caplog.messages[-1]
+
+
+def test_frozen_norms_have_the_files_statistics_and_nothing_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        timm.models._hub, "hf_hub_download", lambda *_, **__: pytest.fail("it is fetched")
+    )
+    state = random_state(whole_network("timm:tf_efficientnet_lite0"))
+    write_checkpoint(state, tmp_path / "lite0.pth")
+    opts = ["MODEL.TIMM.PRETRAINED", True, "MODEL.TIMM.NORM", "FrozenBN"]
+    net = with_file("timm:tf_efficientnet_lite0", tmp_path / "lite0.pth", *opts)
+    given = net.state_dict()
+    assert len(given) == 240 and not any("num_batches" in key for key in given)
+    assert all(torch.equal(value, state[key]) for key, value in given.items())
+
+
+# Names that other files begin with, and what a message says of them.
+OTHER_FILES = {
+    "backbone.fpn_lateral2.weight": "a detector of Detectron2 or of this plugin, for MODEL.WEIGHTS",
+    "backbone.body.layer1.0.conv1.weight": "a detector of torchvision, for fpn-plugin convert",
+    "neck.lateral_convs.0.conv.weight": "a detector of mmdetection, for fpn-plugin convert",
+    "res2.0.conv1.weight": "a ResNet of Detectron2, for MODEL.WEIGHTS",
+    "_blocks.0._bn1.weight": "a network of EfficientNet-PyTorch, for MODEL.TIMM.WEIGHTS, after",
+    "module.layer1.0.conv1.weight": "a ResNet of timm or torchvision, for MODEL.TIMM.WEIGHTS or",
+    "features.0.0.weight": "a network of torchvision, for MODEL.TORCHVISION.WEIGHTS",
+    "blocks.9.0.conv_pwl.weight": "a network of timm, for MODEL.TIMM.WEIGHTS",
+    "encoder.weight": "no network of timm, torchvision or Detectron2",
+}
+
+
+@pytest.mark.parametrize("network", ["timm:tf_efficientnet_lite0", "torchvision:regnet_y_400mf"])
+def test_a_file_that_does_not_fit_is_named_with_the_key_that_takes_it(network, tmp_path):
+    key = f"MODEL.{network.partition(':')[0].upper()}.WEIGHTS"
+    for name, looks in OTHER_FILES.items():
+        write_checkpoint({name: torch.zeros(2)}, tmp_path / "other.pth")
+        expected = (
+            rf"{key}: '.*other.pth' does not fit: .* [01] of \d+ .*'{name}'.*looks like {looks}"
+        )
+        with pytest.raises(UserError, match=expected) as raised:
+            with_file(network, tmp_path / "other.pth")
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=rf"{key}: there is no file .*gone.pth'; {key} '' builds"):
+        with_file(network, tmp_path / "gone.pth")
+    torch.save({"model": 3}, tmp_path / "number.pth")
+    with pytest.raises(UserError, match=rf"{key}: .*number.pth' has no weights: .*type int"):
+        with_file(network, tmp_path / "number.pth")
+
+
+def test_a_network_of_another_size_is_refused_and_a_part_is_named(tmp_path, caplog):
+    state = random_state(whole_network("torchvision:resnet50"))
+    write_checkpoint(state, tmp_path / "r50.pth")
+    for network in ("torchvision:resnet18", "timm:resnet18"):
+        expected = r"another network: layer1.0.conv1.weight is \(64, 64, 1, 1\) .*NAME"
+        with pytest.raises(UserError, match=expected):
+            with_file(network, tmp_path / "r50.pth")
+    state = random_state(whole_network("timm:resnet18"))
+    left = {"layer1.0.bn1.bias", "layer4.1.conv2.weight"}
+    write_checkpoint({k: v for k, v in state.items() if k not in left}, tmp_path / "part.pth")
+    caplog.clear()
+    net = with_file("timm:resnet18", tmp_path / "part.pth")
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]) != (key in left), key
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert (
+        "part.pth' for timm's resnet18: 98 of 100 tensors are loaded; not in the file, so they "
+        "stay as they were: layer1.0.bn1.bias, layer4.1.conv2.weight; the network has no place "
+        "for fc"
+    ) in caplog.text
 
 
 def test_detectron2s_swin_freezes_its_first_stages():
