@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -211,6 +212,7 @@ def reader(tmp_path, monkeypatch, datasets) -> Iterator[None]:
     for images in ("folder/of/photos", "photos", "output/demo/pictures", "images"):
         make_data("unused.json", images, 2, {1: "a"})
     shutil.copy("photos/1.png", "photo.jpg")
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "lite0.pth")
     fourteen = {each["id"]: each["name"] for each in CATEGORIES}  # as in mini_val
     three = dict(list(fourteen.items())[:3])
     make_data("cells/train.json", "cells/images", 4, three)
