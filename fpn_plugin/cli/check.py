@@ -18,11 +18,11 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fpn_plugin.data.coco import check_datasets, given_json
+from fpn_plugin.data.coco import check_datasets, given_json, near_datasets
 from fpn_plugin.data.dataset_check import check_dataset, convert_dataset
 from fpn_plugin.data.pictures import IMAGE_FORMATS
 from fpn_plugin.data.requirements import Needs
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError
 from fpn_plugin.mini.dataset import MINI_NAMES, ensure_mini
 
 from .common import ToolParser, at_least, command_parser, output_file
@@ -117,10 +117,8 @@ def _files(dataset: str, folder: str | None) -> tuple[str, str]:
     if Path(dataset).is_dir():
         raise UserError(f"{dataset} is a folder: give a COCO JSON first, then the image folder")
     if dataset not in DatasetCatalog.list():
-        raise UserError(
-            f"{dataset!r} is neither a file nor a registered dataset: "
-            f"{near_names(dataset, DatasetCatalog.list())}"
-        )
+        near = near_datasets(dataset) or "give a COCO JSON, then its image folder"
+        raise UserError(f"{dataset!r} is neither a file nor a registered dataset: {near}")
     if dataset in MINI_NAMES:
         ensure_mini()
     check_datasets([dataset], "the command line")

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 
-from fpn_plugin.data import register_datasets
 from fpn_plugin.deploy.optimize import print_steps
 from fpn_plugin.engine.detection import detect_images
 from fpn_plugin.engine.inference import Detector, class_names
+from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
 from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 
@@ -40,7 +40,7 @@ def detect_main(argv: list[str] | None = None) -> None:
     """Writes a picture for each image and detections.json; see :func:`detect_images`."""
     args = _parser().parse_args(argv)
     cfg = config_on_device(args.config_file, args.opts)
-    register_datasets(args.dataset)
+    register_with_runs(args.dataset, *run_folders(args.config_file, cfg.MODEL.WEIGHTS))
     images, truth_names = given_images(args), ()
     if args.ground_truth:  # given_images() has loaded its categories
         truth_names = MetadataCatalog.get(args.ground_truth).get("thing_classes", ())

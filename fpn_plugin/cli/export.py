@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fpn_plugin.data import read_picture, register_datasets
+from fpn_plugin.data import read_picture
 from fpn_plugin.deploy.export import FORMATS, TIME_LIMIT
 from fpn_plugin.deploy.export_check import export_checked
 from fpn_plugin.engine import load_config
 from fpn_plugin.engine.inference import Detector, class_names
+from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
 
 from .common import ToolParser, add_shared, at_least, command_parser
 
@@ -42,7 +43,7 @@ def export_main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
-    register_datasets(args.dataset)
+    register_with_runs(args.dataset, *run_folders(args.config_file, cfg.MODEL.WEIGHTS))
     images = [read_picture(cfg, path) for path in args.input]  # before the weights are loaded
     model, folder = Detector(cfg).model, Path(args.output)
     export_checked(cfg, model, class_names(cfg), images, args.formats, folder, args.time_limit)

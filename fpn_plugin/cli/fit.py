@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fpn_plugin.data import Needs, register_datasets
+from fpn_plugin.data import Needs
 from fpn_plugin.engine import find_config_file, load_config
+from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
 from fpn_plugin.errors import UserError
 from fpn_plugin.fitting import check_config, fit_pyramid, read_ground_truth
 from fpn_plugin.fitting.report import check_output, write_report
@@ -44,7 +45,7 @@ def fit_main(argv: list[str] | None = None) -> None:
     pyramid = check_config(cfg)
     base, folder = Path(find_config_file(args.config_file)), Path(args.output)
     check_output(base, folder)
-    register_datasets(args.dataset)
+    register_with_runs(args.dataset, *run_folders(args.config_file, cfg.MODEL.WEIGHTS))
     sources = args.data or list(cfg.DATASETS.TRAIN)
     if not sources:
         raise UserError("no data: give --data, or a config whose DATASETS.TRAIN names a dataset")

@@ -14,12 +14,13 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fpn_plugin.data import read_picture, register_datasets
+from fpn_plugin.data import read_picture
 from fpn_plugin.data.given_images import images_in
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.deploy.comparison import compare_detectors
 from fpn_plugin.deploy.optimize import dtype_name, print_steps
 from fpn_plugin.engine.inference import Detector
+from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
 from fpn_plugin.engine.settings import config_on_device
 
 from .common import DTYPES, ToolParser, add_shared, command_parser
@@ -41,7 +42,7 @@ def optimize_main(argv: list[str] | None = None) -> None:
     """Runs the model and its optimised copies on each image in turn, and prints a table."""
     args = _parser().parse_args(argv)
     cfg = config_on_device(args.config_file, args.opts)
-    register_datasets(args.dataset)
+    register_with_runs(args.dataset, *run_folders(args.config_file, cfg.MODEL.WEIGHTS))
     given = images_in(args.input, "--input")[: args.max_images]
     original = Detector(cfg)
     detectors, made_in = {"original": original}, {"original": 0.0}

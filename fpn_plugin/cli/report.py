@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import load_config
+from fpn_plugin.engine.run_datasets import register_with_runs
 from fpn_plugin.errors import UserError
 from fpn_plugin.visualization.run_page import run_page
 
@@ -38,7 +38,7 @@ def report_main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{str(run)!r} has no config.yaml: give the OUTPUT_DIR of a training or evaluation"
         )
-    register_datasets(args.dataset)
+    register_with_runs(args.dataset, run)
     cfg = load_config(str(run / "config.yaml"))
     html = run_page(run, cfg, args.threshold).html()
     path = Path(args.output) if args.output else run / "report.html"

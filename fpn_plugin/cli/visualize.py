@@ -13,12 +13,14 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from fpn_plugin.data import check_datasets, class_order, follow_classes, register_datasets
+from fpn_plugin.data import check_datasets, class_order, follow_classes
 from fpn_plugin.engine.inference import Detector, class_names, keypoint_layout
+from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
 from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
@@ -51,12 +53,14 @@ def _parser() -> ToolParser:
 def visualize_main(argv: list[str] | None = None) -> None:
     """Writes pictures of each image, and contributions.png and .json over all images."""
     args = _parser().parse_args(argv)
-    register_datasets(args.dataset)
+    cfgs = _configs(args)
+    weights = [cfg.MODEL.WEIGHTS for cfg in cfgs.values()]  # those of --run are in its folder
+    folders = [run_folders(args.config_file or "", each) for each in weights]
+    register_with_runs(args.dataset, *itertools.chain(*folders))
     if args.ground_truth:
         check_datasets([args.ground_truth], "--ground-truth")
         ensure_mini_datasets([args.ground_truth])
     images = [] if args.ground_truth else given_images(args)
-    cfgs = _configs(args)
     first = next(iter(cfgs.values()))
     models = [LabelledModel(label, cfg, Detector(cfg).model) for label, cfg in cfgs.items()]
     names = class_names(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import tempfile
@@ -14,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
-from fpn_plugin.errors import UserError, near_names
+from fpn_plugin.errors import UserError
 from fpn_plugin.mini.dataset import MINI_NAMES
 
 from .dataset_check import CheckedCoco, read_coco
@@ -25,8 +26,8 @@ from .requirements import Needs
 
 __all__ = [
     "check_classes", "check_datasets", "check_proposal_files", "check_records", "current_json",
-    "given_json", "is_reread", "number_classes", "number_of_classes", "register_datasets",
-    "registered_specs",
+    "given_json", "is_reread", "near_datasets", "number_classes", "number_of_classes",
+    "register_datasets", "register_of_run", "registered_specs",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,54 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
         if not new:
             known = MetadataCatalog.get(name)
             files = (known.get("json_file"), known.get("given_json_file"))
-            if json_file not in files or known.get("image_root") != images:
+            if json_file in files and known.get("image_root") == images:
+                json_file = given_json(name)
+            elif known.get("of_run"):
+                _forget(name)
+                new = True
+            else:
                 raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
-            json_file = given_json(name)
         coco = None if checked else read_coco(json_file, images, needs=_ANY_USE, files=False)
         if new:
-            files = {"json_file": json_file, "image_root": images}
-            _set_metadata(name, **_of_no_json(name), **files, evaluator_type="coco")
-            DatasetCatalog.register(name, partial(_load, name))
+            _register(name, json_file, images)
         if coco is not None:
             _update(name, coco)
+
+
+def register_of_run(name: str, json_file: str, images: str, **metadata: Any) -> bool:
+    """Registers a dataset that a run has stored. Its files are not read and may be missing.
+
+    It replaces a dataset of another run. One that is registered otherwise stays.
+
+    Args:
+        name: of the dataset.
+        json_file: absolute path.
+        images: absolute path of the folder.
+        metadata: more of it.
+
+    Returns:
+        Whether the name stands for the run's dataset.
+    """
+    if name in DatasetCatalog.list():
+        known = MetadataCatalog.get(name)
+        if not known.get("of_run"):
+            return False
+        if (given_json(name), known.image_root) == (json_file, images):
+            return True
+        _forget(name)
+    _register(name, json_file, images, of_run=True, **metadata)
+    return True
+
+
+def _register(name: str, json_file: str, images: str, **metadata: Any) -> None:
+    values = {"json_file": json_file, "image_root": images, "evaluator_type": "coco", **metadata}
+    _set_metadata(name, **{**_of_no_json(name), **values})
+    DatasetCatalog.register(name, partial(_load, name))
+
+
+def _forget(name: str) -> None:
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
 
 
 def registered_specs(specs: Iterable[str]) -> list[str]:
@@ -210,17 +249,40 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
     """
     for name in names:
         if name not in DatasetCatalog.list():
-            own = " Your own COCO-format data: --dataset NAME=JSON:IMAGES" if registers else ""
+            own = f"Register your own data: --dataset {name}=JSON:IMAGES" if registers else ""
+            remedies = " ".join(filter(None, (near_datasets(name), own)))
             raise UserError(
-                f"{key} names dataset {name!r}, which is not registered: "
-                f"{near_names(name, DatasetCatalog.list())}{own}"
+                f"{key} names dataset {name!r}, which is not registered{remedies and '. '}"
+                f"{remedies}"
             )
-        json_file = MetadataCatalog.get(name).get("json_file")
-        if json_file and name not in MINI_NAMES and not Path(json_file).is_file():
+        known = MetadataCatalog.get(name)
+        json_file, images = known.get("json_file"), known.get("image_root")
+        if known.get("of_run"):
+            json_file = given_json(name)
+            gone = images if Path(json_file).is_file() else json_file
+            if not Path(gone).exists():
+                raise UserError(
+                    f"{key} names dataset {name!r} of the run, but {gone} is not there: if it has "
+                    f"moved, give --dataset {name}=JSON:IMAGES"
+                )
+        elif json_file and name not in MINI_NAMES and not Path(json_file).is_file():
             raise UserError(
                 f"{key} names dataset {name!r}, but {json_file} is not there: put it there, or "
                 "set DETECTRON2_DATASETS to the folder that holds it"
             )
+
+
+def near_datasets(name: str) -> str:
+    """Asks "did you mean A or B?" of registered datasets; "" if there are none of near names.
+
+    Names that --dataset and runs have registered may be less near than others: those of Detectron2
+    and of the mini dataset are many, and are rarely meant.
+    """
+    known = DatasetCatalog.list()
+    own = [each for each in known if getattr(DatasetCatalog[each], "func", None) is _load]
+    own = [each for each in own if each not in MINI_NAMES]
+    near = difflib.get_close_matches(name, own) or difflib.get_close_matches(name, known, 1, 0.85)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def number_of_classes(cfg: CfgNode) -> tuple[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ BOX_PX, SCORE, MASK = 0.05, 1e-3, 1e-2
 """Largest accepted differences between a file's detections and the model's: pixels, scores, and
 mask probabilities."""
 
+_RUNNER = "onnx_runner.py"
 _COLUMNS = ("detections", "other", "box (px)", "score", "mask")
 
 
@@ -50,7 +52,8 @@ def export_checked(
         classes: their names, for ``model.json``.
         images: to compare detections on, as :func:`fpn_plugin.data.read_picture` reads them.
         formats: names of :data:`FORMATS`.
-        folder: the files and ``model.json`` are written to it.
+        folder: the files and ``model.json`` are written to it; next to an ONNX file a program that
+            runs it by onnxruntime.
         time_limit: seconds after which writing a format is stopped.
 
     Raises:
@@ -75,6 +78,8 @@ def export_checked(
         except RuntimeError as error:  # the file does not take an image of this size
             problems.append(f"{path} fails on the images: {one_line(error)}")
             continue
+        if kind == "onnx":
+            shutil.copy(Path(__file__).with_name(_RUNNER), folder)
         size, seconds = path.stat().st_size / 2**20, time.perf_counter() - started
         rows.append([kind, str(path), size, seconds, *found.values()])
         within = found["box (px)"] <= BOX_PX and found["score"] <= SCORE and found["mask"] <= MASK
@@ -88,6 +93,8 @@ def export_checked(
         f"classes are described in {folder / 'model.json'}. Resize images before, and paste masks "
         "after."
     )
+    if (folder / _RUNNER).is_file():
+        print(f"{folder / _RUNNER} runs the ONNX file: python {folder / _RUNNER} photo.jpg")
     if "torch_export" in formats:
         print(
             f"The file of torch_export takes images with sides above {_coarsest(model)} px: it "
@@ -164,21 +171,25 @@ def _cases(cfg: CfgNode, images: Sequence[np.ndarray]) -> list[list[Tensor]]:
 def _description(cfg: CfgNode, graph: DetectionGraph, classes: Sequence[str]) -> dict[str, Any]:
     masks = {"masks": "float32 (D, M, M), probability over each box"}
     return {
+        "classes": list(classes),
+        "input_size": {
+            "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
+            "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
+        },
+        "channel_order": cfg.INPUT.FORMAT,
+        "mean": list(cfg.MODEL.PIXEL_MEAN),
+        "deviation": list(cfg.MODEL.PIXEL_STD),
         "input": {
-            "images": f"float32 (N, {image_channels(graph.model)}, H, W), {cfg.INPUT.FORMAT}, "
-            "values 0 to 255, padded right and below; N, H and W may vary, N may be 0",
+            "images": f"float32 (N, {image_channels(graph.model)}, H, W), resized, in channel_order"
+            ", values 0 to 255: the model subtracts mean and divides by deviation itself; padded "
+            "right and below; N, H and W may vary, N may be 0",
             "sizes": "int64 (N, 2), height and width of each image without padding",
-            "resizing": {
-                "shorter side": cfg.INPUT.MIN_SIZE_TEST,
-                "longer side at most": cfg.INPUT.MAX_SIZE_TEST,
-            },
         },
         "output": {
             "boxes": "float32 (D, 4), x1 y1 x2 y2 in pixels of images",
             "scores": "float32 (D), highest first",
-            "classes": "int64 (D)",
+            "classes": "int64 (D), an index into the list classes",
             "image_index": "int64 (D)",
             **(masks if "masks" in graph.output_names else {}),
         },
-        "classes": list(classes),
     }

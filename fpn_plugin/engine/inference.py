@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
-from fpn_plugin.data import channels_first, describe_keypoints, resized_picture
+from fpn_plugin.data import channels_first, class_order, describe_keypoints, resized_picture
 from fpn_plugin.deploy import optimize_for_inference
 from fpn_plugin.errors import UserError
 from fpn_plugin.inspection.forward_trace import recorded_levels
@@ -89,12 +87,9 @@ def class_names(cfg: CfgNode) -> list[str]:
     if saved is not None:
         return saved
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("thing_classes") is None and Path(metadata.get("json_file", "")).is_file():
-            DatasetCatalog.get(name)  # a JSON's categories are known when it is loaded
-        names = MetadataCatalog.get(name).get("thing_classes")
+        names = class_order(name)
         if names is not None:
-            return list(names)
+            return names
     return []
 
 

@@ -28,7 +28,6 @@ from fpn_plugin.data import (
     ReadableImageMapper,
     check_datasets,
     check_records,
-    register_datasets,
     registered_specs,
 )
 from fpn_plugin.errors import UserError
@@ -38,6 +37,7 @@ from fpn_plugin.utils.pickles import load_arrays
 
 from .checkpoint import StrictCheckpointer
 from .launch import launch
+from .run_datasets import register_with_runs, run_folders
 from .trainer import FPNTrainer
 
 __all__ = ["dump_proposals"]
@@ -59,10 +59,12 @@ def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
         UserError: a dataset cannot be used, the model gives no proposals, or the output holds
             proposals of other weights or another config.
     """
-    register_datasets(args.dataset, checked=True)  # the next lines check
+    # The next lines check.
+    folders = run_folders(args.config_file, cfg.MODEL.WEIGHTS)
+    specs = register_with_runs(args.dataset, *folders, checked=True)
     check_datasets(args.splits, "--splits")
     check_records(args.splits, Needs.of(cfg, training=False))
-    args.dataset = registered_specs(args.dataset)
+    args.dataset = registered_specs(specs)
     if cfg.MODEL.META_ARCHITECTURE != "ProposalNetwork":
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, whose output is not only "
@@ -74,7 +76,7 @@ def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    register_datasets(args.dataset, checked=True)
+    register_with_runs(args.dataset, checked=True)
     setup_logger(name="fvcore")
     model = FPNTrainer.build_model(without_network_weights(cfg)).eval()
     StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)

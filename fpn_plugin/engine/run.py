@@ -6,12 +6,14 @@ import argparse
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
@@ -24,7 +26,6 @@ from fpn_plugin.data import (
     check_proposal_files,
     check_records,
     number_of_classes,
-    register_datasets,
     registered_specs,
 )
 from fpn_plugin.errors import UserError
@@ -38,6 +39,13 @@ from .class_names import match_datasets
 from .launch import launch
 from .results import finish
 from .run_config import RunConfig
+from .run_datasets import (
+    describe_datasets,
+    register_with_runs,
+    run_datasets,
+    run_folders,
+    save_run_datasets,
+)
 from .settings import find_config_file, settled_device
 from .trainer import FPNTrainer
 
@@ -67,6 +75,9 @@ class Run(ABC):
             raise UserError("--optimize is for --eval-only: an optimised model cannot be trained")
         self.config, self.args, self._optimize = RunConfig(cfg), args, optimize
         self.training = not args.eval_only
+        self._runs = run_folders(args.config_file, self.config["weights"])
+        if args.resume:
+            self._runs.append(Path(self.config["output_dir"]))
 
     # ---- what differs between yacs and lazy configs
 
@@ -127,10 +138,13 @@ class Run(ABC):
         config["device"] = settled_device(config["device"], named, args.num_gpus, key)
         if self.training:
             config.check_mixed_precision()
-        register_datasets(args.dataset, checked=True)  # the next line checks
+        # The next line checks.
+        specs = register_with_runs(args.dataset, *self._runs, checked=True)
         self.check_data()
-        args.dataset = registered_specs(args.dataset)
+        args.dataset = registered_specs(specs)
         self._match_datasets()
+        # Started processes have registered repaired copies of JSONs.
+        self._datasets = describe_datasets([*config.names("train"), *config.names("test")])
         make_output_dir(config["output_dir"], config.key("output_dir"))
         ensure_mini_datasets([*config.names("train"), *config.names("test")])
         if self.training and config["epochs"]:
@@ -191,11 +205,14 @@ class Run(ABC):
         config, folder = self.config, self.config["output_dir"]
         with explained_full_disk(f"to {folder}", "make room, then give the command again"):
             # A started process has registered only what an import registers.
-            register_datasets(self.args.dataset, checked=True)
+            register_with_runs(self.args.dataset, *self._runs, checked=True)
             self._match_datasets()
             with earlier_config_kept(folder, always=not self.training):
                 default_setup(config.cfg, self.args)
                 train = self.trainer() if self.training else None
+            if comm.is_main_process():
+                earlier = {} if self.training else run_datasets(folder)
+                save_run_datasets(folder, {**earlier, **self._datasets})
             if train is not None:
                 train()
                 return

@@ -13,7 +13,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from fpn_plugin.data import check_datasets, read_image_or_say
+from fpn_plugin.data import Needs, check_datasets, check_records, read_image_or_say
 from fpn_plugin.inspection.box_levels import BoxLevels
 from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, find_errors
 from fpn_plugin.mini import ensure_mini_datasets
@@ -123,6 +123,7 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     name = cfg.DATASETS.TEST[-1]  # each evaluation replaces the file of the one before
     ensure_mini_datasets([name])
     check_datasets([name], "DATASETS.TEST")
+    check_records([name], Needs(training=False))
     metadata = MetadataCatalog.get(name)
     dataset = json.loads(Path(metadata.json_file).read_text())
     levels = BoxLevels(cfg, dataset)

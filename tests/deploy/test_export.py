@@ -1,7 +1,13 @@
 """Exported files give the detections of the model they were made of, whatever they are given."""
 
+import contextlib
+import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -10,10 +16,13 @@ from PIL import Image
 
 from fpn_plugin import UserError, model_zoo, optimize_for_inference
 from fpn_plugin.cli.export import export_main
+from fpn_plugin.data import read_picture
 from fpn_plugin.deploy.export import FORMATS, batched, export_graph, exportable, load_exported
 from fpn_plugin.deploy.export_check import detection_differences
+from fpn_plugin.engine.inference import Detector
 
 KINDS = ("faster", "mask", "retinanet")
+KIND_NAMES = [f"kind {number}" for number in range(14)]
 
 
 @pytest.fixture(scope="module")
@@ -133,27 +142,89 @@ def test_padding_may_hold_anything(detector, cases):
             assert torch.equal(ours, theirs)
 
 
-def test_the_tool_compares_and_describes(detector, config_of, images, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def exported(detector, config_of, images, tmp_path_factory) -> tuple[Path, CfgNode, str]:
+    """A folder with exported files and a picture, the config of their model, and the output."""
+    folder = tmp_path_factory.mktemp("exported")
     cfg: CfgNode = config_of("faster")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-    torch.save({"model": detector("faster").state_dict()}, cfg.MODEL.WEIGHTS)
-    (tmp_path / "config.yaml").write_text(cfg.dump())
+    cfg.MODEL.WEIGHTS = str(folder / "weights.pth")
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 224, 310
+    content = {
+        "model": detector("faster").state_dict(),
+        "classes": KIND_NAMES,
+    }
+    torch.save(content, cfg.MODEL.WEIGHTS)
+    (folder / "config.yaml").write_text(cfg.dump())
     picture = images[1]["image"].permute(1, 2, 0).numpy()[:, :, ::-1].copy()
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    export_main(
-        ["--config-file", str(tmp_path / "config.yaml"), "--input", str(tmp_path / "picture.png"),
-         "--output", str(tmp_path / "out"), "--formats", "torchscript"]
-    )  # fmt: skip
-    said = capsys.readouterr().out
-    row = next(line for line in said.splitlines() if line.startswith("| torchscript"))
+    Image.fromarray(picture).save(folder / "picture.png")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        export_main(
+            ["--config-file", str(folder / "config.yaml"), "--input", str(folder / "picture.png"),
+             "--output", str(folder / "out"), "--formats", "onnx" if DYNAMIC else "torchscript"]
+        )  # fmt: skip
+    return folder, cfg, printed.getvalue()
+
+
+def test_the_tool_compares_and_describes(exported):
+    folder, _, said = exported
+    kind = "onnx" if DYNAMIC else "torchscript"
+    row = next(line for line in said.splitlines() if line.startswith(f"| {kind}"))
     *_, detections, other, box, score, _ = [cell.strip() for cell in row.split("|")[1:-1]]
     assert int(detections) > 20
     assert other == "0"
     assert float(box) < 0.05
     assert float(score) < 1e-4
-    described = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert described["input"]["images"].startswith("float32 (N, 3, H, W), BGR")
-    assert described["input"]["resizing"]["shorter side"] == 256
+    described = json.loads((folder / "out" / "model.json").read_text())
+    assert described["input"]["images"].startswith(
+        "float32 (N, 3, H, W), resized, in channel_order"
+    )
+    assert described["input_size"] == {"shorter_side": 224, "longer_side_at_most": 310}
+    assert described["channel_order"] == "BGR"
+    assert described["mean"] == [103.53, 116.28, 123.675]
+    assert described["deviation"] == [57.0, 57.0, 57.0]
+    assert described["classes"] == KIND_NAMES
+    assert (folder / "out" / "onnx_runner.py").is_file() == DYNAMIC
+
+
+# Runs as a user does who has only these packages, and reports what was imported.
+ONLY = """
+import importlib.abc, runpy, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "torchvision", "detectron2", "fpn_plugin", "cv2"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# Upright; turned by EXIF, and limited by its longer side; so narrow that it is padded.
+@pytest.mark.parametrize("case", ["upright", "turned", "narrow"])
+@needs_dynamic
+def test_the_runner_gives_the_models_detections(case, exported, tmp_path):
+    folder, cfg, _ = exported
+    box, turned = {
+        "upright": ((0, 0, 250, 190), False), "turned": ((0, 0, 130, 250), True),
+        "narrow": ((60, 0, 100, 256), False),
+    }[case]  # fmt: skip
+    path, exif = tmp_path / "photo.png", Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    Image.open(folder / "picture.png").crop(box).save(path, exif=exif)
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY, str(folder / "out" / "onnx_runner.py"), str(path)],
+        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = json.loads(done.stdout)["detections"]
+    theirs = Detector(cfg)(read_picture(cfg, path))
+    assert len(ours) == len(theirs) > 5
+    assert [d["class"] for d in ours] == [KIND_NAMES[i] for i in theirs.pred_classes.tolist()]
+    np.testing.assert_allclose([d["score"] for d in ours], theirs.scores.numpy(), atol=1e-4)
+    boxes = theirs.pred_boxes.tensor.numpy()
+    np.testing.assert_allclose([d["box"] for d in ours], boxes, atol=0.05)
 
 
 def test_a_difference_is_counted(detector, cases):
