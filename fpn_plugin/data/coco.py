@@ -169,7 +169,8 @@ def _update(name: str, coco: CheckedCoco) -> None:
 
 def number_classes(name: str, classes: Sequence[str]) -> None:
     """Numbers the categories of a dataset that :func:`is_reread` in this order, not that of ids."""
-    _set_metadata(name, thing_classes=list(classes), classes_of_model=list(classes))
+    numbers = {"thing_dataset_id_to_contiguous_id": None}  # of an earlier order
+    _set_metadata(name, thing_classes=list(classes), classes_of_model=list(classes), **numbers)
 
 
 def _of_no_json(name: str) -> dict[str, None]:

@@ -82,6 +82,22 @@ def test_datasets_that_are_not_there_are_named():
     check_datasets(["mini_train", "mini_val"], "DATASETS.TRAIN")
 
 
+def test_only_a_truly_near_dataset_is_suggested(own_data):
+    """lvis_v1_val and mini_val end as names of a user's do."""
+    how = r"not registered\. Register your own data: --dataset {}=JSON:IMAGES$"
+    for name in ("cells_val", "cells_v1_val", "my_val", "tiny_train", "own"):
+        with pytest.raises(UserError, match=how.format(name)):
+            check_datasets([name], "DATASETS.TEST")
+    with pytest.raises(UserError, match=r"did you mean coco_2017_val\? Register"):
+        check_datasets(["coco_2017_vla"], "DATASETS.TEST")
+    with pytest.raises(UserError, match="not registered$"):
+        check_datasets(["cells_val"], "DATASETS.TEST", registers=False)
+    json_file, images = own_data
+    register_datasets([f"cells_train={json_file}:{images}"])
+    with pytest.raises(UserError, match=r"did you mean cells_train\? Register"):
+        check_datasets(["cells_val"], "DATASETS.TEST")
+
+
 BROKEN = {
     "no list 'annotations'": lambda c: c.pop("annotations"),
     "no list 'images'": lambda c: c.update(images={}),

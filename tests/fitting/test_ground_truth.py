@@ -149,7 +149,7 @@ def test_a_file_without_a_box_to_fit_to_says_why(coco_json):
 def test_a_missing_file_and_an_unknown_name_are_reported():
     with pytest.raises(UserError, match=r"'nothing/here.json', and there is no such file"):
         read_ground_truth(["nothing/here.json"])
-    with pytest.raises(UserError, match="'mini_trian', which is not registered: did you mean mini"):
+    with pytest.raises(UserError, match="'mini_trian', which is not registered. did you mean mini"):
         read_ground_truth(["mini_trian"])
 
 
