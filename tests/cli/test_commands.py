@@ -41,6 +41,7 @@ STUBS = stubs()
 NOT_RUN = {
     "make": "builds an environment, trains or tests for minutes; each change is made with them",
     "pip install": "tests do not touch the network; tests/test_package.py builds and installs",
+    "python exported/onnx_runner.py": "tests/deploy/test_export.py runs it",
     "source": "of the shell",
     "torchrun": "needs 8 GPUs; tests/distributed starts it",
     "fpn-plugin train --num-gpus 8": "needs 8 GPUs",
