@@ -75,9 +75,6 @@ class Run(ABC):
             raise UserError("--optimize is for --eval-only: an optimised model cannot be trained")
         self.config, self.args, self._optimize = RunConfig(cfg), args, optimize
         self.training = not args.eval_only
-        self._runs = run_folders(args.config_file, self.config["weights"])
-        if args.resume:
-            self._runs.append(Path(self.config["output_dir"]))
 
     # ---- what differs between yacs and lazy configs
 
@@ -138,15 +135,19 @@ class Run(ABC):
         config["device"] = settled_device(config["device"], named, args.num_gpus, key)
         if self.training:
             config.check_mixed_precision()
-        # The next line checks.
+        self._runs = run_folders(args.config_file, config["weights"])
+        if args.resume:
+            self._runs.append(Path(config["output_dir"]))
+        # check_data() checks.
         specs = register_with_runs(args.dataset, *self._runs, checked=True)
         self.check_data()
         args.dataset = registered_specs(specs)
         self._match_datasets()
-        # Started processes have registered repaired copies of JSONs.
-        self._datasets = describe_datasets([*config.names("train"), *config.names("test")])
         make_output_dir(config["output_dir"], config.key("output_dir"))
-        ensure_mini_datasets([*config.names("train"), *config.names("test")])
+        names = [*config.names("train"), *config.names("test")]
+        ensure_mini_datasets(names)
+        # Not in the started processes, which register repaired copies of JSONs.
+        self._datasets = describe_datasets(names)
         if self.training and config["epochs"]:
             config.set_length(sum(len(DatasetCatalog.get(name)) for name in config.names("train")))
         launch(self.work, args, config["device"], ())
