@@ -3,6 +3,7 @@
 Importing it registers backbones, RoI and RPN heads, and the mini datasets with Detectron2.
 """
 
+import importlib as _importlib
 import warnings as _warnings
 
 with _warnings.catch_warnings():
@@ -37,6 +38,7 @@ with _warnings.catch_warnings():
     )
 
 __all__ = [
+    "Detector",
     "FPNCascadeROIHeads",
     "FPNROIHeads",
     "FeaturePyramidNetwork",
@@ -49,11 +51,33 @@ __all__ = [
     "build_fpn_backbone",
     "build_timm_backbone",
     "build_torchvision_backbone",
+    "check",
+    "fit",
     "model_zoo",
     "optimize_for_inference",
+    "train",
 ]
 
 __version__ = "0.2.0"
+
+# The modules of these are imported when one is used: the rooms below them import this package.
+_MODULES = {
+    "Detector": "engine.inference",
+    "check": "cli.functions",
+    "fit": "cli.functions",
+    "train": "cli.functions",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
 
 _register_mini()
 _register_mini_weights()

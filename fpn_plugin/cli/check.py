@@ -15,25 +15,26 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fpn_plugin.data.coco import check_datasets, given_json, near_datasets
+from fpn_plugin.data.coco import check_datasets, given_json, near_datasets, register_datasets
 from fpn_plugin.data.dataset_check import check_dataset, convert_dataset
 from fpn_plugin.data.pictures import IMAGE_FORMATS
 from fpn_plugin.data.requirements import Needs
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini.dataset import MINI_NAMES, ensure_mini
 
-from .common import ToolParser, at_least, command_parser, output_file
+from .common import Arguments, ToolParser, at_least, command_parser, output_file
 
-__all__ = ["check_main"]
+__all__ = ["check_files", "check_main"]
 
 
 def _parser() -> ToolParser:
     parser = command_parser("check", __doc__)
     add = parser.add_argument
-    add("dataset", help="a COCO JSON, or the name of a registered dataset")
+    add("dataset", help="a COCO JSON, NAME=JSON:IMAGES, or the name of a registered dataset")
     add("folder", nargs="?", help="image folder; a registered dataset has its own")
     add(
         "--images",
@@ -68,8 +69,14 @@ def _parser() -> ToolParser:
     return parser
 
 
-def check_main(argv: list[str] | None = None) -> None:
+def check_main(argv: Arguments = None) -> None:
     """Prints what is wrong with a dataset. Exits with status 1 if training would refuse it."""
+    if check_files(argv)["refused"]:
+        sys.exit(1)
+
+
+def check_files(argv: Arguments = None) -> dict[str, Any]:
+    """Prints what is wrong with a dataset, and returns it as :meth:`Report.as_json` does."""
     args = _parser().parse_args(argv)
     json_file, folder = _files(args.dataset, args.folder)
     if args.no_crowds and not args.convert:
@@ -104,14 +111,16 @@ def check_main(argv: list[str] | None = None) -> None:
             Path(args.json).write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {args.json}: {error.strerror}") from error
-    if content["refused"]:
-        sys.exit(1)
+    return content
 
 
 def _files(dataset: str, folder: str | None) -> tuple[str, str]:
     """JSON and image folder."""
     if folder is not None:
         return dataset, folder
+    if "=" in dataset and not Path(dataset).exists():
+        register_datasets([dataset], checked=True)
+        dataset = dataset.partition("=")[0]
     if Path(dataset).is_file():
         raise UserError(f"{dataset} is a JSON: give its image folder too")
     if Path(dataset).is_dir():

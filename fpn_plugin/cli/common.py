@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from fpn_plugin.errors import UserError, near_names
 
 __all__ = [
     "DTYPES",
+    "Arguments",
     "ToolParser",
     "add_shared",
     "at_least",
@@ -38,6 +39,10 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that models can be optimised for."""
 
+Arguments = Sequence[str] | Mapping[str, Any] | None
+"""Of a command: words; values by name, such as ``{"config_file": "my.yaml"}``; None for those of
+the command line."""
+
 
 class ToolParser(argparse.ArgumentParser):
     """argparse's parser, whose errors are a :class:`UserError`.
@@ -52,9 +57,11 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+        self, args: Arguments = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parses arguments; ``opts`` are the config keys and values at their end."""
+        if isinstance(args, Mapping):
+            args = self._words(args)
         given = list(sys.argv[1:] if args is None else args)
         first = len(given)
         if any(action.dest == "opts" for action in self._actions):
@@ -69,6 +76,31 @@ class ToolParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises a :class:`UserError`, which the commands print as one line with exit status 2."""
         raise UserError(" ".join(message.splitlines()))
+
+    def _words(self, values: Mapping[str, Any]) -> list[str]:
+        """The command line that has these values; None and False stand for no argument."""
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for name in values:
+            if name not in actions:
+                self.error(f"no argument {name}: {near_names(name, actions)}")
+        words, last = [], []
+        for name, action in actions.items():  # positional ones have an order
+            value = values.get(name)
+            if value is None or value is False:
+                continue
+            several = isinstance(value, list | tuple)
+            flag, repeats = action.nargs == 0, action.nargs == argparse.REMAINDER
+            repeats = repeats or action.default == []
+            if flag != (value is True) or (several and not repeats):
+                expected = "True or False" if flag else "a single value"
+                self.error(f"argument {name} is {value!r}, expected {expected}")
+            given = [str(each) for each in (value if several else [value])]
+            if action.option_strings:
+                option = action.option_strings[-1]
+                words += [option] if flag else [f"{option}={word}" for word in given]
+            else:
+                last += given
+        return [*words, *last]
 
     def _check_options(self, words: Sequence[str]) -> None:
         """Refuses unknown options, with near names."""

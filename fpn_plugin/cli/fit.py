@@ -18,7 +18,7 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.fitting import check_config, fit_pyramid, read_ground_truth
 from fpn_plugin.fitting.report import check_output, write_report
 
-from .common import ToolParser, add_shared, command_parser
+from .common import Arguments, ToolParser, add_shared, command_parser
 
 __all__ = ["fit_main"]
 
@@ -38,8 +38,8 @@ def _parser() -> ToolParser:
     return parser
 
 
-def fit_main(argv: list[str] | None = None) -> None:
-    """Fits a pyramid, and writes fitted.yaml, report.md, report.json and charts."""
+def fit_main(argv: Arguments = None) -> Path:
+    """Fits a pyramid, writes fitted.yaml, report.md, report.json and charts, returns the folder."""
     args = _parser().parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     pyramid = check_config(cfg)
@@ -53,3 +53,4 @@ def fit_main(argv: list[str] | None = None) -> None:
     truth = read_ground_truth(sources, Needs.of(cfg, training=True), key)
     fit = fit_pyramid(cfg, truth, pyramid)
     print(write_report(fit, sources, base, list(args.opts[::2]), folder, args.dataset))
+    return folder

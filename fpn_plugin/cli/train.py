@@ -13,6 +13,7 @@ Examples:
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -27,7 +28,7 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.lazy import load_lazy_config
 from fpn_plugin.lazy.trainer import LazyRun
 
-from .common import ToolParser, add_shared, at_least, command_parser
+from .common import Arguments, ToolParser, add_shared, at_least, command_parser
 
 __all__ = ["lazy_main", "train_main"]
 
@@ -50,15 +51,16 @@ def _parser(command: str) -> ToolParser:
     return parser
 
 
-def train_main(
-    argv: list[str] | None = None, *, command: str = "train", lazy: bool = False
-) -> None:
+def train_main(argv: Arguments = None, *, command: str = "train", lazy: bool = False) -> Path:
     """Trains or evaluates a model.
 
     Args:
         argv: arguments; those of the command line by default.
         command: "train", or "evaluate", which is train with --eval-only.
         lazy: whether the config is a lazy one; a name that ends in ``.py`` always is.
+
+    Returns:
+        The output folder.
     """
     args = _parser(command).parse_args(argv)
     if lazy and not args.config_file:
@@ -66,7 +68,9 @@ def train_main(
     lazy = lazy or args.config_file.endswith(".py")
     cfg = (load_lazy_config if lazy else load_config)(args.config_file, args.opts)
     optimize = partial(_optimized, dtype=getattr(torch, args.optimize)) if args.optimize else None
-    (LazyRun if lazy else YacsRun)(cfg, args, optimize).start()
+    run = (LazyRun if lazy else YacsRun)(cfg, args, optimize)
+    run.start()
+    return Path(run.config["output_dir"])
 
 
 def lazy_main(argv: list[str] | None = None) -> None:

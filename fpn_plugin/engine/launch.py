@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from fpn_plugin.errors import UserError
 
-__all__ = ["launch", "quiet_third_parties", "run_tool"]
+__all__ = ["explained_files", "launch", "quiet_third_parties", "run_tool"]
 
 _USER_ERROR_STATUS = 2
 _INTERRUPTED_STATUS = 130  # what a shell reports for SIGINT
@@ -39,7 +39,7 @@ def run_tool(main: Callable[[], Any]) -> None:
     """
     quiet_third_parties()
     try:
-        with _explained_files():
+        with explained_files():
             main()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _leave(0)
@@ -62,7 +62,7 @@ def run_tool(main: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def _explained_files() -> Iterator[None]:
+def explained_files() -> Iterator[None]:
     """Within it, an error that names a file or folder is a :class:`UserError`."""
     try:
         yield
@@ -142,14 +142,19 @@ def _check_version(what: str, instead: str) -> None:
 
 
 def _guarded(worker: Callable[..., Any], *worker_args: Any) -> None:
-    """Runs a worker, in this process or a started one; a user's error becomes one line."""
+    """Runs a worker, in this process or a started one; a user's error becomes one line.
+
+    If the process is the only one, its caller gets the error.
+    """
     quiet_third_parties()
     try:
-        with _explained_files():
+        with explained_files():
             worker(*worker_args)
         if _is_spawned():
             _leave(0)
     except UserError as error:
+        if comm.get_world_size() == 1:
+            raise
         if comm.get_rank() > 0:
             time.sleep(_RANK_0_FIRST)  # it reports what all find, and the launcher ends the others
         _exit_with(error)

@@ -136,13 +136,12 @@ def test_a_dump_that_was_cut_off_goes_on(own, weights, tmp_path, monkeypatch):
     ]
 
 
-def test_parts_of_other_weights_are_refused(own, weights, tmp_path, capfd):
+def test_parts_of_other_weights_are_refused(own, weights, tmp_path):
     parts = tmp_path / "p" / "proposed.parts"
     parts.mkdir(parents=True)
     (parts / "made_by").write_text("something else")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"proposed\.parts holds proposals of other weights"):
         dump_proposals_main(args(own, weights, tmp_path / "p"))
-    assert "proposed.parts holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_proposals_of_other_weights_are_not_taken_for_these(own, weights, tmp_path, capfd):
@@ -151,9 +150,8 @@ def test_proposals_of_other_weights_are_not_taken_for_these(own, weights, tmp_pa
     assert "proposed.pkl exists already" in capfd.readouterr().out
     state = torch.load(weights)
     torch.save(state, weights)  # trained again
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"proposed\.pkl holds proposals of other weights"):
         dump_proposals_main(args(own, weights, tmp_path / "p"))
-    assert "proposed.pkl holds proposals of other weights" in capfd.readouterr().err
 
 
 def test_a_detector_is_told_how_to_give_proposals(own, weights, tmp_path):

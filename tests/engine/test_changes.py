@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from evidence.tiny import tiny_options
+from fpn_plugin import UserError
 from fpn_plugin.cli.train import lazy_main, train_main
 from fpn_plugin.data import register_datasets
 from fpn_plugin.engine import FPNTrainer, run
@@ -158,7 +159,7 @@ def test_what_is_advised_after_divergence_goes_on_from_the_last_checkpoint(
     error = error_line(capfd, train, squares, tmp_path, *opts)
     assert "--resume and a SOLVER.BASE_LR below 100000, a longer SOLVER.WARMUP_ITERS" in error
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError):
         train(squares, tmp_path, *opts)
     assert max(used) == 4  # in the same iteration again
     used.clear()

@@ -221,6 +221,6 @@ def test_results_that_are_not_met_are_a_status_and_are_written(
     if met:
         run_tool(lambda: main(args))
     else:
-        line = error_line(capfd, run_tool, lambda: main(args))
+        line = error_line(capfd, main, args)
         assert line.endswith("is not met: bbox AP is 40.0 (expected 50.0 within 1.0)")
     assert json.loads((tmp_path / "results.json").read_text())["bbox"]["AP"] == 40.0

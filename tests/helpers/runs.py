@@ -11,6 +11,8 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase
 
+from fpn_plugin.engine import run_tool
+
 LAZY = "lazy/mini/faster_rcnn_R_18_FPN.py"
 
 
@@ -25,7 +27,7 @@ def error_line(capfd: pytest.CaptureFixture, main: Callable[..., None], *args: o
     """The one line that a command reports an error by; its exit status is 2."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(*args)
+        run_tool(lambda: main(*args))
     assert ended.value.code == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
     return line
