@@ -10,7 +10,7 @@ from PIL import Image
 
 from .shapes import Found, Size
 
-__all__ = ["UNREADABLE", "image_problem", "shown_size", "why_unreadable"]
+__all__ = ["DEEP_MODES", "UNREADABLE", "image_problem", "shown_size", "why_unreadable"]
 
 # What Pillow raises on files that are missing, cut off, damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -21,7 +21,7 @@ _FORMATS = (
     "TIFF", "WEBP",
 )  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
-_DEEP = ("I", "F")
+DEEP_MODES = ("I", "F")  # what Pillow's modes of more than 8 bits per pixel begin with
 # Modes of files that hold gray or colours, and values of INPUT.FORMAT that keep gray, or alpha.
 _GRAY, _COLOURS = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA")
 _OF_GRAY, _WITH_ALPHA = ("L", "LA"), ("LA", "RGBA")
@@ -51,7 +51,7 @@ def image_problem(
             turned = (width, height) != image.size
             transparent = "A" in image.getbands() or "transparency" in image.info
             frames = getattr(image, "n_frames", 1)
-        if mode.startswith(_DEEP):
+        if mode.startswith(DEEP_MODES):
             message = f"has pixels of more than 8 bits ({mode}), which would be clipped at 255"
             return "image_depth", f"{message}: write it with 8"
         if decode:

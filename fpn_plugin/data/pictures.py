@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.data.detection_utils import convert_image_to_rgb, convert_PIL_to_numpy
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fpn_plugin.errors import UserError, near_names
 
+from .image_files import DEEP_MODES
 from .mapper import read_image_or_say
 
 __all__ = [
@@ -65,15 +67,19 @@ def picture_format(cfg: CfgNode) -> str:
     return "BGR" if cfg.INPUT.FORMAT in ("BGR", "RGB") else cfg.INPUT.FORMAT
 
 
-def read_picture(cfg: CfgNode, path: str | Path) -> np.ndarray:
-    """Reads an image file as ``(H, W, C)``, turned as its EXIF says.
+def read_picture(cfg: CfgNode, image: str | Path | Image.Image) -> np.ndarray:
+    """Reads an image, of a file or of Pillow, as ``(H, W, C)``, turned as its EXIF says.
 
     Channels are BGR, or those of another INPUT.FORMAT. Values are uint8; of YUV-BT.601, float64.
 
     Raises:
         UserError: it cannot be read.
     """
-    return read_image_or_say(path, picture_format(cfg))
+    if not isinstance(image, Image.Image):
+        return read_image_or_say(image, picture_format(cfg))
+    if image.mode.startswith(DEEP_MODES):
+        raise UserError(f"the image has pixels of more than 8 bits ({image.mode}): give it 8")
+    return convert_PIL_to_numpy(ImageOps.exif_transpose(image), picture_format(cfg))
 
 
 def resized_picture(cfg: CfgNode, picture: np.ndarray) -> tuple[np.ndarray, T.Transform]:

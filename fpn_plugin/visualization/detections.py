@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,16 +40,16 @@ class DrawnBox:
 def draw_detections(
     image: np.ndarray,
     detections: Sequence[DrawnBox],
-    path: Path,
+    path: Path | IO[bytes],
     ground_truth: Sequence[DrawnBox] | None = None,
     layout: KeypointLayout | None = None,
-) -> Path:
+) -> Path | IO[bytes]:
     """Writes a picture of detections, with ground truth next to them if it is given.
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
         detections: drawn in the colour of their level; a legend names the levels.
-        path: the file to write; its suffix sets the format.
+        path: the file to write, whose suffix sets the format, or a stream for a PNG.
         ground_truth: labelled boxes; None for a picture of detections only.
         layout: names and skeleton of keypoints.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,8 +34,13 @@ def outline(axes: Axes, box: Sequence[float], color: str, width: float) -> None:
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=shade, lw=line))
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture without a margin, makes its folder if necessary, and returns ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+def save(figure: Figure, path: Path | IO[bytes]) -> Path | IO[bytes]:
+    """Writes a picture without a margin, and returns ``path``.
+
+    The folder of a path is made if necessary. A stream is given a PNG.
+    """
+    kind = None if isinstance(path, Path) else "png"
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format=kind, bbox_inches="tight", pad_inches=0.1)
     return path

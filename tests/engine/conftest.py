@@ -4,6 +4,8 @@ import os
 import pytest
 from detectron2.engine import defaults
 
+from tests.helpers.detectors import config_of, detector  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def _quiet_and_quick(monkeypatch) -> None:

@@ -1,20 +1,28 @@
 """Detections say the level they were pooled from, and pictures show it."""
 
+import io
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 import torchvision
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from fpn_plugin import UserError, assign_levels, model_zoo
+from fpn_plugin import Detector, UserError, assign_levels, model_zoo
 from fpn_plugin.engine import StrictCheckpointer
-from fpn_plugin.engine.inference import Detector
+from fpn_plugin.engine.settings import load_config
 from fpn_plugin.inspection.forward_trace import recorded_levels
 from fpn_plugin.visualization import DrawnBox, draw_detections, level_color, plot_losses
+from tests.helpers.datasets import forgotten
+from tests.helpers.detectors import scene_image
 
 
 def small_config(*opts):
@@ -79,6 +87,171 @@ def test_a_trained_detector_needs_no_file_of_its_networks_first_weights(tmp_path
 def test_a_detector_without_weights_is_an_error():
     with pytest.raises(UserError, match="MODEL.WEIGHTS"):
         Detector(small_config())
+
+
+@pytest.fixture
+def run(detector, config_of, tmp_path) -> Callable[..., Path]:
+    """Makes the folder that a training of a kind of detector leaves, with a photo.png."""
+
+    def run(kind: str) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        StrictCheckpointer(detector(kind), str(folder)).save("model_final")
+        cfg = config_of(kind)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("own_train",), ("own_val",)
+        (folder / "config.yaml").write_text(cfg.dump())
+        bgr = scene_image(1, 256)[:, :200].permute(1, 2, 0).numpy()
+        Image.fromarray(bgr[:, :, ::-1].copy()).save(folder / "photo.png")
+        return folder
+
+    with forgotten():
+        yield run
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask", "keypoint", "cascade", "retinanet"])
+def test_a_runs_detections_are_those_of_default_predictor(kind, run):
+    folder = run(kind)
+    cfg = load_config(str(folder / "config.yaml"))
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    bgr = np.asarray(Image.open(folder / "photo.png"))[:, :, ::-1]
+    expected = DefaultPredictor(cfg)(bgr)["instances"]
+    coco = expected.pred_boxes.tensor.numpy().copy()
+    coco[:, 2:] -= coco[:, :2]
+    assert len(expected) >= 5
+
+    detect = Detector(folder)
+    for image in (folder / "photo.png", Image.open(folder / "photo.png"), bgr):
+        found = detect(image)
+        assert len(found) == len(expected)
+        assert np.array_equal(found.boxes, expected.pred_boxes.tensor.numpy())
+        assert np.array_equal(found.scores, expected.scores.numpy())
+        assert np.array_equal(found.classes, expected.pred_classes.numpy())
+        assert found.class_names.tolist() == [f"class {i}" for i in expected.pred_classes]
+        assert np.array_equal(found.image, bgr[:, :, ::-1])
+    if kind in ("cascade", "retinanet"):
+        assert found.levels is None
+    else:
+        assert np.array_equal(found.levels, Detector(cfg)(bgr).pyramid_level.numpy())
+    results = found.to_coco(image_id=7)
+    assert {result["image_id"] for result in results} == {7}
+    assert [result["category_id"] for result in results] == expected.pred_classes.tolist()
+    assert np.array_equal(np.float32([result["bbox"] for result in results]), coco)
+    assert np.array_equal(np.float32([result["score"] for result in results]), found.scores)
+    assert (found.masks is None) == (kind != "mask")
+    assert (found.keypoints is None) == (kind != "keypoint")
+    if kind == "mask":
+        masks = pycocotools.mask.decode([result["segmentation"] for result in results])
+        assert np.array_equal(found.masks, expected.pred_masks.numpy())
+        assert np.array_equal(masks.transpose(2, 0, 1) > 0, expected.pred_masks.numpy())
+    if kind == "keypoint":
+        points = np.float32([result["keypoints"] for result in results]).reshape(len(found), -1, 3)
+        assert np.array_equal(found.keypoints, expected.pred_keypoints.numpy())
+        assert np.array_equal(points, found.keypoints - np.float32([0.5, 0.5, 0]))
+    json.dumps(results)
+
+
+def test_a_pillow_image_is_read_as_its_file_is(run):
+    folder = run("faster")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(folder / "photo.png").save(folder / "turned.png", exif=turned)
+    Image.open(folder / "photo.png").convert("L").save(folder / "gray.png")
+    detect = Detector(str(folder))
+    for name in ("turned.png", "gray.png"):
+        found, expected = detect(Image.open(folder / name)), detect(str(folder / name))
+        assert np.array_equal(found.image, expected.image)
+        assert np.array_equal(found.boxes, expected.boxes)
+    assert detect(folder / "turned.png").image.shape == (256, 200, 3)
+
+
+def write_datasets(folder: Path, ids: dict[str, int], classes: list[str]) -> None:
+    """Writes datasets.json as a training does, and the JSON that it names."""
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    (folder / "own.json").write_text(json.dumps({"images": [], "categories": categories}))
+    known = {"json": str(folder / "own.json"), "images": str(folder), "colors": []}
+    content = {"other": {**known, "classes": ["other"]}, "own_train": {**known, "classes": classes}}
+    (folder / "datasets.json").write_text(json.dumps(content))
+
+
+def test_classes_have_the_names_and_ids_of_the_trainings_data(run, caplog):
+    folder, names = run("faster"), [f"kind {i}" for i in range(14)]
+    photo = folder / "photo.png"
+    numbers = Detector(folder)(photo).classes
+    assert len(set(numbers.tolist())) > 1
+
+    def named() -> tuple[list[str], list[int]]:
+        found = Detector(folder)(photo)
+        return found.class_names.tolist(), [result["category_id"] for result in found.to_coco()]
+
+    assert named() == ([f"class {i}" for i in numbers], numbers.tolist())
+    assert "ids of categories are unknown" in caplog.text
+    caplog.clear()
+    ids = {name: 100 - 3 * i for i, name in enumerate(names)}
+    registered = MetadataCatalog.get("own_train")
+    registered.thing_classes = names
+    registered.thing_dataset_id_to_contiguous_id = {200 - i: i for i in range(14)}
+    assert named() == ([names[i] for i in numbers], [200 - i for i in numbers])
+    write_datasets(folder, ids, names)  # comes before what is registered
+    assert named() == ([names[i] for i in numbers], [ids[names[i]] for i in numbers])
+    # The weights know their model's order; the JSON may have another.
+    content = torch.load(folder / "model_final.pth", weights_only=True)
+    torch.save({**content, "classes": names[::-1]}, folder / "model_final.pth")
+    assert named() == ([names[13 - i] for i in numbers], [ids[names[13 - i]] for i in numbers])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("best", [["model_best"], ["model_final"], ["model_0000003"]])
+def test_the_best_weights_of_a_run_are_taken(run, detector, best):
+    folder = run("faster")
+    written = ["model_best", "model_final", "model_0000003"]
+    written = written[written.index(*best) :]
+    (folder / "model_final.pth").unlink()
+    for number, name in enumerate(written):
+        model = detector("faster")
+        model.roi_heads.box_predictor.bbox_pred.bias.data[0] = number + 1
+        StrictCheckpointer(model, str(folder)).save(name)
+    assert Detector(folder).model.roi_heads.box_predictor.bbox_pred.bias[0] == 1
+
+
+def test_jupyter_shows_the_sure_detections_in_the_colours_of_their_levels(run):
+    folder = run("faster")
+    found = Detector(folder)(folder / "photo.png")
+    sure = found.scores >= 0.5
+    assert 0 < sure.sum() < len(found)
+    png = found._repr_png_()
+    assert Image.open(io.BytesIO(png)).format == "PNG"
+    found.draw(str(folder / "new" / "drawn.png"))
+    assert Image.open(folder / "new" / "drawn.png") == Image.open(io.BytesIO(png))
+    for level in range(2, 6):
+        expected = level in found.levels[sure]
+        assert has_color(io.BytesIO(png), level_color(level)) == expected, level
+    counts = [f"{int((found.classes == i).sum())} class {i}" for i in set(found.classes.tolist())]
+    assert sorted(repr(found)[len("Detections(") : -1].split(", ")) == sorted(counts)
+
+
+def test_what_is_no_run_or_no_image_is_named(run, tmp_path):
+    with pytest.raises(UserError, match="no folder .*nowhere.*: give the OUTPUT_DIR"):
+        Detector(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
+        Detector(tmp_path)
+    folder = run("faster")
+    detect = Detector(folder)
+    for image, message in (
+        ("nowhere.jpg", r"no image 'nowhere\.jpg'"),
+        ([[1, 2]], "the image is a list, expected a path"),
+        (np.zeros((9, 9, 3)), "array of float64, expected uint8"),
+        (np.zeros((9, 9), np.uint8), r"shape \(9, 9\).* must be \(H, W, 3\), BGR"),
+        (Image.new("I;16", (9, 9)), r"more than 8 bits \(I;16\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            detect(image)
+    (folder / "datasets.json").write_text("{")
+    with pytest.raises(UserError, match=r"datasets\.json is not JSON"):
+        Detector(folder)
+    for name in ("model_final.pth", "last_checkpoint"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"no weights yet: none of model_best\.pth, model_final"):
+        Detector(folder)
 
 
 def has_color(path, color: str) -> bool:
