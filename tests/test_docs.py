@@ -2,11 +2,18 @@
 and the links of files next to docs/ lead somewhere. ``make docs`` checks the links within docs/.
 """
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from fpn_plugin import model_zoo
+from fpn_plugin.engine import StrictCheckpointer
+from tests.helpers.datasets import forgotten
 
 ROOT = Path(__file__).parents[1]
 BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -60,8 +67,15 @@ def test_the_snippets_of_the_lazy_page_change_the_model(tmp_path, monkeypatch):
     assert names["train"].max_iter == 720
 
 
-def test_the_snippet_of_the_inference_page_takes_its_steps(tmp_path, monkeypatch):
+def test_the_snippets_of_the_inference_page_detect_and_take_their_steps(tmp_path, monkeypatch):
+    name = "mini/faster_rcnn_R_18_FPN.yaml"
+    folder = tmp_path / "output" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(model_zoo.get_config(name).dump())
+    StrictCheckpointer(model_zoo.get(name, device="cpu"), str(folder)).save("model_final")
+    Image.new("RGB", (90, 60)).save(tmp_path / "photo.jpg")
     names = run("inference.md", tmp_path, monkeypatch)
+    assert names["found"].image.shape == (60, 90, 3)
     steps = names["steps_of"](names["faster"])
     assert [step.taken for step in steps if step.name == "bfloat16"] == [True]
     assert not names["steps_of"](names["model"])
@@ -77,6 +91,31 @@ def test_the_snippet_of_the_configs_page_finds_every_config(tmp_path, monkeypatc
 def test_every_page_with_python_has_a_test_here():
     tested = {"README.md", "drop_in.md", "lazy.md", "inference.md", "configs.md"}
     assert set(SNIPPETS) == tested
+
+
+def test_the_notebook_goes_from_data_to_detections(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    codes = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not [cell for cell in codes if cell["outputs"] or cell["execution_count"]]
+    text = "\n".join("".join(cell["source"]) for cell in codes)
+    assert text.count("images, iterations = 300, 720") == 1
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    with forgotten():
+        exec(text.replace("images, iterations = 300, 720", "images, iterations = 8, 2"), names)
+    assert names["report"]["refused"] == 0
+    assert names["run"] == Path("output/run")
+    assert "AP50" in json.loads(Path("output/run/results.json").read_text())["bbox"]
+    found = names["found"]
+    pixels = np.asarray(Image.open(names["photo"]).convert("RGB"))
+    assert np.array_equal(found.image, pixels)
+    again = names["detect"](pixels[:, :, ::-1])
+    assert len(found) == len(names["results"]) > 0
+    assert np.array_equal(again.boxes, found.boxes)
+    categories = json.loads(Path("data/val.json").read_text())["categories"]
+    ids = {category["name"]: category["id"] for category in categories}
+    assert [r["category_id"] for r in names["results"]] == [ids[n] for n in found.class_names]
+    assert Image.open("output/photo.png").format == "PNG"
 
 
 def test_the_readme_is_short():

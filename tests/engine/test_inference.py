@@ -108,7 +108,7 @@ def run(detector, config_of, tmp_path) -> Callable[..., Path]:
         yield run
 
 
-@pytest.mark.parametrize("kind", ["faster", "mask", "keypoint", "cascade", "retinanet"])
+@pytest.mark.parametrize("kind", ["faster", "mask", "keypoint", "cascade"])
 def test_a_runs_detections_are_those_of_default_predictor(kind, run):
     folder = run(kind)
     cfg = load_config(str(folder / "config.yaml"))
@@ -128,7 +128,7 @@ def test_a_runs_detections_are_those_of_default_predictor(kind, run):
         assert np.array_equal(found.classes, expected.pred_classes.numpy())
         assert found.class_names.tolist() == [f"class {i}" for i in expected.pred_classes]
         assert np.array_equal(found.image, bgr[:, :, ::-1])
-    if kind in ("cascade", "retinanet"):
+    if kind == "cascade":
         assert found.levels is None
     else:
         assert np.array_equal(found.levels, Detector(cfg)(bgr).pyramid_level.numpy())
