@@ -309,6 +309,11 @@ def _config_of_run(folder: Path) -> CfgNode:
     config, last = folder / "config.yaml", folder / "last_checkpoint"
     if not config.is_file():
         raise UserError(f"{folder} has no config.yaml: give the OUTPUT_DIR of a training")
+    if "_target_:" in config.read_text():
+        raise UserError(
+            f"{folder} is the run of a lazy config, whose model Detectron2's instantiate makes: a "
+            "Detector takes runs of YAML configs"
+        )
     names = [*_WEIGHTS, *([last.read_text().strip()] if last.is_file() else [])]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
