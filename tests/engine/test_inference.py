@@ -168,8 +168,11 @@ def write_datasets(folder: Path, ids: dict[str, int], classes: list[str]) -> Non
     """Writes datasets.json as a training does, and the JSON that it names."""
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     (folder / "own.json").write_text(json.dumps({"images": [], "categories": categories}))
-    known = {"json": str(folder / "own.json"), "images": str(folder), "colors": []}
-    content = {"other": {**known, "classes": ["other"]}, "own_train": {**known, "classes": classes}}
+    known = {"json": str(folder / "own.json"), "images": str(folder)}
+    content = {
+        name: {**known, "classes": of_name, "colors": ["#112233"] * len(of_name)}
+        for name, of_name in (("other", ["other"]), ("own_train", classes))
+    }
     (folder / "datasets.json").write_text(json.dumps(content))
 
 
@@ -249,7 +252,7 @@ def test_what_is_no_run_or_no_image_is_named(run, tmp_path):
         with pytest.raises(UserError, match=message):
             detect(image)
     (folder / "datasets.json").write_text("{")
-    with pytest.raises(UserError, match=r"datasets\.json is not JSON"):
+    with pytest.raises(UserError, match=r"datasets\.json "):
         Detector(folder)
     for name in ("model_final.pth", "last_checkpoint"):
         (folder / name).unlink()
