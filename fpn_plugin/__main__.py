@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train a detector and evaluate it",
     "evaluate": "evaluate a trained detector",
     "detect": "draw a detector's boxes on images",
-    "check": "find what is wrong with COCO-format data",
+    "check": "find what is wrong with a dataset",
     "fit": "fit levels, canonical size and anchors to your data",
     "inspect": "show levels, anchors, parameters and multiply-adds of a model",
     "report": "write a run's curves, results and errors to one file of HTML",

@@ -1,7 +1,8 @@
-"""Find what is wrong with COCO-format data before a model is trained on it.
+"""Find what is wrong with a dataset before a model is trained on it.
 
 Examples:
   fpn-plugin check cells/train.json cells/images
+  fpn-plugin check cells:train    # VOC, YOLO or LabelMe
   fpn-plugin check coco_2017_val --images headers
   fpn-plugin check cells/train.json cells/images --json problems.json --examples 10
   fpn-plugin check cells/export.json cells/images --convert cells/train.json
@@ -21,6 +22,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from fpn_plugin.data.coco import check_datasets, given_json, near_datasets, register_datasets
 from fpn_plugin.data.dataset_check import check_dataset, convert_dataset
+from fpn_plugin.data.folder_json import folder_json
+from fpn_plugin.data.label_folders import folder_and_split
 from fpn_plugin.data.pictures import IMAGE_FORMATS
 from fpn_plugin.data.requirements import Needs
 from fpn_plugin.errors import UserError
@@ -34,7 +37,11 @@ __all__ = ["check_files", "check_main"]
 def _parser() -> ToolParser:
     parser = command_parser("check", __doc__)
     add = parser.add_argument
-    add("dataset", help="a COCO JSON, NAME=JSON:IMAGES, or the name of a registered dataset")
+    add(
+        "dataset",
+        help="a COCO JSON, NAME=JSON:IMAGES, a folder of VOC, YOLO or LabelMe labels (FOLDER or "
+        "FOLDER:SPLIT), or the name of a registered dataset",
+    )
     add("folder", nargs="?", help="image folder; a registered dataset has its own")
     add(
         "--images",
@@ -123,11 +130,14 @@ def _files(dataset: str, folder: str | None) -> tuple[str, str]:
         dataset = dataset.partition("=")[0]
     if Path(dataset).is_file():
         raise UserError(f"{dataset} is a JSON: give its image folder too")
-    if Path(dataset).is_dir():
-        raise UserError(f"{dataset} is a folder: give a COCO JSON first, then the image folder")
+    labels = folder_and_split(dataset)
+    if labels is not None:
+        return folder_json(*labels), labels[0]
     if dataset not in DatasetCatalog.list():
         near = near_datasets(dataset) or "give a COCO JSON, then its image folder"
-        raise UserError(f"{dataset!r} is neither a file nor a registered dataset: {near}")
+        raise UserError(
+            f"{dataset!r} is neither a file, a folder of labels nor a registered dataset: {near}"
+        )
     if dataset in MINI_NAMES:
         ensure_mini()
     check_datasets([dataset], "the command line")

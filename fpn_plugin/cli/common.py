@@ -262,8 +262,9 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--dataset": {
         "action": "append",
         "default": [],
-        "metavar": "NAME=JSON:IMAGES",
-        "help": "register COCO-format data under a name; repeat for several datasets",
+        "metavar": "NAME=DATA",
+        "help": "register data under a name: JSON:IMAGES of COCO's format, or FOLDER or "
+        "FOLDER:SPLIT of VOC's, YOLO's or LabelMe's; repeat for several datasets",
     },
     "opts": {"nargs": argparse.REMAINDER, "help": "config keys and values: KEY VALUE ..."},
     "--output": {"type": output_folder, "help": "folder to write to (default: %(default)s)"},

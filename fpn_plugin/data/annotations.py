@@ -83,6 +83,8 @@ def annotation_problems(index: int, record: Any, known: Known) -> Iterator[Probl
     if not has_id(record):
         return
     where = f"annotation {shortened(record['id'])}"
+    if type(record.get("label_row")) is str:  # what it was converted from
+        where += f" ({shortened(record['label_row'])})"
     if type(record["id"]) is int and record["id"] < 1:
         message = "COCO's evaluation takes ids from 1 on; 0 would never match"
         yield Problem("id_unusable", where, message)

@@ -1,4 +1,4 @@
-"""Registers and checks a user's own COCO-format data."""
+"""Registers and checks a user's own data: COCO JSONs, or folders of labels converted to them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.mini.dataset import MINI_NAMES
 
 from .dataset_check import CheckedCoco, read_coco
+from .folder_json import folder_json
+from .label_folders import folder_and_split
 from .problems import CONVERT
 from .proposal_files import read_proposals
 from .reading import digest_of
@@ -31,6 +33,10 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
+_FORM = (
+    "expected NAME=JSON:IMAGES, or NAME=FOLDER of VOC, YOLO or LabelMe labels, or "
+    "NAME=FOLDER:SPLIT; such a folder or file must be there"
+)
 _ANY_USE = Needs(training=False)
 # Metadata that come from a JSON; those of keypoints only if described_by_json is there.
 _CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id", "classes_of_model")
@@ -41,6 +47,9 @@ _KEYPOINTS = (
 
 def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
     """Registers datasets from ``NAME=JSON:IMAGES``, as ``--dataset`` gives them.
+
+    ``NAME=FOLDER`` or ``NAME=FOLDER:SPLIT`` registers the COCO JSON that a folder of labels is
+    converted to, see :mod:`fpn_plugin.data.folder_json`.
 
     A JSON that lacks values that can be computed is repaired in a copy, which is registered in its
     place; see :mod:`fpn_plugin.data.repairs`.
@@ -55,7 +64,13 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
             JSON is not COCO.
     """
     for spec in specs:
-        name, json_file, images = _parts(spec)
+        name, files = _parts(spec)
+        labels = folder_and_split(files)
+        json_file, _, images = files.rpartition(":")
+        if labels is not None:
+            json_file, images = folder_json(*labels), labels[0]
+        elif not (json_file and images):
+            raise UserError(f"--dataset {spec!r}: {_FORM}")
         if not Path(json_file).is_file():
             raise UserError(f"--dataset {spec!r}: no file {json_file!r}")
         if not Path(images).is_dir():
@@ -73,7 +88,7 @@ def register_datasets(specs: Iterable[str], *, checked: bool = False) -> None:
                 raise UserError(f"--dataset {spec!r}: there is a dataset {name!r} already")
         coco = None if checked else read_coco(json_file, images, needs=_ANY_USE, files=False)
         if new:
-            _register(name, json_file, images)
+            _register(name, json_file, images, label_folder=labels)
         if coco is not None:
             _update(name, coco)
 
@@ -125,17 +140,21 @@ def registered_specs(specs: Iterable[str]) -> list[str]:
     return [f"{m.name}={m.json_file}:{m.image_root}" for m in known]
 
 
-def _parts(spec: str) -> tuple[str, str, str]:
-    name, equals, files = spec.partition("=")
-    json_file, colon, images = files.rpartition(":")
-    if not (name and equals and json_file and colon and images):
-        raise UserError(f"--dataset {spec!r}: give NAME=JSON:IMAGES")
-    return name, json_file, images
+def _parts(spec: str) -> tuple[str, str]:
+    name, _, files = spec.partition("=")
+    if not (name and files):
+        raise UserError(f"--dataset {spec!r}: {_FORM}")
+    return name, files
 
 
 def given_json(name: str) -> str:
-    """The JSON that a dataset in COCO format was registered with, repaired or not."""
+    """The JSON that a dataset in COCO format was registered with, repaired or not.
+
+    That of a folder of labels is written anew if they have changed.
+    """
     known = MetadataCatalog.get(name)
+    if known.get("label_folder"):
+        return folder_json(*known.label_folder)
     return known.get("given_json_file") or known.json_file
 
 
@@ -250,8 +269,11 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
     """
     for name in names:
         if name not in DatasetCatalog.list():
-            own = f"Register your own data: --dataset {name}=JSON:IMAGES" if registers else ""
-            remedies = " ".join(filter(None, (near_datasets(name), own)))
+            own = (
+                f"Register your own data: --dataset {name}=JSON:IMAGES, or {name}=FOLDER of VOC, "
+                "YOLO or LabelMe labels"
+            )
+            remedies = " ".join(filter(None, (near_datasets(name), own if registers else "")))
             raise UserError(
                 f"{key} names dataset {name!r}, which is not registered{remedies and '. '}"
                 f"{remedies}"

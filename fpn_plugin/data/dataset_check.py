@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fpn_plugin.errors import UserError
 
 from .exports import converted, name_in_folder
+from .folder_json import label_problems, labels_of
 from .image_files import image_problem
 from .problems import CONVERT, KINDS, Contents, Problem, Report
 from .reading import no_garbage_collection, read_json
@@ -62,9 +63,10 @@ def read_coco(
 
     ``files`` says whether each image must be there.
     """
-    all_problems = f"fpn-plugin check {json_file} {images or 'IMAGES'} lists all"
     report = Report(10)
     content, changes, digest = read_json(json_file)
+    given = labels_of(content) or f"{json_file} {images or 'IMAGES'}"
+    all_problems = f"fpn-plugin check {given} lists all"
     for problem in _problems(json_file, content, changes, images, needs, report.contents):
         report.add(problem)
         if problem.refused:
@@ -99,6 +101,7 @@ def _problems(
     total = len(annotations) if isinstance(annotations, list) else 0
     bar = tqdm(total=total, desc=Path(json_file).name, unit="annotation", delay=2)
     with bar, no_garbage_collection():
+        yield from label_problems(content)
         changes += repair(content, images)
         yield from changes
         yield from coco_problems(

@@ -21,6 +21,7 @@ class Kind:
 
 
 KINDS = {
+    "label_file": Kind(True, "a label file, or a row of one, that cannot be read"),
     "not_coco": Kind(True, "the file is not JSON, or not COCO's"),
     "nothing": Kind(True, "there are no images, annotations or categories, or none to use"),
     "id_missing": Kind(True, "no id, or none that is a number or text"),
@@ -46,6 +47,9 @@ KINDS = {
     "image_thin": Kind(True, "so long and thin that resizing it for the network leaves nothing"),
     "image_depth": Kind(True, "more than 8 bits a pixel, which would be clipped at 255"),
     "image_other_size": Kind(True, "the image has another size than the JSON says"),
+    "label_left_out": Kind(False, "what is no label of an object; it is left out"),
+    "labels_from_zero": Kind(False, "corners of VOC that count from 0; all are read so"),
+    "image_unlabelled": Kind(False, "an image without a label file; it is one without objects"),
     "boxes_centres": Kind(
         False, "the boxes look like centre, width, height; they are read as corner, width, height"
     ),

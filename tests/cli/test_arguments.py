@@ -278,8 +278,12 @@ def test_what_is_missing_or_mistyped_is_named(tool, files, capsys):
 @pytest.mark.parametrize(
     ("tool", "given", "message"),
     [
-        ("check", ["images"], "images is a folder: give a COCO JSON first"),
-        ("check", ["data.jsn"], "'data.jsn' is neither a file nor a registered"),
+        ("check", ["images"], "images has no labels: expected VOC's"),
+        (
+            "check",
+            ["data.jsn"],
+            "'data.jsn' is neither a file, a folder of labels nor a registered",
+        ),
         ("check", ["images", "data.json"], "no folder 'data.json'"),
         ("reproduce", ["1c", "DATASETS.TRAIN", "('nope',)"], "names dataset 'nope', which"),
         ("evidence.compare_fitted", ["DATASETS.TEST", "('nope',)"], "DATASETS.TEST names dataset"),
