@@ -2,7 +2,7 @@
 
 Examples:
   fpn-plugin check cells/train.json cells/images
-  fpn-plugin check cells:train    # VOC, YOLO or LabelMe
+  fpn-plugin check cells_yolo:train
   fpn-plugin check coco_2017_val --images headers
   fpn-plugin check cells/train.json cells/images --json problems.json --examples 10
   fpn-plugin check cells/export.json cells/images --convert cells/train.json

@@ -33,6 +33,7 @@ from fpn_plugin.mini.scene import CATEGORIES, KINDS
 from fpn_plugin.paper import runs
 from tests.helpers.commands import NAMES, ROOT, Parsed, main_of, stubs
 from tests.helpers.datasets import forgotten
+from tests.helpers.label_folders import write_labels, yolo
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUBS = stubs()
@@ -219,6 +220,11 @@ def reader(tmp_path, monkeypatch, datasets) -> Iterator[None]:
     make_data("cells/train.json", "cells/images", 4, three)
     make_data("cells/export.json", "cells/images", 4, three)
     make_data("cells/val.json", "cells/images", 4, three)
+    for split in ("train", "val"):
+        content = json.loads(Path(f"cells/{split}.json").read_text())
+        write_labels(yolo, content, Path("cells_yolo", split))
+        shutil.copytree("cells/images", f"cells_yolo/{split}", dirs_exist_ok=True)
+    Path("cells_yolo/classes.txt").write_text("\n".join(three.values()))
     make_data("cells.json", "images", 2, fourteen)
     make_data("train.json", "images", 2, fourteen)
     runs._config.cache_clear()
