@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from fpn_plugin.errors import UserError
 
@@ -22,7 +22,7 @@ def class_order(name: str) -> list[str] | None:
     Args:
         name: of a dataset, registered or not.
     """
-    metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else {}
+    metadata = MetadataCatalog.get(name) if name in MetadataCatalog.list() else {}
     known = metadata.get("thing_classes")
     json_file = metadata.get("json_file")
     if known is None and json_file and os.path.isfile(json_file):
