@@ -84,7 +84,7 @@ def test_datasets_that_are_not_there_are_named():
 
 def test_only_a_truly_near_dataset_is_suggested(own_data):
     """lvis_v1_val and mini_val end as names of a user's do."""
-    how = r"not registered\. Register your own data: --dataset {}=JSON:IMAGES$"
+    how = r"not registered\. Register your own data: --dataset {}=JSON:IMAGES, or "
     for name in ("cells_val", "cells_v1_val", "my_val", "tiny_train", "own"):
         with pytest.raises(UserError, match=how.format(name)):
             check_datasets([name], "DATASETS.TEST")
