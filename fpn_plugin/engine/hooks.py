@@ -28,6 +28,10 @@ from .run_config import RunConfig
 __all__ = ["BestModel", "JointEvalHook", "LossCurve", "TrainingHooks"]
 
 
+# Detectron2 writes what its own loggers say to the terminal and to log.txt.
+_LOGGER = logging.getLogger("detectron2.fpn_plugin")
+
+
 class LossCurve(HookBase):
     """Draws the losses when training ends.
 
@@ -43,7 +47,7 @@ class LossCurve(HookBase):
         metrics = self._output_dir / "metrics.json"
         if metrics.is_file():
             picture = plot_losses(metrics, self._output_dir / "loss_curve.png")
-            logging.getLogger(__name__).info("Loss curve in %s", picture)
+            _LOGGER.info("Loss curve in %s", picture)
 
 
 class JointEvalHook(EvalHook):
@@ -158,7 +162,7 @@ class BestModel(HookBase):
         if not comm.all_gather(0 < self._patience <= since)[0]:
             return
         self._checkpointer.save("model_final", iteration=self.trainer.iter)
-        logging.getLogger(__name__).info(
+        _LOGGER.info(
             "%s was not better in the last %d evaluations: the training ends. Its best model is "
             "model_best.pth",
             self._metric,

@@ -134,17 +134,18 @@ def test_optimize(run, capsys):
         optimize_for_inference(model, example=torch.zeros(3, 64, 80))
 
 
-def exported(run, tmp_path, *formats: str) -> str:
+def exported(run, tmp_path, *formats: str) -> dict:
     images = [str(path) for path in sorted(run.images.iterdir())[:2]]
     given = [*run.config, *run.registered, "--formats", *formats, "--input", *images]
     size = ["INPUT.MIN_SIZE_TEST", "160"]  # torch.export wants more than the coarsest stride
     export_main([*given, "--output", str(tmp_path), *run.weights, *size])  # compares detections
-    return json.loads((tmp_path / "model.json").read_text())["input"]["images"]
+    return json.loads((tmp_path / "model.json").read_text())
 
 
 def test_export(run, tmp_path):
-    told = exported(run, tmp_path, "torchscript")
-    assert told.startswith(f"float32 (N, {run.channels}, H, W), {run.format}, ")
+    described = exported(run, tmp_path, "torchscript")
+    assert described["channel_order"] == run.format
+    assert described["input"]["images"].startswith(f"float32 (N, {run.channels}, H, W), ")
 
 
 @pytest.mark.long

@@ -39,6 +39,8 @@ def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name)
     for node in ("TIMM", "TORCHVISION"):
         ours.MODEL.pop(node)
     ours.SOLVER.AMP.pop("DTYPE")
+    for key in ("EPOCHS", "BEST_METRIC", "PATIENCE"):
+        ours.SOLVER.pop(key)
     assert ours.MODEL.BACKBONE.NAME == "build_fpn_backbone"
     ours.MODEL.BACKBONE.NAME = theirs.MODEL.BACKBONE.NAME
     if theirs.MODEL.META_ARCHITECTURE != "RetinaNet":
