@@ -14,8 +14,9 @@ DEMO_CONFIG := configs/mini/faster_rcnn_R_18_FPN.yaml
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
 PIP := -m pip install --quiet --disable-pip-version-check
-# A process a core, each of one thread: most tests are too small for two.
-TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process a core, each of one thread: most tests are too small for two. Each takes whole files,
+# whose tests share fixtures, in the order of tests/conftest.py.
+TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env demo test test-processes test-long test-oldest lint format docs clean
 help:

@@ -19,6 +19,19 @@ import torch  # noqa: E402
 
 from evidence.tiny import make_squares  # noqa: E402
 
+# Files of a minute or more. They begin first, so that no process works on one alone at the end.
+LONGEST = (
+    "test_export.py", "test_resume.py", "test_joint.py", "test_train_and_detect.py",
+    "test_determinism.py", "test_deaths.py", "test_lazy.py", "test_networks.py",
+    "test_optimize.py", "test_reproduce.py", "test_models.py", "test_exact.py",
+    "test_interpreter.py", "test_commands.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the longest files to the front."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
