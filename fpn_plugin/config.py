@@ -82,7 +82,8 @@ def add_fpn_config(cfg: CfgNode) -> None:
     }
     solver = {
         # Above 0: the length of a training in passes over its images, instead of MAX_ITER. Then
-        # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same.
+        # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same. Only
+        # fpn-plugin train reads it; FPNTrainer by itself trains for MAX_ITER.
         "EPOCHS": 0,
         # The metric, such as "bbox/AP", whose best evaluation is kept as model_best.pth; "": none.
         "BEST_METRIC": "",

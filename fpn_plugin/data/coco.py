@@ -296,10 +296,10 @@ def check_datasets(names: Iterable[str], key: str, *, registers: bool = True) ->
 
 
 def near_datasets(name: str) -> str:
-    """Asks "did you mean A or B?" of registered datasets; "" if there are none of near names.
+    """The question "did you mean A or B?" about registered datasets; "" if no name is near.
 
-    Names that --dataset and runs have registered may be less near than others: those of Detectron2
-    and of the mini dataset are many, and are rarely meant.
+    Names of Detectron2 and of the mini dataset must be nearer than those of --dataset and of runs.
+    They are many, and users rarely mean them.
     """
     known = DatasetCatalog.list()
     own = [each for each in known if getattr(DatasetCatalog[each], "func", None) is _load]

@@ -171,12 +171,12 @@ def folder_and_split(given: str) -> tuple[str, str] | None:
 
 
 def suffix(name: str) -> str:
-    """Of a file's name, in lower case."""
+    """The suffix of a file's name, in lower case."""
     return splitext(name)[1].lower()
 
 
 def stem(name: str) -> str:
-    """Of a file's name, without folders."""
+    """The name of a file without folders and suffix."""
     return splitext(basename(name))[0]
 
 

@@ -321,7 +321,7 @@ def _listed_images(data: LabelFolder, name: str) -> Iterator[str]:
 
 
 def _label_of(image: str) -> str:
-    """Of an image in ``.../images/...`` it is in ``.../labels/...``, of others next to it."""
+    """The label file of an image: in ``.../labels/...`` for ``.../images/...``, else next to it."""
     before, there, after = f"/{splitext(image)[0]}.txt".rpartition("/images/")
     return f"{before}{there and '/labels/'}{after}"[1:]
 

@@ -1,4 +1,4 @@
-"""Detect objects by model.onnx and model.json. It needs numpy, Pillow and onnxruntime only.
+"""Detect objects with model.onnx and model.json. It needs numpy, Pillow and onnxruntime only.
 
 Example: python onnx_runner.py photo.jpg
 """

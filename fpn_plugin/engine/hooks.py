@@ -27,9 +27,9 @@ from .run_config import RunConfig
 
 __all__ = ["BestModel", "JointEvalHook", "LossCurve", "TrainingHooks"]
 
-
 # Detectron2 writes what its own loggers say to the terminal and to log.txt.
 _LOGGER = logging.getLogger("detectron2.fpn_plugin")
+_NO_RESULT = -1.0  # of a metric that is not a number, because nothing is labelled; below any AP
 
 
 class LossCurve(HookBase):
@@ -91,10 +91,11 @@ class _Ended(UserError):
 
 
 class BestModel(HookBase):
-    """Keeps the model of the best evaluation as model_best.pth, and ends a training in time.
+    """Keeps the best model as model_best.pth, and ends a run that does not improve any more.
 
     best.json has the metric of each evaluation, and a resumed run continues with it. Detectron2's
-    BestCheckpointer forgets the best result then, and makes a run resume from its best model.
+    BestCheckpointer forgets the best result when a run is resumed. It also makes the run resume
+    from its best model instead of its last.
 
     Args:
         checkpointer: of the run.
@@ -109,11 +110,21 @@ class BestModel(HookBase):
         self._values: dict[int, float] = {}  # by iteration
 
     def before_train(self) -> None:
-        """Reads the earlier results of a resumed run; ends it again if it had ended."""
+        """Reads the earlier results of a resumed run; ends it again if it had ended.
+
+        Raises:
+            UserError: best.json has something else.
+        """
         if comm.is_main_process() and self.trainer.iter and self._file.is_file():
-            earlier = json.loads(self._file.read_text()).get(self._metric, {})
-            iterations = (i for i in map(int, earlier) if i < self.trainer.iter)
-            self._values = {i: earlier[str(i)] for i in iterations}
+            try:
+                earlier = json.loads(self._file.read_text()).get(self._metric, {})
+                values = {int(iteration): float(value) for iteration, value in earlier.items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self._file} has no results of evaluations: delete it, and the run forgets "
+                    "which model was the best"
+                ) from error
+            self._values = {i: value for i, value in values.items() if i < self.trainer.iter}
         self._end_without_improvement()
 
     def after_step(self) -> None:
@@ -128,8 +139,8 @@ class BestModel(HookBase):
             self._end_without_improvement()
 
     def after_train(self) -> None:
-        """Compares the results of the last evaluation."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        """Compares the results of the last evaluation, which a run that failed does not have."""
+        if self.trainer.iter >= self.trainer.max_iter:
             self._compare()
 
     def _compare(self) -> None:
@@ -147,9 +158,8 @@ class BestModel(HookBase):
             )
         now = min(self.trainer.iter, self.trainer.max_iter - 1)  # max_iter after the last
         value = latest[self._metric]
-        # Not a number, where a class has no objects, is no result.
-        best = max(self._values.values(), default=-math.inf)
-        self._values[now] = value if math.isfinite(value) else -1.0
+        best = max(self._values.values(), default=_NO_RESULT)
+        self._values[now] = value if math.isfinite(value) else _NO_RESULT
         if self._values[now] > best:
             self._checkpointer.save("model_best", iteration=now)
         with written_whole(str(self._file), "w") as file:
@@ -161,7 +171,8 @@ class BestModel(HookBase):
         since = len(values) - 1 - values.index(max(values)) if values else 0
         if not comm.all_gather(0 < self._patience <= since)[0]:
             return
-        self._checkpointer.save("model_final", iteration=self.trainer.iter)
+        if self.trainer.iter in self._values:  # not if a resumed run had ended before
+            self._checkpointer.save("model_final", iteration=self.trainer.iter)
         _LOGGER.info(
             "%s was not better in the last %d evaluations: the training ends. Its best model is "
             "model_best.pth",

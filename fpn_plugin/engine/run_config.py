@@ -44,8 +44,8 @@ _KEYS = {
 }
 # What a lazy config may leave out.
 _DEFAULTS = {
-    "amp_dtype": "float16", "best_metric": "", "compile": False, "epochs": 0,
-    "expected_results": [], "patience": 0, "seed": -1,
+    "amp_dtype": "float16", "best_metric": "", "compile": False, "epochs": 0, "eval_period": 0,
+    "expected_results": [], "patience": 0, "seed": -1, "warmup": 0,
 }  # fmt: skip
 _LEAST = {
     "max_iter": 1, "checkpoint_period": 1, "batch_size": 1, "learning_rate": 0, "epochs": 0,
@@ -123,9 +123,9 @@ class RunConfig:
         return self.cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupCosineLR"
 
     def set_length(self, images: int) -> None:
-        """Gives a training whose length is in epochs its iterations, and when it evaluates.
+        """Sets the iterations and evaluations of a training whose length is in epochs.
 
-        Its warm-up is a tenth of it at most.
+        The warm-up becomes a tenth of the training at most.
 
         Args:
             images: of the training sets.
@@ -136,11 +136,11 @@ class RunConfig:
         length = self["max_iter"] = max(math.ceil(self["epochs"] * images / batch), 1)
         if not self["eval_period"]:
             self["eval_period"] = self["checkpoint_period"] = math.ceil(length / _EVALUATIONS)
-        # Iterations of a yacs config, a part of the length of a lazy one.
-        if self.is_lazy:
-            self["warmup"] = min(self["warmup"] * before / length, 0.1)
-        else:
+        # Iterations of a yacs config; a part of the length of a lazy one, which may have none.
+        if not self.is_lazy:
             self["warmup"] = min(self["warmup"], length // 10)
+        elif self["warmup"]:
+            self["warmup"] = min(self["warmup"] * before / length, 0.1)
 
     def check_seed(self) -> None:
         """Refuses a seed that not every generator takes."""

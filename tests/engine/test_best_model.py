@@ -50,6 +50,14 @@ def test_epochs_are_iterations_of_all_images(get, epochs, images, expected):
     assert in_iterations == pytest.approx(min(150, tenth))
 
 
+def test_a_lazy_schedule_without_warm_up_keeps_its_arguments():
+    config = RunConfig(get_config(MINI))
+    del config.cfg.lr_multiplier.warmup_length
+    config["epochs"] = 3
+    config.set_length(10)
+    assert "warmup_length" not in config.cfg.lr_multiplier
+
+
 def test_without_epochs_the_length_stays():
     config = RunConfig(model_zoo.get_config(MINI))
     config.set_length(7)
@@ -141,13 +149,34 @@ def test_a_training_ends_when_it_does_not_improve(tmp_path, cut):
     start = 0
     if cut < 20:
         train(config, RISING_THEN_NOT, cut)
+        assert (tmp_path / "last_checkpoint").read_text() != "model_best.pth"
         start = int(torch.load(tmp_path / f"model_{(cut // 2) * 2 - 1:07d}.pth")["iteration"]) + 1
     trainer = train(config, RISING_THEN_NOT, start=start)
     assert trainer.iter == 9  # the third evaluation in a row that was not better
     assert weight(tmp_path / "model_best.pth") == 4
     assert weight(tmp_path / "model_final.pth") == 10
-    # It has ended, and a resumed run says so instead of training on.
-    assert train(config, RISING_THEN_NOT, start=10).iter == 10
+    # It has ended. A resumed run says so instead of training on, as often as it is resumed.
+    for _ in range(2):
+        assert train(config, RISING_THEN_NOT, start=10).iter == 10
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 9
+
+
+def test_a_failure_in_the_last_iteration_is_what_is_reported(tmp_path):
+    train(config_of(tmp_path), dict.fromkeys(range(2, 21, 2), 5.0), cut=19)
+    assert "19" not in json.loads((tmp_path / "best.json").read_text())["bbox/AP"]
+
+
+def test_a_result_that_is_no_number_is_never_the_best(tmp_path):
+    train(config_of(tmp_path), dict.fromkeys(range(2, 21, 2), math.nan))
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_a_file_of_results_that_cannot_be_read_is_named(tmp_path):
+    config = config_of(tmp_path)
+    train(config, RISING_THEN_NOT, cut=5)
+    (tmp_path / "best.json").write_text("[]")
+    with pytest.raises(UserError, match="best.json has no results of evaluations: delete it"):
+        train(config, RISING_THEN_NOT, start=4)
 
 
 def test_a_metric_that_is_not_there_is_named(tmp_path):
