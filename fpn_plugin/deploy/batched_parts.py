@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from detectron2.layers import cat, cross_entropy
-from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 from fpn_plugin.kernels import select_proposals
 from fpn_plugin.modeling.sampling import sample_labels
 
-__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "PatientMatcher", "decoded_best"]
+__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "PatientMatcher", "decoded", "decoded_best"]
 
 
 def decoded_best(
@@ -34,17 +37,37 @@ def decoded_best(
         Boxes ``(N, k, box_dim)``, in pixels of the network's input, and logits ``(N, k)`` of each
         level, highest logit first.
     """
-    boxes, scores = [], []
-    for of_level, of_each, by in zip(anchors, logits, deltas, strict=True):
-        top, index = of_each.topk(min(rpn.pre_nms_topk[rpn.training], of_each.shape[1]), dim=1)
-        box_dim = by.shape[-1]
-        picked = by.gather(1, index[:, :, None].expand(-1, -1, box_dim))
-        decoded = rpn.box2box_transform.apply_deltas(
-            picked.reshape(-1, box_dim), of_level.tensor[index].reshape(-1, box_dim)
-        )
-        boxes.append(decoded.view(*index.shape, box_dim))
-        scores.append(top)
-    return boxes, scores
+    most = rpn.pre_nms_topk[rpn.training]
+    best = [of_level.topk(min(most, of_level.shape[1]), dim=1) for of_level in logits]
+    scores, indices = map(list, zip(*best, strict=True))
+    tensors = [of_level.tensor for of_level in anchors]
+    return decoded(rpn.box2box_transform, tensors, deltas, indices), scores
+
+
+def decoded(
+    transform: Box2BoxTransform,
+    anchors: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    indices: Sequence[Tensor],
+) -> list[Tensor]:
+    """Decodes the anchors at some indices, all levels in one step.
+
+    Args:
+        transform: of Detectron2.
+        anchors: ``(K, box_dim)`` of each level.
+        deltas: ``(N, K, box_dim)`` of each level.
+        indices: int64 ``(N, k)`` of each level.
+
+    Returns:
+        Boxes ``(N, k, box_dim)`` of each level.
+    """
+    starts = itertools.accumulate((len(of_level) for of_level in anchors), initial=0)
+    index = torch.cat([at + start for at, start in zip(indices, starts, strict=False)], dim=1)
+    box_dim = anchors[0].shape[1]
+    picked = torch.cat(list(deltas), dim=1).gather(1, index[:, :, None].expand(-1, -1, box_dim))
+    of_anchor = torch.cat(list(anchors))[index.flatten()]
+    boxes = transform.apply_deltas(picked.flatten(0, 1), of_anchor).view(*index.shape, box_dim)
+    return list(boxes.split([at.shape[1] for at in indices], dim=1))
 
 
 class PatientMatcher(Matcher):

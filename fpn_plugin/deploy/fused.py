@@ -148,14 +148,18 @@ class FusedRPNHead(nn.Module):
         self.conv = nn.Sequential(*(FusedConv2d(conv, dtype, relu=True) for conv in hidden))
         both = (head.objectness_logits, head.anchor_deltas)
         self._split = [predictor.out_channels for predictor in both]
+        # A multiple of 8 channels: matrix products in half precision are then faster on a GPU.
+        self._split.append(-sum(self._split) % 8)
         predictor = nn.Conv2d(both[0].in_channels, sum(self._split), 1)
-        predictor.weight.data = torch.cat([p.weight.detach() for p in both])
-        predictor.bias.data = torch.cat([p.bias.detach() for p in both])
+        rest = (0, self._split[-1])
+        weight = torch.cat([p.weight.detach() for p in both])
+        predictor.weight.data = F.pad(weight, (0, 0, 0, 0, 0, 0, *rest))
+        predictor.bias.data = F.pad(torch.cat([p.bias.detach() for p in both]), rest)
         self.predictor = FusedConv2d(predictor, dtype)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         maps = [self.predictor(self.conv(level)).float() for level in features]
-        logits, deltas = zip(*(both.split(self._split, dim=1) for both in maps), strict=True)
+        logits, deltas, _ = zip(*(both.split(self._split, dim=1) for both in maps), strict=True)
         return list(logits), list(deltas)
 
 

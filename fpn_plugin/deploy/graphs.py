@@ -30,6 +30,8 @@ __all__ = ["GraphLimits", "Graphs", "tf32_set", "use_graphs"]
 logger = logging.getLogger(__name__)
 
 _WARM_UPS = 3  # calls before a capture: kernels are compiled and chosen, anchors made
+_PACKED = ("boxes", "scores", "classes", "levels", "regions")
+_LARGE = 2**20  # bytes
 _USES = 10  # calls of a size without a graph until its graph replaces another
 
 
@@ -84,8 +86,21 @@ class HostInstances(Instances):
         moved = Instances(self.image_size)
         for name, value in self.get_fields().items():
             host = self._on_host.get(name)
-            moved.set(name, value.to("cpu") if host is None else host)
+            moved.set(name, _downloaded(value) if host is None else host)
         return moved
+
+
+def _downloaded(value: Any) -> Any:
+    """A copy on the host; a large one, such as masks, in pinned memory, which torch keeps for the
+    next one. A copy to memory that the system has to clear first takes forty times as long.
+    """
+    if not isinstance(value, Tensor) or not value.is_cuda or value.nbytes < _LARGE:
+        return value.to("cpu")
+    try:
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    except RuntimeError:  # no more memory can be pinned
+        return value.to("cpu")
+    return host.copy_(value)
 
 
 class _Graph:
@@ -271,7 +286,7 @@ def packed(found: FixedDetections) -> Tensor:
     float32 is exact for whole numbers up to 16 million.
     """
     numbers = torch.stack([found.counts, found.exact.long()], dim=1)
-    columns = (numbers, found.boxes, found.scores, found.classes, found.levels, found.regions)
+    columns = [numbers, *(getattr(found, name) for name in _PACKED)]
     return torch.cat([column.flatten(1).float() for column in columns], dim=1)
 
 
@@ -293,7 +308,6 @@ def instances_of(
         rows: as :func:`geometry` returns them.
         record_levels: whether instances get ``pyramid_level``.
     """
-    room = found.scores.shape[1]
     if isinstance(model, ProposalNetwork):
         names = {"proposal_boxes": "boxes", "objectness_logits": "scores"}
     else:
@@ -303,19 +317,19 @@ def instances_of(
     results = []
     for number, (*_, height, width, scale_x, scale_y) in enumerate(rows):
         count = int(on_host[number, 0])
-        fields, host_fields = (_fields(each[number], count, room) for each in (on_device, on_host))
         instances = HostInstances((int(height), int(width)))
         for name, of in names.items():
-            instances.set(name, fields[of])
-        instances.keep(**{name: host_fields[of] for name, of in names.items()})
+            instances.set(name, _field(found, of, on_device[number], count))
+            instances.keep(**{name: _field(found, of, on_host[number], count)})
         if found.masks is not None:
             masks = ROIMasks(found.masks[number, :count])
             boxes = instances.pred_boxes
             instances.pred_masks = masks.to_bitmasks(boxes, int(height), int(width), 0.5).tensor
         if found.heatmaps is not None:
             heatmaps = found.heatmaps[number, :count].clone()
-            # This reads the sizes of boxes on the host, one by one.
-            keypoints = heatmaps_to_keypoints(heatmaps, host_fields["regions"])[:, :, [0, 1, 3]]
+            # It reads the sizes of boxes one by one: on the host.
+            regions = _field(found, "regions", on_host[number], count).tensor
+            keypoints = heatmaps_to_keypoints(heatmaps, regions)[:, :, [0, 1, 3]]
             keypoints[:, :, 0] *= scale_x
             keypoints[:, :, 1] *= scale_y
             instances.pred_keypoints = keypoints
@@ -324,16 +338,18 @@ def instances_of(
     return results
 
 
-def _fields(row: Tensor, count: int, room: int) -> dict[str, Any]:
-    """One image's detections, from its packed row."""
-    boxes, scores, classes, levels, regions = row[2:].split([4 * room, room, room, room, 4 * room])
-    return {
-        "boxes": Boxes(boxes.view(-1, 4)[:count]),
-        "scores": scores[:count],
-        "classes": classes[:count].long(),
-        "levels": levels[:count].long(),
-        "regions": regions.view(-1, 4)[:count],
-    }
+def _field(found: FixedDetections, name: str, row: Tensor, count: int) -> Tensor | Boxes:
+    """A field of one image's ``count`` detections, from its packed row."""
+    start = 2
+    for field in _PACKED:
+        shape = getattr(found, field).shape[1:]
+        if field == name:
+            break
+        start += shape.numel()
+    values = row[start : start + count * shape[1:].numel()].view(count, *shape[1:])
+    if name in ("boxes", "regions"):
+        return Boxes(values)
+    return values.long() if name in ("classes", "levels") else values
 
 
 def padded_size(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from fpn_plugin.kernels import nms_mask, pyramid_roi_align, select_proposals
 from fpn_plugin.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
 from fpn_plugin.modeling.levels import levels_of
 
-from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN
+from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN, decoded
 from .fused import SelectingRPN
 
 __all__ = ["FixedDetections", "Geometry", "StaticDetector", "static_detector"]
@@ -120,13 +120,11 @@ class StaticDetector:
         features = [pyramid[level] for level in rpn.in_features]
         anchors = self._anchors_of(rpn.anchor_generator, features)
         logits, deltas = rpn.rpn_head(features)
-        most = rpn.pre_nms_topk[False]
-        scores, index = _best_of_levels([x.permute(0, 2, 3, 1).flatten(1) for x in logits], most)
-        boxes = _decoded(rpn, anchors, deltas, index)
-        counts = [min(most, len(of_level)) for of_level in anchors]
+        logits = [of_level.permute(0, 2, 3, 1).flatten(1) for of_level in logits]
+        scores, index = _best_of_levels(logits, rpn.pre_nms_topk[False])
         found = select_proposals(
-            [of_level[:, :n] for of_level, n in zip(boxes, counts, strict=True)],
-            [of_level[:, :n] for of_level, n in zip(scores.unbind(1), counts, strict=True)],
+            decoded(rpn.box2box_transform, anchors, _by_anchor(deltas), index),
+            scores,
             geometry.sizes,
             rpn.nms_thresh,
             rpn.post_nms_topk[False],
@@ -151,16 +149,20 @@ class StaticRetinaNet(StaticDetector):
         features = [pyramid[level] for level in model.head_in_features]
         anchors = self._anchors_of(model.anchor_generator, features)
         logits, deltas = model.head(features)
-        scores, indices = [], []
-        for of_level in logits:
-            flat = permute_to_N_HWA_K(of_level, model.num_classes).flatten(1)
-            # By logits: the sigmoid, which keeps the order, is then computed only for the best.
-            top, index = flat.topk(min(model.test_topk_candidates, flat.shape[1]), dim=1)
-            scores.append(top.float().sigmoid())
-            indices.append(index)
-        boxes = _decoded(model, anchors, deltas, [index // model.num_classes for index in indices])
-        classes = torch.cat([index % model.num_classes for index in indices], dim=1)
-        scores = torch.cat(scores, dim=1)
+        most, count = model.test_topk_candidates, model.num_classes
+        pairs = [permute_to_N_HWA_K(of_level, count) for of_level in logits]
+        # The best pairs of anchor and class lie in the anchors whose best class is best.
+        _, best = _best_of_levels([of_level.amax(dim=2) for of_level in pairs], most)
+        rows = [
+            of_level.gather(1, index[:, :, None].expand(-1, -1, count)).flatten(1)
+            for of_level, index in zip(pairs, best, strict=True)
+        ]
+        # By logits: the sigmoid, which keeps the order, is then computed only for the best.
+        top, indices = _best_of_levels(rows, most)
+        best = [of.gather(1, at // count) for of, at in zip(best, indices, strict=True)]
+        boxes = decoded(model.box2box_transform, anchors, _by_anchor(deltas), best)
+        classes = torch.cat([index % count for index in indices], dim=1)
+        scores = torch.cat(top, dim=1).float().sigmoid()
         scores = scores.masked_fill(~(scores > model.test_score_thresh), _FAR_BELOW)
         found = _suppressed(
             torch.cat(boxes, dim=1),
@@ -311,35 +313,26 @@ def _unknown(*parts: tuple[object, ...]) -> str:
     return next((type(part).__name__ for part, *known in parts if type(part) not in known), "")
 
 
-def _best_of_levels(scores: list[Tensor], most: int) -> tuple[Tensor, list[Tensor]]:
-    """The best of all levels in one step: scores ``(N, L, k)``, -inf for the unused entries of a
-    small level, and indices ``(N, k)`` of each level.
+def _best_of_levels(scores: list[Tensor], most: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The best ``(N, K)`` scores of each level, highest first, and their indices, in one step.
+
+    A level with fewer than ``most`` scores gives all of them.
     """
     images, longest = len(scores[0]), max(of_level.shape[1] for of_level in scores)
     table = scores[0].new_full((images, len(scores), longest), _FAR_BELOW)
     for number, of_level in enumerate(scores):
         table[:, number, : of_level.shape[1]] = of_level
-    top, index = table.topk(min(most, longest), dim=2)
-    return top, [
-        of_level.clamp(max=each.shape[1] - 1)
-        for of_level, each in zip(index.unbind(1), scores, strict=True)
-    ]
+    both = table.topk(min(most, longest), dim=2)
+    counts = [of_level.shape[1] for of_level in scores]
+    top, index = (
+        [rows[:, :count] for rows, count in zip(part.unbind(1), counts, strict=True)]
+        for part in both
+    )
+    return top, index
 
 
-def _decoded(
-    owner: nn.Module, anchors: list[Tensor], deltas: list[Tensor], indices: list[Tensor]
-) -> list[Tensor]:
-    """Decodes the anchors at indices: ``(N, k)`` of each level, to boxes ``(N, k, 4)``."""
-    sizes = [index.shape[1] for index in indices]
-    starts = [0]
-    for of_level in anchors:
-        starts.append(starts[-1] + len(of_level))
-    index = torch.cat([i + start for i, start in zip(indices, starts, strict=False)], dim=1)
-    flat = torch.cat([permute_to_N_HWA_K(of_level, 4) for of_level in deltas], dim=1)
-    picked = flat.gather(1, index[:, :, None].expand(-1, -1, 4))
-    of_anchor = torch.cat(anchors)[index.flatten()]
-    boxes = owner.box2box_transform.apply_deltas(picked.flatten(0, 1), of_anchor)
-    return list(boxes.view(*index.shape, 4).split(sizes, dim=1))
+def _by_anchor(deltas: list[Tensor]) -> list[Tensor]:
+    return [permute_to_N_HWA_K(of_level, 4) for of_level in deltas]
 
 
 def _suppressed(
