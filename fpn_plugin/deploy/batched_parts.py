@@ -1,12 +1,14 @@
-"""Detectron2's RPN, matcher and box predictor for a whole batch. They rarely wait for a GPU."""
+"""Detectron2's anchors, matcher, RPN and box predictor, which here seldom wait for a GPU."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import cat, cross_entropy
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
@@ -15,11 +17,19 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models.detection._utils import encode_boxes
 
 from fpn_plugin.kernels import select_proposals
 from fpn_plugin.modeling.sampling import sample_labels
 
-__all__ = ["BatchedFastRCNNOutputLayers", "BatchedRPN", "PatientMatcher", "decoded", "decoded_best"]
+__all__ = [
+    "BatchedFastRCNNOutputLayers",
+    "BatchedRPN",
+    "KeptAnchorGenerator",
+    "PatientMatcher",
+    "decoded",
+    "decoded_best",
+]
 
 
 def decoded_best(
@@ -70,6 +80,46 @@ def decoded(
     return list(boxes.split([at.shape[1] for at in indices], dim=1))
 
 
+class KeptAnchorGenerator(DefaultAnchorGenerator):
+    """Detectron2's anchors, cut from those of the largest maps so far, which are kept.
+
+    Detectron2's generator makes the grid of each level on the host in each call, and waits for a
+    GPU twice a level.
+    """
+
+    _grids: Sequence[Tensor] = ()  # (H, W, A, 4) of each level
+
+    def _grid_anchors(self, grid_sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+        kept = [tuple(grid.shape[:2]) for grid in self._grids] or [(0, 0)] * len(grid_sizes)
+        largest = [
+            (max(height, kept_height), max(width, kept_width))
+            for (height, width), (kept_height, kept_width) in zip(grid_sizes, kept, strict=True)
+        ]
+        device = next(iter(self.cell_anchors)).device
+        if largest != kept or self._grids[0].device != device:
+            made = super()._grid_anchors(largest)
+            self._grids = [of.view(*size, -1, 4) for of, size in zip(made, largest, strict=True)]
+        return [
+            grid[:height, :width].reshape(-1, 4)
+            for grid, (height, width) in zip(self._grids, grid_sizes, strict=True)
+        ]
+
+
+class _UncheckedTransform(Box2BoxTransform):
+    """Detectron2's check of boxes waits for a GPU, and is left out. The loss of a box without width
+    is not finite, which stops a training too.
+    """
+
+    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        return encode_boxes(target_boxes, src_boxes, torch.tensor(self.weights))
+
+
+def _unchecked(transform: Any) -> Any:
+    if type(transform) is not Box2BoxTransform:
+        return transform
+    return _UncheckedTransform(transform.weights, transform.scale_clamp)
+
+
 class PatientMatcher(Matcher):
     """Detectron2's Matcher, without operators that wait for a GPU."""
 
@@ -101,8 +151,8 @@ class BatchedRPN(RPN):
     """Detectron2's RPN: the same losses up to the order of summation, the same proposals, and the
     same random numbers.
 
-    It waits for a GPU three times: for the numbers of anchors to sample from, for Detectron2's
-    check of the anchors, and for the numbers of proposals. Detectron2's waits four times an image.
+    It waits for a GPU twice: for the numbers of anchors to sample from, and for the numbers of
+    proposals. Detectron2's waits four times an image.
     """
 
     @torch.no_grad()
@@ -143,7 +193,7 @@ class BatchedRPN(RPN):
         truths = torch.where(positive, torch.stack(gt_boxes).gather(1, each), boxes)
         localization = _dense_box_regression_loss(
             [boxes.flatten(0, 1)],
-            self.box2box_transform,
+            _unchecked(self.box2box_transform),
             [deltas.flatten(0, 1)[None]],
             [truths.flatten(0, 1)],
             ...,
@@ -209,8 +259,7 @@ class BatchedRPN(RPN):
 class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
     """Detectron2's box predictor: the same losses up to the order of summation.
 
-    It waits for a GPU twice: for the statistics that are logged, and for Detectron2's check of the
-    proposals. Detectron2's waits ten times.
+    It waits for a GPU once, for the statistics that are logged. Detectron2's waits ten times.
     """
 
     def losses(
@@ -247,7 +296,7 @@ class BatchedFastRCNNOutputLayers(FastRCNNOutputLayers):
         pixel = torch.arange(4, device=gt_boxes.device).div(2, rounding_mode="floor").to(gt_boxes)
         loss = _dense_box_regression_loss(
             [torch.where(foreground, proposal_boxes, pixel)],
-            self.box2box_transform,
+            _unchecked(self.box2box_transform),
             [torch.where(foreground, pred_deltas, 0.0)[None]],
             [torch.where(foreground, gt_boxes, pixel)],
             ...,

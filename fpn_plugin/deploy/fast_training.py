@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
@@ -16,7 +17,12 @@ from torch.nn import functional as F
 
 from fpn_plugin.errors import one_line
 
-from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN, PatientMatcher
+from .batched_parts import (
+    BatchedFastRCNNOutputLayers,
+    BatchedRPN,
+    KeptAnchorGenerator,
+    PatientMatcher,
+)
 
 __all__ = ["FrozenNormConv2d", "fold_frozen_norms", "optimize_for_training", "use_batched_parts"]
 
@@ -50,11 +56,13 @@ def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
 
 
 def use_batched_parts(model: nn.Module) -> None:
-    """Changes the classes of Detectron2's RPN, matchers and box predictors, in place, to ones that
-    handle all images of a batch at once. State and values are the same.
+    """Changes the classes of Detectron2's anchor generators, RPN, matchers and box predictors, in
+    place, to ones that handle all images of a batch at once. State and values are the same.
     """
     for part in model.modules():
-        if type(part) is RPN:
+        if type(part) is DefaultAnchorGenerator:
+            part.__class__ = KeptAnchorGenerator
+        elif type(part) is RPN:
             part.__class__ = BatchedRPN
         elif type(part) is FastRCNNOutputLayers:
             part.__class__ = BatchedFastRCNNOutputLayers
@@ -115,18 +123,33 @@ class FrozenNormConv2d(Conv2d):
     values and gradients up to rounding. In evaluation it does what Detectron2's does.
     """
 
+    _kept: tuple[list[object], Tensor, Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C', H', W')``."""
         if not self.training or self.norm is None or x.numel() == 0:
             return super().forward(x)
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
+        scale, shift = self._affine_map(x.dtype)
         if self.bias is not None:
-            shift = shift + self.bias * scale
-        weight = self.weight * scale[:, None, None, None]
+            shift = shift + self.bias * scale.flatten()
+        weight = self.weight * scale
         x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _affine_map(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The s ``(C', 1, 1, 1)`` and b ``(C',)`` of the norm; kept until it changes."""
+        norm = self.norm
+        compiled = torch.compiler.is_compiling()
+        if not compiled:
+            buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            state = [dtype, *((id(each), each.data_ptr(), each._version) for each in buffers)]
+            if self._kept is not None and self._kept[0] == state:
+                return self._kept[1:]
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        affine = scale[:, None, None, None], (norm.bias - norm.running_mean * scale).to(dtype)
+        if not compiled:
+            self._kept = state, *affine
+        return affine
 
 
 def fold_frozen_norms(module: nn.Module) -> int:

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from fpn_plugin.errors import UserError
+from fpn_plugin.kernels.levels import levels_of
 from fpn_plugin.modeling import FPNROIHeads
-from fpn_plugin.modeling.levels import levels_of
 
 __all__ = ["DetectionGraph", "detection_graph"]
 

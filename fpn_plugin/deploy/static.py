@@ -24,10 +24,15 @@ from torch import Tensor, nn
 
 from fpn_plugin.errors import UserError
 from fpn_plugin.kernels import nms_mask, pyramid_roi_align, select_proposals
+from fpn_plugin.kernels.levels import levels_of
 from fpn_plugin.modeling import FPNCascadeROIHeads, FPNROIHeads, PyramidROIPooler
-from fpn_plugin.modeling.levels import levels_of
 
-from .batched_parts import BatchedFastRCNNOutputLayers, BatchedRPN, decoded
+from .batched_parts import (
+    BatchedFastRCNNOutputLayers,
+    BatchedRPN,
+    KeptAnchorGenerator,
+    decoded,
+)
 from .fused import SelectingRPN
 
 __all__ = ["FixedDetections", "Geometry", "StaticDetector", "static_detector"]
@@ -182,7 +187,8 @@ class StaticRCNN(StaticDetector):
         heads = self.model.roi_heads
         proposals = self._proposals(pyramid, geometry)
         found = self._boxes(pyramid, proposals, geometry)
-        levels = _levels(heads.box_pooler, proposals.boxes).gather(1, found.source)
+        regions = proposals.boxes.gather(1, found.source[:, :, None].expand(-1, -1, 4))
+        levels = levels_of(regions.flatten(0, 1), *heads.box_pooler.level_rule)
         parts = {}
         # As in Detectron2, heads get the boxes before they are scaled.
         if heads.mask_on:
@@ -197,7 +203,7 @@ class StaticRCNN(StaticDetector):
             features = [pyramid[level] for level in heads.keypoint_in_features]
             logits = heads.keypoint_head.layers(_pool(heads.keypoint_pooler, features, found.boxes))
             parts["heatmaps"] = logits.float().unflatten(0, found.scores.shape)
-        return _scaled(found, geometry, levels, **parts)
+        return _scaled(found, geometry, levels.view_as(found.classes), **parts)
 
     def _boxes(self, pyramid: dict[str, Tensor], proposals: _Found, geometry: Geometry) -> _Found:
         heads = self.model.roi_heads
@@ -261,6 +267,7 @@ def static_detector(model: nn.Module) -> StaticDetector:
     return kind(model)
 
 
+_ANCHORS = (DefaultAnchorGenerator, KeptAnchorGenerator)
 _PREDICTORS = (FastRCNNOutputLayers, BatchedFastRCNNOutputLayers)
 _HEADS = (StandardROIHeads, FPNROIHeads, CascadeROIHeads, FPNCascadeROIHeads)
 
@@ -268,12 +275,12 @@ _HEADS = (StandardROIHeads, FPNROIHeads, CascadeROIHeads, FPNCascadeROIHeads)
 def _unknown_part(model: nn.Module) -> str:
     """The name of the first part whose class is not supported; empty if all are."""
     if isinstance(model, RetinaNet):
-        return _unknown((model.anchor_generator, DefaultAnchorGenerator), *_decoder_of(model))
+        return _unknown((model.anchor_generator, *_ANCHORS), *_decoder_of(model))
     rpn, heads = model.proposal_generator, getattr(model, "roi_heads", None)
     if rpn is None:
         return "Fast R-CNN, which reads proposals,"
     unknown = _unknown((rpn, RPN, SelectingRPN, BatchedRPN)) or _unknown(
-        (rpn.anchor_generator, DefaultAnchorGenerator), *_decoder_of(rpn)
+        (rpn.anchor_generator, *_ANCHORS), *_decoder_of(rpn)
     )
     if unknown or heads is None:
         return unknown
@@ -400,18 +407,6 @@ def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None])
 
 
-def _levels(pooler: PyramidROIPooler, boxes: Tensor) -> Tensor:
-    """The level k of Eq. (1) of ``(N, M, 4)`` boxes: ``(N, M)``."""
-    levels = levels_of(
-        boxes.flatten(0, 1),
-        pooler.min_level,
-        pooler.max_level,
-        pooler.canonical_box_size,
-        pooler.canonical_level,
-    )
-    return levels.view(boxes.shape[:2])
-
-
 def _pool(pooler: PyramidROIPooler, features: list[Tensor], boxes: Tensor) -> Tensor:
     """Pools ``(N, M, 4)`` boxes: ``(N * M, C, h, w)``. Non-finite coordinates become 0."""
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)
@@ -421,7 +416,7 @@ def _pool(pooler: PyramidROIPooler, features: list[Tensor], boxes: Tensor) -> Te
     return pyramid_roi_align(
         features,
         rois.flatten(0, 1),
-        (_levels(pooler, boxes) - pooler.min_level).flatten(),
+        pooler.level_rule,
         [each.spatial_scale for each in pooler.level_poolers],
         align.output_size,
         align.sampling_ratio,

@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 
 from . import roi_align_cpu
 from .fallback import triton_or_plain, triton_runs
+from .levels import LevelRule, levels_of
 
 __all__ = ["pays", "pyramid_roi_align", "pyramid_roi_align_by_level"]
 
@@ -22,11 +23,12 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def pyramid_roi_align(
     levels: Sequence[Tensor],
     rois: Tensor,
-    level_of: Tensor,
+    level_of: Tensor | LevelRule,
     scales: Sequence[float],
     output_size: tuple[int, int],
     sampling_ratio: int = 0,
     aligned: bool = True,
+    non_finite: Tensor | None = None,
 ) -> Tensor:
     """:func:`torchvision.ops.roi_align` of each box on its level.
 
@@ -41,12 +43,15 @@ def pyramid_roi_align(
         levels: one ``(N, C, H, W)`` map per level, finest first, all of one dtype.
         rois: ``(M, 5)``: image index and XYXY in pixels of the network's input; float32, or
             float64 for maps of float64.
-        level_of: ``(M,)``, int: an index into ``levels`` for each box.
+        level_of: ``(M,)``, int: an index into ``levels`` for each box; or Eq. (1), by which the
+            kernel finds it.
         scales: feature cells per pixel, of each level.
         output_size: height and width of the output, in cells.
         sampling_ratio: samples per output cell and axis, 0 for as many as there are feature
             cells.
         aligned: whether cell centres lie at half pixels (ROIAlignV2).
+        non_finite: int32 ``(1,)`` in pinned memory of the host, or on the device. It becomes 1 if
+            a coordinate is not finite.
 
     Returns:
         ``(M, C, *output_size)`` in the maps' dtype; on a GPU channels last if the maps are. A
@@ -57,9 +62,11 @@ def pyramid_roi_align(
     def kernel() -> Tensor:
         from . import roi_align_triton
 
-        return roi_align_triton.pyramid_roi_align(levels, rois, level_of, *arguments)
+        return roi_align_triton.pyramid_roi_align(levels, rois, level_of, *arguments, non_finite)
 
     def plain() -> Tensor:
+        if non_finite is not None and not torch.isfinite(rois).all():
+            non_finite.fill_(1)
         return pyramid_roi_align_by_level(levels, rois, level_of, *arguments)
 
     if not pays(levels, len(rois)):
@@ -70,7 +77,9 @@ def pyramid_roi_align(
         return plain()
     exact = torch.promote_types(levels[0].dtype, torch.float32)
     maps = [level.to(exact) for level in levels]
-    pooled = roi_align_cpu.pyramid_roi_align(maps, rois.to(exact), level_of.long(), *arguments)
+    pooled = roi_align_cpu.pyramid_roi_align(
+        maps, rois.to(exact), _indices(rois, level_of), *arguments
+    )
     return pooled.to(levels[0].dtype)
 
 
@@ -100,7 +109,7 @@ def pays(levels: Sequence[Tensor], boxes: int) -> bool:
 def pyramid_roi_align_by_level(
     levels: Sequence[Tensor],
     rois: Tensor,
-    level_of: Tensor,
+    level_of: Tensor | LevelRule,
     scales: Sequence[float],
     output_size: tuple[int, int],
     sampling_ratio: int = 0,
@@ -111,6 +120,7 @@ def pyramid_roi_align_by_level(
     Boxes of other levels are made empty, so that shapes do not depend on the boxes and nothing
     waits for a device.
     """
+    level_of = _indices(rois, level_of)
     exact = torch.promote_types(levels[0].dtype, torch.float32)
     rois = rois.to(exact)
     finite = torch.isfinite(rois).all(dim=1, keepdim=True)
@@ -126,3 +136,9 @@ def pyramid_roi_align_by_level(
         of_level = roi_align(level.to(exact), boxes, output_size, scale, sampling_ratio, aligned)
         pooled = torch.where(here[:, :, None, None], of_level, pooled)
     return pooled.masked_fill(~finite[:, :, None, None], torch.nan).to(levels[0].dtype)
+
+
+def _indices(rois: Tensor, level_of: Tensor | LevelRule) -> Tensor:
+    if isinstance(level_of, LevelRule):
+        return levels_of(rois[:, 1:], *level_of) - level_of.min_level
+    return level_of.long()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .levels import LevelRule, thresholds
 from .roi_align import MOST_LEVELS
 
 __all__ = ["pyramid_roi_align"]
@@ -29,42 +32,49 @@ class _Sampling(NamedTuple):
 def pyramid_roi_align(
     levels: Sequence[Tensor],
     rois: Tensor,
-    level_of: Tensor,
+    level_of: Tensor | LevelRule,
     scales: Sequence[float],
     output_size: tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
+    non_finite: Tensor | None = None,
 ) -> Tensor:
     """:func:`.roi_align.pyramid_roi_align` of at most six levels on a GPU."""
     sampling = _Sampling(tuple(map(float, scales)), tuple(output_size), sampling_ratio, aligned)
-    return _PyramidRoIAlign.apply(
-        rois.float().contiguous(), level_of.contiguous(), sampling, *levels
-    )
+    rois = rois.float().contiguous()
+    if isinstance(level_of, Tensor):
+        level_of = level_of.contiguous()
+    if torch.is_grad_enabled() and any(level.requires_grad for level in levels):
+        return _PyramidRoIAlign.apply(rois, level_of, non_finite, sampling, *levels)
+    return _pooled(rois, level_of, non_finite, sampling, *_in_one_layout(levels))
 
 
 class _PyramidRoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rois: Tensor, level_of: Tensor, sampling: _Sampling, *levels: Tensor
+        ctx: Any,
+        rois: Tensor,
+        level_of: Tensor | LevelRule,
+        non_finite: Tensor | None,
+        sampling: _Sampling,
+        *levels: Tensor,
     ) -> Tensor:
         last, maps = _in_one_layout(levels)
-        ctx.save_for_backward(rois, level_of)
-        ctx.sampling, ctx.last, ctx.dtype = sampling, last, levels[0].dtype
-        ctx.shapes = [level.shape for level in maps]
-        pooled = _empty((len(rois), maps[0].shape[1], *sampling.output_size), maps[0], last)
-        _launch(maps, rois, level_of, pooled, sampling, last)
-        return pooled
+        ctx.save_for_backward(rois)
+        ctx.level_of, ctx.sampling, ctx.last = level_of, sampling, last
+        ctx.dtype, ctx.shapes = levels[0].dtype, [level.shape for level in maps]
+        return _pooled(rois, level_of, non_finite, sampling, last, maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rois, level_of = ctx.saved_tensors
+        (rois,) = ctx.saved_tensors
         layout = torch.channels_last if ctx.last else torch.contiguous_format
         # Many values are added to one cell: sums are float32.
         sums = [_empty(shape, rois, ctx.last).zero_() for shape in ctx.shapes]
         grad = grad.contiguous(memory_format=layout)
-        _launch(sums, rois, level_of, grad, ctx.sampling, ctx.last, backward=True)
-        return None, None, None, *(of_level.to(ctx.dtype) for of_level in sums)
+        _launch(sums, rois, ctx.level_of, None, grad, ctx.sampling, ctx.last, backward=True)
+        return None, None, None, None, *(of_level.to(ctx.dtype) for of_level in sums)
 
 
 def _in_one_layout(levels: Sequence[Tensor]) -> tuple[bool, Sequence[Tensor]]:
@@ -80,10 +90,24 @@ def _empty(shape: Sequence[int], like: Tensor, last: bool) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def _pooled(
+    rois: Tensor,
+    level_of: Tensor | LevelRule,
+    non_finite: Tensor | None,
+    sampling: _Sampling,
+    last: bool,
+    maps: Sequence[Tensor],
+) -> Tensor:
+    pooled = _empty((len(rois), maps[0].shape[1], *sampling.output_size), maps[0], last)
+    _launch(maps, rois, level_of, non_finite, pooled, sampling, last)
+    return pooled
+
+
 def _launch(
     maps: Sequence[Tensor],
     rois: Tensor,
-    level_of: Tensor,
+    level_of: Tensor | LevelRule,
+    non_finite: Tensor | None,
     pooled: Tensor,
     sampling: _Sampling,
     last: bool,
@@ -101,14 +125,23 @@ def _launch(
         cells = min(triton.next_power_of_2(outputs), 64)
         block = min(1024 // cells, triton.next_power_of_2(channels))
     each = [*range(len(maps)), *[0] * (MOST_LEVELS - len(maps))]
+    by_rule, steps = isinstance(level_of, LevelRule), [math.inf] * MOST_LEVELS
+    if by_rule:
+        # Torch divides a tensor on a GPU by a number in this way.
+        steps[0] = float(1 / np.float32(level_of.canonical_box_size))
+        steps[1 : len(maps)] = thresholds(level_of, rois.device)
     _align[(len(rois) * triton.cdiv(outputs, cells), triton.cdiv(channels, block))](
         *(maps[level] for level in each),
         *(maps[level].shape[2] for level in each),
         *(maps[level].shape[3] for level in each),
         *(sampling.scales[level] for level in each),
+        *steps,
         rois,
-        level_of,
+        rois if by_rule else level_of,
+        rois if non_finite is None else non_finite,
         pooled,
+        BY_RULE=by_rule,
+        CHECKED=non_finite is not None,
         C=channels,
         PH=sampling.output_size[0],
         PW=sampling.output_size[1],
@@ -132,6 +165,14 @@ def _pick(level, of0, of1, of2, of3, of4, of5):
     of0 = tl.where(level == 3, of3, of0)
     of0 = tl.where(level == 4, of4, of0)
     return tl.where(level == 5, of5, of0)
+
+
+@triton.jit
+def _size(left, top, right, bottom):
+    """sqrt(w h) of Eq. (1), as :func:`.levels.levels_of` computes it."""
+    width = tl.minimum(tl.maximum(right, -1e18), 1e18) - tl.minimum(tl.maximum(left, -1e18), 1e18)
+    height = tl.minimum(tl.maximum(bottom, -1e18), 1e18) - tl.minimum(tl.maximum(top, -1e18), 1e18)
+    return tl.sqrt_rn(tl.maximum(width, 0.0) * tl.maximum(height, 0.0))
 
 
 @triton.jit
@@ -173,7 +214,9 @@ def _align(
     h0, h1, h2, h3, h4, h5,
     w0, w1, w2, w3, w4, w5,
     s0, s1, s2, s3, s4, s5,
-    rois, level_of, pooled,
+    inverse, t1, t2, t3, t4, t5,
+    rois, level_of, non_finite, pooled,
+    BY_RULE: tl.constexpr, CHECKED: tl.constexpr,
     C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RATIO: tl.constexpr,
     ALIGNED: tl.constexpr, LAST: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -187,7 +230,20 @@ def _align(
     channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     there = (cell < PH * PW) & (channel < C)
 
-    level = tl.load(level_of + roi)
+    left = tl.load(rois + roi * 5 + 1)
+    top = tl.load(rois + roi * 5 + 2)
+    right_edge = tl.load(rois + roi * 5 + 3)
+    bottom = tl.load(rois + roi * 5 + 4)
+    # 0, or NaN if a coordinate is not finite: such a box has no samples.
+    unknown = left * 0.0 + top * 0.0 + right_edge * 0.0 + bottom * 0.0
+    if CHECKED:
+        tl.store(non_finite, 1, mask=unknown != 0)
+    if BY_RULE:
+        x = _size(left, top, right_edge, bottom) * inverse + 1e-8
+        level = (x >= t1).to(tl.int32) + (x >= t2).to(tl.int32) + (x >= t3).to(tl.int32)
+        level += (x >= t4).to(tl.int32) + (x >= t5).to(tl.int32)
+    else:
+        level = tl.load(level_of + roi)
     height = _pick(level, h0, h1, h2, h3, h4, h5)
     width = _pick(level, w0, w1, w2, w3, w4, w5)
     scale = _pick(level, s0, s1, s2, s3, s4, s5)
@@ -202,16 +258,8 @@ def _align(
     pooled = pooled + roi.to(tl.int64) * (PH * PW * C)
     pooled = pooled + (cell * C + channel if LAST else channel * (PH * PW) + cell)
 
-    left = tl.load(rois + roi * 5 + 1)
-    top = tl.load(rois + roi * 5 + 2)
-    begin_x, step_x, samples_x = _extent(
-        left, tl.load(rois + roi * 5 + 3), scale, PW, RATIO, ALIGNED
-    )
-    begin_y, step_y, samples_y = _extent(
-        top, tl.load(rois + roi * 5 + 4), scale, PH, RATIO, ALIGNED
-    )
-    # 0, or NaN if a coordinate is not finite: such a box has no samples.
-    unknown = (left + top + tl.load(rois + roi * 5 + 3) + tl.load(rois + roi * 5 + 4)) * 0.0
+    begin_x, step_x, samples_x = _extent(left, right_edge, scale, PW, RATIO, ALIGNED)
+    begin_y, step_y, samples_y = _extent(top, bottom, scale, PH, RATIO, ALIGNED)
     count = tl.maximum(samples_y * samples_x, 1.0)
     most_y = tl.where(unknown == 0, samples_y, 0.0).to(tl.int32)
     most_x = tl.where(unknown == 0, samples_x, 0.0).to(tl.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from detectron2.structures import Boxes, RotatedBoxes
 from torch import Tensor
 
 from fpn_plugin.errors import NonFiniteError
+from fpn_plugin.kernels.levels import levels_of
 
 __all__ = ["assign_levels"]
 
@@ -58,25 +58,6 @@ def assign_levels(
     return levels_of(boxes, min_level, max_level, canonical_box_size, canonical_level)
 
 
-def levels_of(
-    boxes: Tensor, min_level: int, max_level: int, canonical_box_size: float, canonical_level: int
-) -> Tensor:
-    """:func:`assign_levels` for a tensor of finite coordinates.
-
-    ``(N, 5)`` are rotated boxes: centre x and y, width, height, angle.
-    """
-    # Beyond 1e18 px an area would overflow float32, and infinity times zero is NaN.
-    boxes = boxes.float().clamp(-1e18, 1e18)
-    if boxes.shape[1] == 5:
-        width, height = boxes[:, 2], boxes[:, 3]
-    else:
-        width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    size = (width.clamp(min=0) * height.clamp(min=0)).sqrt()
-    # The 1e-8 keeps size 0 off log2(0), and the rounding Detectron2's.
-    level = torch.floor(canonical_level + torch.log2(size / canonical_box_size + 1e-8))
-    return level.clamp(min_level, max_level).to(torch.int64)
-
-
 def check_finite(boxes: Tensor) -> None:
     """Raises a NonFiniteError if a coordinate of boxes ``(N, 4)`` or ``(N, 5)`` is not finite."""
     finite = torch.isfinite(boxes)
@@ -91,36 +72,47 @@ def check_finite(boxes: Tensor) -> None:
     )
 
 
-class _Unread(threading.local):
-    """Sums of boxes that are copied from a GPU, oldest first."""
+class _Pooled(threading.local):
+    """The boxes that this thread pooled on a GPU last, and a flag on the host, which a kernel sets
+    if a coordinate is not finite.
+    """
 
     def __init__(self) -> None:
-        self.sums: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+        self.flag: Tensor | None = None
+        self.boxes: deque[Tensor] = deque(maxlen=16)
 
 
-_unread = _Unread()
+_pooled = _Pooled()
 
 
-def check_finite_soon(boxes: Tensor) -> None:
+def non_finite_flag(boxes: Tensor) -> Tensor | None:
     """:func:`check_finite` that does not wait for a GPU.
 
-    Boxes on a GPU are checked by a later call of this or of :func:`raise_non_finite`, and in a CUDA
-    graph not at all.
+    Returns:
+        For boxes on a GPU, the flag that the kernel which reads them has to set if one is not
+        finite. A later call of this or of :func:`raise_non_finite` then raises the error. None
+        if a CUDA graph is captured, which has no such check, and on other devices, where the
+        boxes are checked.
     """
     if not boxes.is_cuda:
         check_finite(boxes)
-        return
+        return None
     if torch.cuda.is_current_stream_capturing():
-        return
+        return None
     raise_non_finite()
-    total = boxes.detach().sum().to("cpu", non_blocking=True)
-    arrived = torch.cuda.current_stream(boxes.device).record_event()
-    _unread.sums.append((arrived, total, boxes.detach()))
+    if _pooled.flag is None:
+        _pooled.flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    _pooled.boxes.append(boxes.detach())
+    return _pooled.flag
 
 
 def raise_non_finite() -> None:
-    """:func:`check_finite` of earlier boxes whose sums have arrived."""
-    while _unread.sums and _unread.sums[0][0].query():
-        _, total, boxes = _unread.sums.popleft()
-        if not math.isfinite(total.item()):  # or the sum overflows
-            check_finite(boxes)
+    """:func:`check_finite` of earlier boxes, as far as their kernels have run."""
+    if _pooled.flag is None or not _pooled.flag.item():
+        return
+    _pooled.flag.zero_()
+    recent = [*_pooled.boxes]
+    _pooled.boxes.clear()
+    for boxes in recent:
+        check_finite(boxes)
+    raise NonFiniteError("boxes that were pooled earlier have NaN or infinite coordinates")

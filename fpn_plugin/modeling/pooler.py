@@ -10,11 +10,13 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import Tensor
+from torch.nn import functional as F
 
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.kernels import pays, pyramid_roi_align
+from fpn_plugin.kernels.levels import LevelRule, levels_of
 
-from .levels import check_finite, check_finite_soon, levels_of
+from .levels import check_finite, non_finite_flag
 
 __all__ = ["PyramidROIPooler"]
 
@@ -156,26 +158,29 @@ class PyramidROIPooler(ROIPooler):
             pooled = pooled.index_put((of_level,), pool(x[i], rois[of_level]))
         return pooled.to(dtype)
 
+    @torch.jit.unused
+    @property
+    def level_rule(self) -> LevelRule:
+        """Eq. (1) with this pooler's constants."""
+        size, k0 = self.canonical_box_size, self.canonical_level
+        return LevelRule(self.min_level, self.max_level, size, k0)
+
     def _pool_at_once(self, x: list[Tensor], rois: Tensor) -> Tensor:
-        check_finite_soon(rois[:, 1:])
         align = self.level_poolers[0]
         return pyramid_roi_align(
             x,
             rois,
-            self._levels(rois) - self.min_level,
+            self.level_rule,
             [pool.spatial_scale for pool in self.level_poolers],
             align.output_size,
             align.sampling_ratio,
             align.aligned,
+            non_finite_flag(rois[:, 1:]),
         )
-
-    def _levels(self, rois: Tensor) -> Tensor:
-        size, k0 = self.canonical_box_size, self.canonical_level
-        return levels_of(rois[:, 1:], self.min_level, self.max_level, size, k0)
 
     def _levels_and_counts(self, rois: Tensor) -> tuple[Tensor, list[int]]:
         """Indices of levels, and how many boxes each has: one transfer from the device."""
-        levels = self._levels(rois) - self.min_level
+        levels = levels_of(rois[:, 1:], *self.level_rule) - self.min_level
         indices = torch.arange(len(self.level_poolers), device=levels.device)
         per_level = (levels[:, None] == indices).sum(dim=0)
         finite = torch.isfinite(rois[:, 1:]).all()
@@ -205,8 +210,8 @@ def _with_image_indices(boxes: list[Tensor]) -> Tensor:
     """``(M, 5)`` or, rotated, ``(M, 6)``: the image's index before each box."""
     rois = []
     for image, of_image in enumerate(boxes):
-        rois.append(torch.cat([torch.full_like(of_image[:, :1], image), of_image], dim=1))
-    return torch.cat(rois)
+        rois.append(F.pad(of_image, [1, 0], value=float(image)))
+    return torch.cat(rois) if len(rois) != 1 else rois[0]
 
 
 def _is_exporting() -> bool:

@@ -68,6 +68,25 @@ def test_a_bias_and_an_activation_are_kept():
     torch.testing.assert_close(folded(x), conv(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_norm_that_changes_is_folded_anew():
+    conv = Conv2d(3, 4, 3, norm=FrozenBatchNorm2d(4)).train()
+    folded = copy.deepcopy(conv)
+    fold_frozen_norms(torch.nn.Sequential(folded))
+    x = torch.randn(2, 3, 8, 8)
+    for change in (
+        lambda c: None,
+        lambda c: c.norm.running_var.fill_(3),
+        lambda c: c.load_state_dict({**c.state_dict(), "norm.bias": torch.arange(4.0)}),
+        lambda c: setattr(c.norm, "weight", torch.full((4,), 2.0)),
+        lambda c: c.double(),
+    ):
+        change(conv)
+        change(folded)
+        x = x.to(conv.weight.dtype)
+        torch.testing.assert_close(folded(x), conv(x), rtol=1e-5, atol=1e-6)
+    assert folded._affine_map(x.dtype)[0] is folded._affine_map(x.dtype)[0]
+
+
 def test_a_model_trains_channels_last_and_evaluates_as_before():
     model = model_zoo.get("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", device="cpu")
     other = copy.deepcopy(model)

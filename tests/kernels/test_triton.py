@@ -21,6 +21,7 @@ from fpn_plugin.kernels import (
     pyramid_roi_align_by_level,
     select_proposals,
 )  # fmt: skip
+from fpn_plugin.kernels.levels import LevelRule, levels_of, thresholds
 from fpn_plugin.kernels.nms import rounded_down
 from tests.helpers.feature_maps import feature_maps
 
@@ -147,6 +148,49 @@ def test_a_box_that_is_not_finite_gives_nan(column, aligned):
     pooled = check(levels, rois, level_of, (2, 3), 0, aligned)
     assert pooled.isnan().flatten(1).all(dim=1).tolist() == [False, True, False]
     assert not pooled[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("size", [256.0] if INTERPRETED else [256.0, 224.0, 100.0])
+def test_levels_are_those_of_equation_1_at_every_boundary(size):
+    rule = LevelRule(2, 4, size, 4)
+    near = torch.cat(
+        [
+            torch.tensor(size * 2.0**k).view(torch.int32) + torch.arange(-40, 3, dtype=torch.int32)
+            for k in (-2, -1, 0, 1)
+        ]
+    )
+    side = torch.cat([near.view(torch.float32), torch.tensor([0.0, 1e19, 3e38])])
+    half = side[:, None] / 2
+    rois = torch.cat([half * 0, -half, -half, half, half], dim=1).to(device)
+    # Each level has one value, which is that of a sample in a box's centre.
+    levels = [torch.full((1, 1, 2, 2), float(i), device=device) for i in range(3)]
+    pooled = roi_align_triton.pyramid_roi_align(levels, rois, rule, SCALES, (1, 1), 1, False)
+    expected = levels_of(rois[:, 1:], *rule) - 2
+    if INTERPRETED:  # log2 of a CPU rounds differently at the end of a vector
+        edges = torch.tensor(thresholds(rule, rois.device))
+        expected = (side[:, None] / size + 1e-8 >= edges).sum(dim=1)
+    assert pooled.flatten().tolist() == expected.tolist()
+    assert set(expected.tolist()) == {0, 1, 2}
+
+
+def test_a_flag_is_set_by_boxes_that_are_not_finite():
+    rois, _ = boxes_of(ROWS)
+    flag = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
+
+    def pool():
+        rule = LevelRule(2, 4, 224, 4)
+        return roi_align_triton.pyramid_roi_align(maps(), rois, rule, SCALES, (2, 3), 0, True, flag)
+
+    pool()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert flag.tolist() == [0]
+    for value in (3e38, torch.inf, torch.nan):
+        rois[2, 1:] = torch.tensor([-value, -value, value, value])
+        assert pool()[2].isnan().all() == (value > 3.5e38 or value != value)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert flag.tolist() == [int(value != 3e38)]
 
 
 def test_one_level_six_levels_and_int32():

@@ -51,55 +51,47 @@ def test_a_trace_gives_nan_for_them_and_values_for_others(count):
     assert pooled[1:-1].isnan().all()
 
 
-class _Sums:
-    """In place of boxes on a GPU: their sum comes to the host when told to."""
+class _OnGPU:
+    """In place of boxes on a GPU, whose kernel runs when it is told to."""
 
-    def __init__(self, box):
-        self.boxes = torch.tensor([GOOD, box])
-        self.is_cuda, self.device = True, "cuda:0"
-        self.arrived = False
+    is_cuda = True
+
+    def __init__(self, *boxes):
+        self.boxes = torch.tensor(boxes)
 
     def detach(self):
         return self
 
-    def sum(self):
-        return self.boxes.sum()
-
-    def record_event(self):
-        return self
-
-    def query(self):
-        return self.arrived
-
 
 @pytest.fixture
-def gpu(monkeypatch):
+def pooled(monkeypatch):
+    pooled = levels._Pooled()
+    pooled.flag = torch.zeros(1, dtype=torch.int32)  # pinned only where there is a GPU
+    monkeypatch.setattr(levels, "_pooled", pooled)
     monkeypatch.setattr(levels.torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(levels, "check_finite", lambda sums: check_finite(sums.boxes))
-    monkeypatch.setattr(levels, "_unread", levels._Unread())
-
-    def give(box):
-        sums = _Sums(box)
-        monkeypatch.setattr(levels.torch.cuda, "current_stream", lambda device: sums)
-        levels.check_finite_soon(sums)
-        return sums
-
-    return give
+    monkeypatch.setattr(levels, "check_finite", lambda given: check_finite(given.boxes))
+    return pooled
 
 
 @pytest.mark.parametrize("box", BAD)
-def test_on_a_gpu_they_are_refused_once_known(gpu, box):
-    first, bad = gpu(GOOD), gpu(box)
-    levels.raise_non_finite()  # nothing is known yet
-    bad.arrived = True
-    levels.raise_non_finite()  # in order
-    first.arrived = True
+def test_on_a_gpu_they_are_refused_once_known(pooled, box):
+    assert levels.non_finite_flag(_OnGPU(GOOD)) is pooled.flag
+    levels.non_finite_flag(_OnGPU(GOOD, box))
+    levels.raise_non_finite()  # its kernel has not run
+    pooled.flag.fill_(1)
     with pytest.raises(NonFiniteError, match=r"1 of 2 boxes .* the first is box 1"):
-        gpu(GOOD)
-    gpu(GOOD)  # is told once
+        levels.non_finite_flag(_OnGPU(GOOD))
+    levels.non_finite_flag(_OnGPU(GOOD))  # is reported once
 
 
-def test_a_sum_too_large_for_float32_is_no_fault_of_a_box(gpu):
-    large = gpu((3e38, 3e38, 3e38, 3e38))
-    large.arrived = True
-    levels.raise_non_finite()
+def test_boxes_of_long_ago_are_refused_too(pooled):
+    for _ in range(100):
+        levels.non_finite_flag(_OnGPU(GOOD))
+    pooled.flag.fill_(1)
+    with pytest.raises(NonFiniteError, match="pooled earlier"):
+        levels.raise_non_finite()
+
+
+def test_a_captured_graph_has_no_check(pooled, monkeypatch):
+    monkeypatch.setattr(levels.torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert levels.non_finite_flag(_OnGPU(GOOD)) is None and not pooled.boxes
