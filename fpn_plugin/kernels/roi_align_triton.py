@@ -239,9 +239,9 @@ def _align(
     if CHECKED:
         tl.store(non_finite, 1, mask=unknown != 0)
     if BY_RULE:
-        x = _size(left, top, right_edge, bottom) * inverse + 1e-8
-        level = (x >= t1).to(tl.int32) + (x >= t2).to(tl.int32) + (x >= t3).to(tl.int32)
-        level += (x >= t4).to(tl.int32) + (x >= t5).to(tl.int32)
+        size = _size(left, top, right_edge, bottom) * inverse + 1e-8
+        level = (size >= t1).to(tl.int32) + (size >= t2).to(tl.int32) + (size >= t3).to(tl.int32)
+        level += (size >= t4).to(tl.int32) + (size >= t5).to(tl.int32)
     else:
         level = tl.load(level_of + roi)
     height = _pick(level, h0, h1, h2, h3, h4, h5)

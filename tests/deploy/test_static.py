@@ -143,6 +143,14 @@ class TestOnGPU:
                 assert_same(ours, theirs, least=0)
         assert dict(fast.graphs.counts) == {"replayed": 5} and len(fast.graphs) == 3
 
+    def test_large_fields_come_to_the_host_in_pinned_memory(self, detector, images, monkeypatch):
+        monkeypatch.setattr(graphs, "_LARGE", 1)
+        model = optimize_for_inference(detector("mask").cuda())
+        with torch.no_grad():
+            found = model(images[:1])[0]["instances"]
+        masks = found.to("cpu").pred_masks
+        assert masks.is_pinned() and masks.equal(found.pred_masks.cpu()) and masks.any()
+
     def test_half_precision_finds_the_same_objects(self, detector, images):
         model = detector("faster").cuda()
         for dtype in (torch.float16, torch.bfloat16):

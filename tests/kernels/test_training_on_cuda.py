@@ -75,4 +75,5 @@ def test_the_device_is_waited_for_as_often_however_large_the_batch(image):
     stock = stock_model("cuda", image)
     ours = plugin_model(stock, "cuda")
     few, many = (waits(ours, training_batch(image, count)) for count in (2, 4))
-    assert few == many <= 16, f"{few}, {many}; stock {waits(stock, training_batch(image, 2))}"
+    # Samples of anchors, proposals, samples of proposals, statistics.
+    assert few == many == 4, f"{few}, {many}; stock {waits(stock, training_batch(image, 2))}"
