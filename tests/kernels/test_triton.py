@@ -179,7 +179,7 @@ def test_a_flag_is_set_by_boxes_that_are_not_finite():
 
     def pool():
         rule = LevelRule(2, 4, 224, 4)
-        return roi_align_triton.pyramid_roi_align(maps(), rois, rule, SCALES, (2, 3), 0, True, flag)
+        return roi_align_triton.pyramid_roi_align(maps(), rois, rule, SCALES, (2, 3), 1, True, flag)
 
     pool()
     if device == "cuda":
