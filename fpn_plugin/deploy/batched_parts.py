@@ -81,7 +81,7 @@ def decoded(
 
 
 class KeptAnchorGenerator(DefaultAnchorGenerator):
-    """Detectron2's anchors, cut from those of the largest maps so far, which are kept.
+    """Detectron2's anchors; in training, cut from those of the largest maps so far, which are kept.
 
     Detectron2's generator makes the grid of each level on the host in each call, and waits for a
     GPU twice a level.
@@ -90,6 +90,8 @@ class KeptAnchorGenerator(DefaultAnchorGenerator):
     _grids: Sequence[Tensor] = ()  # (H, W, A, 4) of each level
 
     def _grid_anchors(self, grid_sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+        if not self.training:
+            return super()._grid_anchors(grid_sizes)
         kept = [tuple(grid.shape[:2]) for grid in self._grids] or [(0, 0)] * len(grid_sizes)
         largest = [
             (max(height, kept_height), max(width, kept_width))

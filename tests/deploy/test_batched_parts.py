@@ -197,6 +197,7 @@ def test_kept_anchors_are_detectron2s(sizes, offset):
         maps = [torch.zeros(1, 1, height, width), torch.zeros(1, 1, (height + 1) // 2, width)]
         for theirs, mine in zip(stock(maps), ours(maps), strict=True):
             assert torch.equal(mine.tensor, theirs.tensor)
+    assert len(ours._grids[0]) == max(height for height, _ in sizes)
 
 
 def test_a_box_without_width_has_a_loss_that_is_not_finite():
