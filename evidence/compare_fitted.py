@@ -21,25 +21,26 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from fpn_plugin.cli.common import ToolParser, at_least, output_folder
-from fpn_plugin.data import Needs, check_datasets
+from fpn_plugin.data import Needs, check_datasets, register_datasets
 from fpn_plugin.engine import find_config_file, load_config, run_tool
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.fitting import Recommendation
 from fpn_plugin.fitting.fit import fit_pyramid
 from fpn_plugin.fitting.ground_truth import read_ground_truth
-from fpn_plugin.fitting.report import write_report
+from fpn_plugin.fitting.report import write_config
 from fpn_plugin.mini import ensure_mini_datasets
 from fpn_plugin.mini.scene import KINDS
 from fpn_plugin.paper.report import mean_with_spread
 from fpn_plugin.paper.runs import RunFolder
-from fpn_plugin.paper.scheduler import run_tasks, tasks_for
+from fpn_plugin.paper.scheduler import Task, run_tasks
 from fpn_plugin.paper.tables import Run
 from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
 __all__ = ["ComparedRun", "argument_parser", "compare_main"]
 
-# Argument, and the kind of the mini dataset.
+# Argument, and the kind of the mini dataset; --cells adds a dataset of one's own.
 _DATA = {"small": "small", "default": "", "large": "large", "thin": "thin"}
+_CELLS = "cells"
 _CONFIG = "mini/faster_rcnn_R_18_FPN.yaml"
 _METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl")
 _COLORS = dict(zip(("fitted", "default"), CATEGORY_COLORS, strict=False))
@@ -50,6 +51,7 @@ _EXAMPLES = """
 Examples:
   python -m evidence.compare_fitted --seeds 0 1 2                  # all four datasets
   python -m evidence.compare_fitted small thin --seeds 0           # two of them, one seed
+  python -m evidence.compare_fitted cells small --cells data/cells --at-once 8 --device cuda
   python -m evidence.compare_fitted --dry-run
 """
 
@@ -60,9 +62,11 @@ class ComparedRun(RunFolder):
 
     Attributes:
         config_file: the config, or the fitted one.
+        datasets: as --dataset takes them.
     """
 
     config_file: str = ""
+    datasets: tuple[str, ...] = ()
 
     @property
     def config_name(self) -> str:
@@ -101,15 +105,32 @@ class ComparedRun(RunFolder):
         return {name: 100 * v if v >= 0 else float("nan") for name, v in figures.items()}
 
 
+class ComparedTask(Task):
+    """The training of a run, which names the run's datasets."""
+
+    def command(self, num_gpus: int) -> list[str]:
+        """Its command line."""
+        words = super().command(num_gpus)
+        named = [word for spec in self.folder.datasets for word in ("--dataset", spec)]
+        at = words.index("train") + 1
+        return [*words[:at], *named, *words[at:]]
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of the command."""
     parser = ToolParser(
         description="Train a config and the fitted config for the same number of iterations, on "
-        "mini datasets of small, mixed, large and long thin objects, and compare them. Finished "
-        "runs are kept. Interrupted runs continue.",
+        "mini datasets of small, mixed, large and long thin objects and on a dataset of your own, "
+        "and compare them. Finished runs are kept, and reported if the others are interrupted. "
+        "Interrupted runs continue.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument("data", nargs="*", default=list(_DATA), help=", ".join(_DATA))
+    parser.add_argument(
+        "data", nargs="*", default=list(_DATA), help=", ".join([*_DATA, f"{_CELLS} (of --cells)"])
+    )
+    parser.add_argument(
+        "--cells", metavar="FOLDER", help="has train.json, val.json and images/, in COCO format"
+    )
     parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
     parser.add_argument("--config-file", default=_CONFIG, help=f"what is fitted; {_CONFIG}")
     parser.add_argument(
@@ -118,6 +139,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--at-once", type=at_least(1, 1024), default=1, metavar="N", help="runs at a time"
     )
+    parser.add_argument("--device", help="MODEL.DEVICE of the runs; the config's by default")
     parser.add_argument("--dry-run", action="store_true", help="fit, list what would run, stop")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="config options: KEY VALUE ..."
@@ -128,6 +150,8 @@ def argument_parser() -> argparse.ArgumentParser:
 def compare_main(argv: Sequence[str] | None = None) -> None:
     """Fits, trains what is missing, and writes report.md, report.json and comparison.png.
 
+    The report has all runs that have finished, also if others fail or are interrupted.
+
     Args:
         argv: arguments; those of the command line by default.
 
@@ -135,10 +159,15 @@ def compare_main(argv: Sequence[str] | None = None) -> None:
         UserError: unknown data, a folder made by another config or other code, a failed run.
     """
     args = argument_parser().parse_args(argv)
+    known = [*_DATA, *([_CELLS] if args.cells else [])]
     for name in args.data:
-        if name not in _DATA:
-            raise UserError(f"no data {name!r}: {near_names(name, _DATA)}")
+        if name == _CELLS and not args.cells:
+            raise UserError("cells are compared, and --cells does not name their folder")
+        if name not in known:
+            raise UserError(f"no data {name!r}: {near_names(name, known)}")
     output = Path(args.output)
+    if _CELLS in args.data:
+        register_datasets(_cells(args))
     compared = {name: _fitted(name, args, output) for name in dict.fromkeys(args.data)}
     seeds = list(dict.fromkeys(args.seeds))
     folders = {
@@ -149,31 +178,43 @@ def compare_main(argv: Sequence[str] | None = None) -> None:
     }
     for folder in folders.values():
         folder.check()
-    tasks = tasks_for(list(folders.values()))
     if args.dry_run:
         for (name, which, seed), folder in folders.items():
             state = "finished" if folder.finished else "to run"
             print(f"{state:>9}  {name} {which} seed {seed}")
         return
-    run_tasks(tasks, args.at_once)
-    for (name, which, seed), folder in folders.items():
-        compared[name].runs.setdefault(which, {})[seed] = folder.metrics()
-    iterations = next(iter(folders.values())).config().SOLVER.MAX_ITER
-    report = write_comparison(list(compared.values()), iterations, output)
-    print(f"{report.read_text()}\nreport: {report}")
+    try:
+        run_tasks([ComparedTask(folder, dump=False) for folder in folders.values()], args.at_once)
+    finally:
+        for (name, which, seed), folder in folders.items():
+            if folder.finished:
+                compared[name].runs.setdefault(which, {})[seed] = folder.metrics()
+        iterations = next(iter(folders.values())).config().SOLVER.MAX_ITER
+        report = write_comparison(list(compared.values()), iterations, output)
+        print(f"{report.read_text()}\nreport: {report}")
+
+
+def _cells(args: argparse.Namespace) -> list[str]:
+    """The folder of --cells as --dataset takes it."""
+    folder = Path(args.cells).resolve()
+    return [f"{_CELLS}_{split}={folder}/{split}.json:{folder}/images" for split in ("train", "val")]
 
 
 def _opts(name: str, args: argparse.Namespace) -> tuple[str, ...]:
-    kind = _DATA[name]
-    prefix = "_".join(filter(None, ("mini", kind)))
+    if name == _CELLS:
+        prefix, classes = _CELLS, len(MetadataCatalog.get(f"{_CELLS}_train").thing_classes)
+    else:
+        kind = _DATA[name]
+        prefix, classes = "_".join(filter(None, ("mini", kind))), len(KINDS[kind].categories)
+    device = ("MODEL.DEVICE", args.device) if args.device else ()
     return (
         "DATASETS.TRAIN", f"('{prefix}_train',)", "DATASETS.TEST", f"('{prefix}_val',)",
-        "MODEL.ROI_HEADS.NUM_CLASSES", str(len(KINDS[kind].categories)), *args.opts,
+        "MODEL.ROI_HEADS.NUM_CLASSES", str(classes), *device, *args.opts,
     )  # fmt: skip
 
 
 def _fitted(name: str, args: argparse.Namespace, output: Path) -> Compared:
-    """Fits the config to a dataset and writes the fit's report next to the runs."""
+    """Fits the config to a dataset and writes the fitted one next to the runs."""
     opts = _opts(name, args)
     cfg = load_config(args.config_file, opts)
     for split in ("TRAIN", "TEST"):
@@ -181,8 +222,9 @@ def _fitted(name: str, args: argparse.Namespace, output: Path) -> Compared:
     ensure_mini_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     needs = Needs.of(cfg, training=True)
     fit = fit_pyramid(cfg, read_ground_truth(cfg.DATASETS.TRAIN, needs, "DATASETS.TRAIN"))
-    base = Path(find_config_file(args.config_file))
-    write_report(fit, cfg.DATASETS.TRAIN, base, opts[::2], output / name / "fit")
+    base, fitted = Path(find_config_file(args.config_file)), output / name / "fitted.yaml"
+    fitted.parent.mkdir(parents=True, exist_ok=True)
+    write_config(fit, base, opts[::2], fitted)
     return Compared(name, fit.recommendations)
 
 
@@ -196,7 +238,8 @@ def _folder(
         seed=seed,
         output=output,
         opts=_opts(name, args),
-        config_file=str(output / name / "fit" / "fitted.yaml") if fitted else args.config_file,
+        config_file=str(output / name / "fitted.yaml") if fitted else args.config_file,
+        datasets=tuple(_cells(args)) if name == _CELLS else (),
     )
 
 
@@ -237,7 +280,7 @@ def write_comparison(compared: Sequence[Compared], iterations: int, folder: Path
     """
     parts = [
         "# A pyramid as it is and fitted, trained equally long",
-        "**Runs on mini datasets, a few minutes each: they say nothing about COCO.** Each "
+        "**Short runs on small datasets: they say nothing about COCO.** Each "
         f"training has {iterations} iterations. ±: standard deviation over seeds. AR: of at most "
         "100 detections an image.",
         _table(compared),
@@ -286,8 +329,12 @@ def _in_words(each: Compared) -> str:
     if not each.changes:
         return f"**{each.name}**: the config is kept; there is nothing to compare."
     gains = []
-    for metric in ("AP", "AR"):
-        default, fitted = (each.values(which, metric) for which in ("default", "fitted"))
+    both = set.intersection(*(set(each.runs.get(w, {})) for w in ("default", "fitted")))
+    for metric in ("AP", "AR") if both else ():
+        default, fitted = (
+            [each.runs[which][seed][metric] for seed in sorted(both)]
+            for which in ("default", "fitted")
+        )
         gain = statistics.mean(fitted) - statistics.mean(default)
         text = f"{metric} {gain:+.1f}"
         if len(fitted) > 1:
@@ -295,7 +342,8 @@ def _in_words(each: Compared) -> str:
             higher = sum(b > a for a, b in pairs)
             text += f" (higher with {higher} of {len(fitted)} seeds)"
         gains.append(text)
-    lines = [f"**{each.name}**: {', '.join(gains)}. Fitting changes {' and '.join(each.changes)}."]
+    gained = ", ".join(gains) or "no seed has finished with both"
+    lines = [f"**{each.name}**: {gained}. Fitting changes {' and '.join(each.changes)}."]
     lines += [f"- {r.subject}: {r.reason} {r.effect}" for r in each.recommendations if not r.keep]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""Anchors and boxes: the best IoU over the grid, and sizes and ratios fitted by it."""
+"""Anchors and boxes: the best IoU over the grid, matches, and sizes fitted to boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +10,13 @@ import numpy as np
 from .pyramid import Pyramid
 from .resizing import InputBoxes
 
-__all__ = ["GridOffsets", "best_anchors", "fit_anchors"]
+__all__ = ["GridOffsets", "best_anchors", "fit_anchors", "matching_anchors"]
 
 _CHUNK = 200_000  # boxes that are matched at a time
+_CHUNK_COUNTED = 5_000  # the same, with all places of the anchors
 _SAMPLE = 3_000  # boxes that anchors are fitted to
-_STEPS = (1.0, 0.5, 0.25, 0.1, 0.04)  # in log2, coarse to fine
-_LEAST_GAIN = 1e-5  # of mean IoU; after a smaller gain no further sweep follows
-# Sizes of anchors in strides of their level; the paper's are of eight.
-_LEAST_STRIDES, _MOST_STRIDES = 1.0, 16.0
-_MOST_ASPECT = 20.0
-_LEAST_SHARE = 0.005  # of boxes; the sizes of a level with fewer follow its neighbour's
+_STRIDES = (4.0, 8.0)  # of the smallest anchor's size; the paper's has eight
+_STEPS_PER_OCTAVE = 16
 
 
 class GridOffsets:
@@ -42,14 +39,16 @@ class GridOffsets:
     ) -> None:
         self.sides = inputs.sides
         self._areas = self.sides.prod(axis=1)
-        centers = inputs.boxes[:, :2] + self.sides / 2
+        self._centers = inputs.boxes[:, :2] + self.sides / 2
+        self._offset = offset
         padded = -(-inputs.shapes[:, ::-1] // divisibility) * divisibility
-        self._distance = {}
+        self._cell, self._last, self._distance = {}, {}, {}
         for level in levels:
             stride = 2**level
-            last = -(-padded // stride) - 1
-            cell = np.clip(np.round(centers / stride - offset), 0, last)
-            self._distance[level] = np.abs(centers - (cell + offset) * stride)
+            last = self._last[level] = -(-padded // stride) - 1
+            cell = np.clip(np.round(self._centers / stride - offset), 0, last)
+            self._cell[level] = cell
+            self._distance[level] = np.abs(self._centers - (cell + offset) * stride)
 
     def iou(self, level: int, shapes: np.ndarray) -> np.ndarray:
         """Best IoU of each box with each anchor shape of a level, over all its places.
@@ -68,6 +67,57 @@ class GridOffsets:
             overlap = np.minimum(np.minimum(overlap, side), shape)
             intersection = intersection * np.maximum(overlap, 0)
         return intersection / (self._areas[:, None] + shapes.prod(axis=1) - intersection)
+
+    def count(self, level: int, shapes: np.ndarray, threshold: float) -> np.ndarray:
+        """How many anchors of a level overlap each box by an IoU or more, of all their places.
+
+        Args:
+            level: one of the constructor's.
+            shapes: float ``(A, 2)``, widths and heights in input pixels.
+            threshold: the IoU, above 0.
+
+        Returns:
+            int64 ``(N,)``.
+        """
+        stride, total = 2**level, np.zeros(len(self.sides), np.int64)
+        for shape in shapes:
+            overlaps = []
+            for axis in (0, 1):
+                # Of equal heights, centres (1 - t) / 2t anchor widths apart have an IoU of t.
+                reach = int(shape[axis] * (1 - threshold) / (2 * threshold * stride)) + 1
+                cell = self._cell[level][:, axis, None] + np.arange(-reach, reach + 1)
+                side = self.sides[:, axis, None]
+                distance = np.abs(self._centers[:, axis, None] - (cell + self._offset) * stride)
+                overlap = np.minimum((side + shape[axis]) / 2 - distance, side)
+                overlap = np.maximum(np.minimum(overlap, shape[axis]), 0)
+                there = (cell >= 0) & (cell <= self._last[level][:, axis, None])
+                overlaps.append(overlap * there)
+            intersection = overlaps[0][:, :, None] * overlaps[1][:, None]
+            union = (self._areas + shape.prod())[:, None, None] - intersection
+            total += (intersection >= threshold * union).sum(axis=(1, 2))
+        return total
+
+
+def matching_anchors(inputs: InputBoxes, pyramid: Pyramid, threshold: float) -> np.ndarray:
+    """How many anchors of each level match each box, as the RPN's training matches them.
+
+    Anchors match that overlap the box by ``threshold`` or more. If there is none, the best one
+    does (Detectron2's low-quality matches).
+
+    Returns:
+        int64 ``(N, levels)``.
+    """
+    shapes, counts = pyramid.anchor_shapes(), []
+    for start in range(0, len(inputs.boxes), _CHUNK_COUNTED):
+        part = inputs.part(slice(start, start + _CHUNK_COUNTED))
+        grid = GridOffsets(part, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
+        pairs = list(zip(pyramid.anchor_levels, shapes, strict=True))
+        counted = np.stack([grid.count(*each, threshold) for each in pairs], axis=1)
+        best = np.stack([grid.iou(*each).max(axis=1) for each in pairs]).argmax(axis=0)
+        unmatched = np.flatnonzero(counted.sum(axis=1) == 0)
+        counted[unmatched, best[unmatched]] = 1
+        counts.append(counted)
+    return np.concatenate(counts)
 
 
 def best_anchors(inputs: InputBoxes, pyramid: Pyramid) -> tuple[np.ndarray, np.ndarray]:
@@ -88,173 +138,32 @@ def best_anchors(inputs: InputBoxes, pyramid: Pyramid) -> tuple[np.ndarray, np.n
     return np.concatenate(best), np.concatenate(level_of)
 
 
-def fit_anchors(
-    inputs: InputBoxes, pyramid: Pyramid, num_sizes: int, *, ratios_too: bool = False
-) -> Pyramid:
-    """Fits anchors to boxes: maximizes the mean over boxes of the best IoU on the grid.
+def fit_anchors(inputs: InputBoxes, pyramid: Pyramid) -> Pyramid:
+    """Fits anchors to boxes: multiplies all sizes by the factor with the highest mean best IoU.
 
-    Sizes are free at each level, from 1 to 16 strides, or as far as the config's own. Fitted
-    ratios are the same at all levels. Coordinate ascent moves one size or ratio at a time, by
-    shrinking steps. It starts from the config's own anchors, if their number is the one asked for,
-    and from k-means by IoU of the boxes' shapes; the best result is kept. Of more than 3,000 boxes
-    a sample is used. A level whose anchors are the best for hardly any box gets its neighbour's
-    sizes, an octave apart.
+    All levels have the same factor, so that each keeps its share of the objects and no level is
+    crowded. The smallest anchor of the finest level has between four and eight strides afterwards,
+    the paper's, or the config's own number if it is outside. That is an octave, as from level to
+    level, so every size is within reach. Of more than 3,000 boxes a sample is used.
 
     Args:
         inputs: the boxes as the network sees them.
-        pyramid: its levels, offset, padding and number of ratios are kept.
-        num_sizes: sizes at each level.
-        ratios_too: fit ratios as well.
+        pyramid: the config's.
 
     Returns:
-        The pyramid with fitted sizes, ascending at each level, and fitted ratios, ascending.
+        The pyramid with other sizes, and with s0 of Eq. (1) multiplied by the same factor if the
+        RoI heads read it: the paper's 224 px are for anchors of eight strides.
     """
-    problem = _Problem(inputs.sample(_SAMPLE), pyramid, ratios_too)
-    found = [(problem.climb(*start), *start) for start in _starts(problem, num_sizes)]
-    _, sizes, ratios = max(found, key=lambda each: each[0])
-    fitted = _rounded(ratios) if ratios_too else pyramid.ratios
-    return replace(pyramid, sizes=_rounded(problem.settled(sizes, ratios)), ratios=fitted)
+    few = inputs.sample(_SAMPLE)
+    strides = pyramid.sizes[0][0] / 2 ** pyramid.anchor_levels[0]
+    low, high = min(_STRIDES[0], strides) / strides, max(_STRIDES[1], strides) / strides
+    factors = np.geomspace(low, high, int(np.ceil(np.log2(high / low) * _STEPS_PER_OCTAVE)) + 1)
+    scaled = [_scaled(pyramid, factor) for factor in factors]
+    # Among equals, the one that changes least.
+    return max([pyramid, *scaled], key=lambda each: round(best_anchors(few, each)[0].mean(), 4))
 
 
-def _rounded(logarithms: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Ascending, to three significant digits."""
-    values = 2.0 ** np.sort(logarithms, axis=1)
-    return tuple(tuple(float(f"{value:.3g}") for value in each) for each in values)
-
-
-class _Problem:
-    """Boxes, and the IoU of anchors with them.
-
-    Anchors are logarithms to base 2 of sizes, ``(levels, S)``, and of ratios, ``(levels, R)``.
-    """
-
-    def __init__(self, inputs: InputBoxes, pyramid: Pyramid, ratios_too: bool) -> None:
-        self.grid = GridOffsets(inputs, pyramid.anchor_levels, pyramid.offset, pyramid.divisibility)
-        self.levels = pyramid.anchor_levels
-        self.given, self.ratios_too = pyramid, ratios_too
-        strides = 2.0 ** np.array(self.levels)
-        # As far as the config's own: a pyramid of one level has all sizes there.
-        own = np.array(pyramid.sizes)
-        self.low = np.log2(np.minimum(strides * _LEAST_STRIDES, own.min(axis=1)))
-        self.high = np.log2(np.maximum(strides * _MOST_STRIDES, own.max(axis=1)))
-
-    def iou(self, level: int, size: float, ratios: np.ndarray) -> np.ndarray:
-        """Best IoU of each box with each anchor, ``(N, ratios)``; arguments are logarithms."""
-        size, ratio = 2.0**size, 2.0 ** (ratios / 2)
-        shapes = np.column_stack([size / ratio, size * ratio])
-        return self.grid.iou(self.levels[level], shapes)
-
-    def _table(self, sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """IoU of each box with each anchor, ``(levels, S, N, R)``."""
-        return np.array(
-            [
-                [self.iou(level, size, ratios[level]) for size in of_level]
-                for level, of_level in enumerate(sizes)
-            ]
-        )
-
-    def climb(self, sizes: np.ndarray, ratios: np.ndarray) -> float:
-        """Moves one value at a time, in place, until no move raises the mean IoU; returns it."""
-        table = self._table(sizes, ratios)
-        score = table.max(axis=(0, 1, 3)).mean()
-        for step in _STEPS:
-            while True:
-                before = score
-                score = self._sweep_sizes(sizes, ratios, table, score, step)
-                if self.ratios_too:
-                    score = self._sweep_ratios(sizes, ratios, table, score, step)
-                if score < before + _LEAST_GAIN:
-                    break
-        return float(score)
-
-    def settled(self, sizes: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """The sizes, with an octave between levels that hardly any box uses."""
-        best = self._table(sizes, ratios).max(axis=(1, 3))
-        share = np.bincount(best.argmax(axis=0), minlength=len(best)) / best.shape[1]
-        used = np.flatnonzero(share >= _LEAST_SHARE)
-        sizes = sizes.copy()
-        for level in range(used[-1] + 1, len(sizes)):
-            sizes[level] = np.clip(sizes[level - 1] + 1, self.low[level], self.high[level])
-        for level in range(used[0] - 1, -1, -1):
-            sizes[level] = np.clip(sizes[level + 1] - 1, self.low[level], self.high[level])
-        return sizes
-
-    def _sweep_sizes(
-        self, sizes: np.ndarray, ratios: np.ndarray, table: np.ndarray, score: float, step: float
-    ) -> float:
-        for level, number in np.ndindex(sizes.shape):
-            kept = table[level, number].copy()
-            table[level, number] = 0
-            others = table.max(axis=(0, 1, 3))
-            table[level, number] = kept
-            for move in (-step, step):
-                size = sizes[level, number] + move
-                if not self.low[level] <= size <= self.high[level]:
-                    continue
-                trial = self.iou(level, size, ratios[level])
-                reached = np.maximum(others, trial.max(axis=1)).mean()
-                if reached > score:
-                    score, sizes[level, number] = reached, size
-                    table[level, number] = trial
-                    break
-        return score
-
-    def _sweep_ratios(
-        self, sizes: np.ndarray, ratios: np.ndarray, table: np.ndarray, score: float, step: float
-    ) -> float:
-        for number in range(ratios.shape[1]):
-            others = np.delete(table, number, axis=3).max(axis=(0, 1, 3), initial=0)
-            for move in (-step, step):
-                ratio = ratios[0, number] + move
-                if abs(ratio) > np.log2(_MOST_ASPECT):
-                    continue
-                trial = self._table(sizes, np.full((len(sizes), 1), ratio))[..., 0]
-                reached = np.maximum(others, trial.max(axis=(0, 1))).mean()
-                if reached > score:
-                    score, ratios[:, number] = reached, ratio
-                    table[:, :, :, number] = trial
-                    break
-        return score
-
-
-def _starts(problem: _Problem, num_sizes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sizes and ratios to begin at, each of its own arrays."""
-    given = problem.given
-    bounds = problem.low[:, None], problem.high[:, None]
-    levels = len(problem.levels)
-    ratios = np.log2(np.array(given.ratios))
-    shared = not (problem.ratios_too and np.ptp(ratios, axis=0).any())
-    if shared and len(given.sizes[0]) == num_sizes:
-        yield np.log2(np.array(given.sizes)).clip(*bounds), ratios.copy()
-    sides = problem.grid.sides
-    if problem.ratios_too:
-        aspects = np.log2(sides[:, 1] / sides[:, 0])
-        centers = _kmeans(np.column_stack([-aspects / 2, aspects / 2]), ratios.shape[1])
-        ratios = np.tile(centers[:, 1] - centers[:, 0], (levels, 1))
-    log_sizes = np.log2(sides).mean(axis=1)
-    # The finest levels share the boxes; coarser ones continue in octaves.
-    for fitted in range(min(2, levels), levels + 1):
-        centers = _kmeans(np.column_stack([log_sizes, log_sizes]), fitted * num_sizes)[:, 0]
-        centers = np.sort(centers).reshape(fitted, num_sizes)
-        beyond = centers[-1] + np.arange(1, levels - fitted + 1)[:, None]
-        yield np.concatenate([centers, beyond]).clip(*bounds), ratios.copy()
-
-
-def _kmeans(shapes: np.ndarray, clusters: int, rounds: int = 30) -> np.ndarray:
-    """k-means of shapes, log2 of width and height ``(N, 2)``, where 1 - IoU is the distance."""
-    order = np.argsort(shapes @ np.array([1.0, 1.0]) + 1e-3 * shapes[:, 1])
-    if np.ptp(shapes.sum(axis=1)) < 1e-9:
-        order = np.argsort(shapes[:, 1])
-    places = (np.arange(clusters) + 0.5) / clusters * len(shapes)
-    centers = shapes[order[places.astype(int)]]
-    for _ in range(rounds):
-        overlap = np.exp2(np.minimum(shapes[:, None], centers[None]).sum(axis=2))
-        union = np.exp2(shapes.sum(axis=1))[:, None] + np.exp2(centers.sum(axis=1))[None] - overlap
-        nearest = (overlap / union).argmax(axis=1)
-        moved = centers.copy()
-        for k in np.unique(nearest):
-            moved[k] = np.median(shapes[nearest == k], axis=0)
-        if np.allclose(moved, centers):
-            break
-        centers = moved
-    return centers
+def _scaled(pyramid: Pyramid, factor: float) -> Pyramid:
+    sizes = tuple(tuple(float(f"{s * factor:.3g}") for s in each) for each in pyramid.sizes)
+    canonical = round(pyramid.canonical_size * factor) if pyramid.canonical_keys else 0
+    return replace(pyramid, sizes=sizes, canonical_size=float(canonical) or pyramid.canonical_size)

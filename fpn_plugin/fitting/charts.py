@@ -67,7 +67,7 @@ def _levels(fit: Fit) -> Figure:
     rows = [("as it is", fit.before), ("fitted", fit.after)][: 1 + fit.changed]
     figure = Figure(figsize=(9, 1.2 + 3.2 * len(rows)), dpi=120, layout="constrained")
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    sizes = fit.before.size
+    sizes = np.concatenate([found.size for _, found in rows])
     low, high = np.log2(np.percentile(sizes, (0.1, 99.9)))
     anchors = [size for _, found in rows for of_level in found.pyramid.sizes for size in of_level]
     bins = np.exp2(np.arange(np.floor(low * 4) / 4, np.ceil(high * 4) / 4 + 0.25, 0.25))
@@ -75,8 +75,8 @@ def _levels(fit: Fit) -> Figure:
         pyramid = found.pyramid
         levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
         axes.hist(
-            [sizes[found.level == level] for level in levels], bins=bins, stacked=True,
-            weights=[np.full((found.level == level).sum(), 1 / len(sizes)) for level in levels],
+            [found.size[found.level == level] for level in levels], bins=bins, stacked=True,
+            weights=[np.full((of := found.level == level).sum(), 1 / len(of)) for level in levels],
             color=[level_color(level) for level in levels], edgecolor="white", linewidth=0.5,
             label=[f"P{level}  {(found.level == level).mean():.0%}" for level in levels],
         )  # fmt: skip
@@ -103,22 +103,26 @@ def _series(fit: Fit) -> list[tuple[str, Measures, str, str]]:
 
 def _shapes(fit: Fit) -> Figure:
     """Widths and heights of objects, and the anchors among them."""
-    figure = Figure(figsize=(7.5, 7), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    sides = fit.inputs.sample(_POINTS).sides
-    axes.scatter(*sides.T, s=12, color=GRAY, alpha=0.5, lw=0, label="objects", rasterized=True)
-    changed = any(each.subject == "anchors" and each.changes for each in fit.recommendations)
-    all_shapes = []
-    for name, found, color, marker in _series(fit)[: 1 + changed]:
-        shapes = np.concatenate(found.pyramid.anchor_shapes())
-        all_shapes.append(shapes)
-        axes.plot(*shapes.T, marker, color=color, mec="black", ms=9, label=f"anchors {name}")
+    series = _series(fit)[: 1 + (fit.after.pyramid != fit.before.pyramid or fit.resized)]
+    figure = Figure(figsize=(1 + 6.5 * len(series), 7), dpi=120, layout="constrained")
+    all_axes = figure.subplots(1, len(series), sharex=True, sharey=True, squeeze=False)[0]
+    points, shapes = [], []
+    for axes, (name, found, color, marker) in zip(all_axes, series, strict=True):
+        few = np.random.default_rng(0).permutation(len(found.size))[:_POINTS]
+        root = np.sqrt(found.aspect[few])
+        points.append(np.column_stack([found.size[few] / root, found.size[few] * root]))
+        shapes.append(np.concatenate(found.pyramid.anchor_shapes()))
+        axes.scatter(
+            *points[-1].T, s=12, color=GRAY, alpha=0.5, lw=0, label="objects", rasterized=True
+        )
+        axes.plot(*shapes[-1].T, marker, color=color, mec="black", ms=9, label=f"anchors {name}")
+        axes.set_xlabel("width, pixels of the input")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left")
+    every = np.concatenate(points), np.concatenate(shapes)
     for axis, which in enumerate("xy"):
-        _log_pixels(axes, sides[:, axis], which, np.concatenate(all_shapes)[:, axis])
-    axes.set_xlabel("width, pixels of the input")
-    axes.set_ylabel("height")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+        _log_pixels(all_axes[0], every[0][:, axis], which, every[1][:, axis])
+    all_axes[0].set_ylabel("height")
     return figure
 
 

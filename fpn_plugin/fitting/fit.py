@@ -33,11 +33,12 @@ class Fit:
         rule: how training resizes images.
         inputs: the boxes as the network sees them in training.
         before: the config's pyramid, measured.
-        after: that of the fitted config.
+        after: that of the fitted config, at its input size.
         test: the config's pyramid measured at the input size of testing.
         input_sizes: the config's pyramid at other input sizes, a row each.
         density: objects per image.
-        recommendations: for levels, canonical size, anchors and room, in this order.
+        recommendations: for input size, flips, anchors, canonical size, levels and room, in this
+            order.
     """
 
     cfg: CfgNode
@@ -56,6 +57,11 @@ class Fit:
     def changed(self) -> bool:
         """Whether any recommendation changes the config."""
         return any(each.changes for each in self.recommendations)
+
+    @property
+    def resized(self) -> bool:
+        """Whether a recommendation changes the input size of training."""
+        return any("INPUT.MIN_SIZE_TRAIN" in each.changes for each in self.recommendations)
 
 
 def check_config(cfg: CfgNode) -> Pyramid:
@@ -84,8 +90,10 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth, pyramid: Pyramid | None = None
     pyramid = pyramid or check_config(cfg)
     rule = ResizeRule.from_config(cfg, training=True)
     inputs = boxes_at_input(truth, rule)
-    recommendations, fitted, new = recommend(cfg, pyramid, truth, inputs)
+    recommendations, fitted, new = recommend(cfg, pyramid, truth)
     before = measure(inputs, pyramid)
+    new_rule = ResizeRule.from_config(fitted, training=True)
+    fits = new == pyramid and new_rule == rule
     few = truth.sample(_SAMPLE_IMAGES)
     testing = boxes_at_input(few, ResizeRule.from_config(cfg, training=False))
     return Fit(
@@ -95,7 +103,7 @@ def fit_pyramid(cfg: CfgNode, truth: GroundTruth, pyramid: Pyramid | None = None
         rule=rule,
         inputs=inputs,
         before=before,
-        after=before if new == pyramid else measure(inputs, new),
+        after=before if fits else measure(boxes_at_input(truth, new_rule), new),
         test=measure(testing.sample(_SAMPLE), pyramid),
         input_sizes=[_at_input_size(few, rule, *each, pyramid) for each in _input_sizes(rule)],
         density=Density.of(truth),

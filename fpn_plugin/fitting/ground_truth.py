@@ -56,7 +56,8 @@ class GroundTruth:
         shapes: int64 ``(M, 2)``, height and width of every image, those without boxes too.
         left_out: how many boxes were left out, by the names of :data:`LEFT_OUT`.
         clipped: how many of ``boxes`` reached beyond their image.
-        categories: how many each dataset has; None if they differ or are not given.
+        classes: their names, "" for one without; None if they are not given, or datasets differ in
+            them.
     """
 
     boxes: np.ndarray
@@ -64,7 +65,7 @@ class GroundTruth:
     shapes: np.ndarray
     left_out: dict[str, int]
     clipped: int
-    categories: int | None = None
+    classes: tuple[str, ...] | None = None
 
     def sample(self, most_images: int) -> GroundTruth:
         """At most ``most_images`` images that have boxes, drawn with a fixed seed, and their boxes.
@@ -116,7 +117,7 @@ class _Raw:
         self.needs = needs
         self.boxes, self.image, self.flags = array("d"), array("q"), array("b")
         self.shapes = array("q")
-        self.categories: set[int | None] = set()
+        self.classes: set[tuple[str, ...] | None] = set()
 
     @property
     def num_images(self) -> int:
@@ -144,8 +145,8 @@ class _Raw:
             raise UserError(f"{source} has no box to fit to" + (f": {found}" if found else ""))
         inside = np.clip(corners[kept], 0, np.tile(sizes[kept], 2))
         clipped = int((inside != corners[kept]).any(axis=1).sum())
-        [categories] = self.categories if len(self.categories) == 1 else [None]
-        return GroundTruth(inside, image[kept], shapes, left_out, clipped, categories)
+        [classes] = self.classes if len(self.classes) == 1 else [None]
+        return GroundTruth(inside, image[kept], shapes, left_out, clipped, classes)
 
     @staticmethod
     def _check_layout(source: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
@@ -209,7 +210,9 @@ def _read_json(path: Path, raw: _Raw) -> None:
     index = {image_id: number for number, image_id in enumerate(sizes, raw.num_images)}
     raw.shapes.extend(side for size in sizes.values() for side in size[::-1])
     categories = content.get("categories")
-    raw.categories.add(len(categories) if type(categories) is list else None)
+    named = (each if type(each) is dict else {} for each in categories or ())
+    names = tuple(str(each.get("name", "")) for each in named)
+    raw.classes.add(names if type(categories) is list else None)
     few = raw.needs.visible if raw.needs.keypoints else 0
     for number, image_id in enumerate(annotations.image_ids):
         known = image_id if image_id in index else other_id(image_id, index)
@@ -259,4 +262,4 @@ def _read_records(name: str, raw: _Raw) -> None:
             raw.flags.append(1 if label.get("iscrowd") else 2 if label.get("ignore") else 0)
         raw.shapes.extend((record["height"], record["width"]))
     classes = MetadataCatalog.get(name).get("thing_classes")
-    raw.categories.add(None if classes is None else len(classes))
+    raw.classes.add(None if classes is None else tuple(classes))

@@ -1,42 +1,56 @@
-"""Recommendations for a dataset: levels, canonical size, anchors and room for its objects."""
+"""Recommendations for a dataset: input size, flips, anchors, levels and room for its objects.
+
+What trainings have shown to help, or cannot lower AP, is set. The rest is reported, with the keys.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from fpn_plugin.config import value_at
 
-from .anchors import fit_anchors
+from .anchors import fit_anchors, matching_anchors
 from .density import Density, check_sampling, samplers
 from .ground_truth import GroundTruth
 from .measures import Measures, measure
 from .pyramid import Pyramid, level_names
-from .resizing import InputBoxes
+from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
-__all__ = ["Recommendation", "recommend", "recommend_room"]
+__all__ = ["Recommendation", "crowded_matches", "recommend", "recommend_room"]
 
 _ENOUGH = 100  # objects, to recommend any change
 _SAMPLE = 100_000  # boxes that candidates are measured on
-_FEW = 0.005  # of boxes; a level that fewer need is dropped
-_MANY = 0.05  # of boxes; a level that more need is added
+_SAMPLE_IMAGES = 2_000  # that input sizes and matching anchors are measured on
+_FEW = 0.005  # of boxes; a level that fewer need is not needed
+_MANY = 0.05  # of boxes that are too small
+_MOST = 0.2  # of boxes that are too small for images to be enlarged
+_SMALL = 32.0  # input pixels, sqrt(w h): COCO's small objects
+_INPUT_FACTORS = (1.25, 1.5, 1.75, 2.0)  # of the input size; 2 is four times the time
+_WHOLE, _MOST_ENLARGED = 1.01, 2.02  # of the stored size, with rounding
+_DIFFERENT = 1.5  # times as large in testing as in training
 _FINE_CELLS = 4.0  # shorter side, in cells of the next level, under which the finest is needed
 _LEAST_CELLS = 2.0  # shorter side, in cells of the finest level, under which a finer one is
 _FINEST = 2  # level of the finest stage that ResNets and most networks give
-_WORTH_CHANGING = 0.1  # of mean best IoU, to change anchors: 0.08 brought no AP, 0.2 did
-_WORTH_ADDING = 0.03  # of it, to add a size to each level
-_WORTH_REPORTING = 0.02  # of it, by other ratios
+_WORTH_CHANGING = 0.25  # of objects that get an anchor that matches them, to change anchors
+_WORTH_REPORTING = 0.05  # of mean best IoU, by one more size per level
 _CANONICAL_BINS = (1.0, 2.0)  # cells per bin of a region at the lower end of its level
 _PROPOSALS_PER_OBJECT = 5  # most proposals of an object are near copies of each other
-_CANDIDATES_PER_OBJECT = 10  # before NMS
+_CANDIDATES_PER_MATCH = 10  # before NMS; more anchors overlap an object nearly as well
 _SPARE = 1.5  # detections and samples for each object
 _COCO_DETECTIONS = 100  # that COCO's AP looks at in an image
-# Of effects that docs/fitting.md has runs of, and of those that it has none of.
-_TRIED_WITH_ANCHORS = "tried only together with other anchors (docs/fitting.md)"
 _UNTRIED = "not tried by training"
+# Words in names of classes that a mirrored image makes wrong.
+_SIDED = {
+    "left", "right", "lhs", "rhs", "clockwise", "counterclockwise", "anticlockwise", "arrow",
+    "letter", "digit", "character", "text", "number",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,13 @@ class Recommendation:
     """A change of a config for a dataset, or none.
 
     Attributes:
-        subject: the part of the config: "levels", "canonical size", "anchors", ...
+        subject: the part of the config: "input size", "flips", "anchors", ...
         changes: config keys to their new values; empty to keep the config.
         reason: why, in one sentence.
         effect: the expected effect, in figures.
         figures: the same figures, for JSON.
+        untried: config keys to values that may help, and that no training has shown to help. They
+            are reported, not set.
     """
 
     subject: str
@@ -56,6 +72,7 @@ class Recommendation:
     reason: str
     effect: str
     figures: dict[str, Any] = field(default_factory=dict)
+    untried: dict[str, Any] = field(default_factory=dict)
 
     @property
     def keep(self) -> bool:
@@ -64,7 +81,7 @@ class Recommendation:
 
 
 def recommend(
-    cfg: CfgNode, pyramid: Pyramid, truth: GroundTruth, inputs: InputBoxes
+    cfg: CfgNode, pyramid: Pyramid, truth: GroundTruth
 ) -> tuple[list[Recommendation], CfgNode, Pyramid]:
     """Recommends changes of a config for a dataset.
 
@@ -72,10 +89,9 @@ def recommend(
         cfg: the config.
         pyramid: the config's.
         truth: the boxes of its training data.
-        inputs: the same at the network's input.
 
     Returns:
-        The recommendations, also those that change nothing; a copy of the config with all of them
+        The recommendations, also those that change nothing; a copy of the config with all changes
         applied; and its pyramid.
     """
     fitted = cfg.clone()
@@ -85,22 +101,151 @@ def recommend(
         reason += f"at least {_ENOUGH} are needed."
         effect = "Nothing changes; figures below are of the objects there are."
         return [Recommendation("everything", {}, reason, effect)], fitted, pyramid
-    inputs = inputs.sample(_SAMPLE)
-    levels, new = _levels(cfg, pyramid, inputs)
-    found = [levels]
-    if new.roi_levels:
-        canonical, new = _canonical(cfg, pyramid, new, inputs)
-        found.append(canonical)
-    anchors, new = _anchors(new, inputs)
-    found += [anchors, *recommend_room(cfg, Density.of(truth))]
+    few = truth.sample(_SAMPLE_IMAGES)
+    found = [_input_size(cfg, pyramid, few), _flips(cfg, truth)]
     fitted.defrost()
-    for recommendation in found:
-        for key, value in recommendation.changes.items():
-            fitted.merge_from_list([key, value])
+    _apply(found, fitted)
+    rule = ResizeRule.from_config(fitted, training=True)
+    inputs = boxes_at_input(truth, rule).sample(_SAMPLE)
+    anchors, new = _anchors(cfg, pyramid, inputs)
+    found.append(anchors)
+    if pyramid.roi_levels:
+        found.append(_canonical(cfg, new, inputs))
+    found.append(_levels(cfg, new, inputs))
+    found += recommend_room(cfg, Density.of(truth), crowded_matches(cfg, few, rule, new))
+    _apply(found, fitted)
     return found, fitted, new
 
 
-def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recommendation, Pyramid]:
+def _apply(found: list[Recommendation], cfg: CfgNode) -> None:
+    for recommendation in found:
+        for key, value in recommendation.changes.items():
+            cfg.merge_from_list([key, value])
+
+
+def _input_size(cfg: CfgNode, pyramid: Pyramid, truth: GroundTruth) -> Recommendation:
+    """Larger images, if training shrinks them, or if many objects are narrower than two cells."""
+    rule, test = (ResizeRule.from_config(cfg, training) for training in (True, False))
+    scale, test_scale = _scale(rule, truth), _scale(test, truth)
+    finest = pyramid.anchor_levels[0]
+    narrow_px = _LEAST_CELLS * 2**finest
+
+    def shares(factor: float) -> tuple[float, float]:
+        inputs = boxes_at_input(truth, rule.scaled(factor)).sample(_SAMPLE)
+        shorter = inputs.sides.min(axis=1)
+        return float((inputs.size < _SMALL).mean()), float((shorter < narrow_px).mean())
+
+    before = after = shares(1.0)
+    factor, most_narrow = 1.0, _MOST
+    for larger in _INPUT_FACTORS if rule.resizes else ():
+        small, narrow = after
+        if narrow > most_narrow and scale * larger <= _MOST_ENLARGED:
+            most_narrow = _MANY
+        elif not (small > _MANY and scale * larger <= _WHOLE):
+            break
+        factor, after = larger, shares(larger)
+
+    height, width = np.median(truth.shapes, axis=0)
+    resized = f"shrinks them to {scale:.0%}" if scale < 1 else f"enlarges them to {scale:.0%}"
+    resized = "leaves them as they are" if abs(scale - 1) < 0.005 else resized
+    figures = {
+        "scale": scale, "test_scale": test_scale, "factor": factor,
+        "small": before[0], "narrow": before[1], "small_after": after[0], "narrow_after": after[1],
+    }  # fmt: skip
+    reason = (
+        f"Images have {width:g} x {height:g} px in the median, and INPUT.MIN_SIZE_TRAIN {resized}; "
+        f"{before[0]:.1%} of objects are then smaller than {_SMALL:g} px, and {before[1]:.1%} "
+        f"narrower than {_LEAST_CELLS:.0f} cells of P{finest}."
+    )
+    changes: dict[str, Any] = {}
+    alike = 1 / _DIFFERENT <= test_scale / scale <= _DIFFERENT
+    if factor > 1:
+        for split in ("TRAIN", "TEST") if alike else ("TRAIN",):
+            key = f"INPUT.MIN_SIZE_{split}"
+            given = value_at(cfg, key)
+            edges = [given] if isinstance(given, int) else given
+            new = [round(edge * factor) for edge in edges]
+            changes[key] = new[0] if isinstance(given, int) else new
+        if boxes_at_input(truth, replace(rule.scaled(factor), max_size=rule.max_size)).limited:
+            for split in ("TRAIN", "TEST"):
+                key = f"INPUT.MAX_SIZE_{split}"
+                changes[key] = round(value_at(cfg, key) * factor)
+        effect = (
+            f"At {factor:g} times the size {after[0]:.1%} are smaller and {after[1]:.1%} narrower "
+            f"than that. An iteration and a detection have {factor**2:.1f} times the pixels, and "
+            "take about as many times the time and the memory."
+        )
+        if scale * factor > _WHOLE:
+            effect += " Images are enlarged: that adds cells to each object, not detail."
+    else:
+        effect = "Nothing changes."
+    if max(after[0] * (scale * factor < 1 / _WHOLE), after[1] - _MOST + _MANY) > _MANY:
+        effect += f" Many stay too small at {factor:g} times the size; larger sizes (table of "
+        effect += "input sizes), or training on parts of the images, may help."
+    if not alike:
+        ratio = test_scale / (scale * factor)
+        effect += f" INPUT.MIN_SIZE_TEST shows objects {ratio:.2g} times as large as "
+        effect += "INPUT.MIN_SIZE_TRAIN does: a detector finds the sizes that it was trained on."
+    return Recommendation("input size", changes, reason, effect, figures)
+
+
+def _scale(rule: ResizeRule, truth: GroundTruth) -> float:
+    """How large images are at the input, in the median; 1: as they are stored."""
+    scales = [
+        rule.output_shapes(truth.shapes, np.full(len(truth.shapes), edge)) / truth.shapes
+        for edge in rule.short_edges
+    ]
+    return float(np.median(scales))
+
+
+def _flips(cfg: CfgNode, truth: GroundTruth) -> Recommendation:
+    """Horizontal flips, unless names or keypoints are against them."""
+    key, given, names = "INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, truth.classes
+    sided = [name for name in names or () if _is_sided(name)]
+    named = ", ".join(map(repr, sided[:3])) + (", ..." if len(sided) > 3 else "")
+    if sided:
+        reason = f"A mirrored image may have another class: {named}."
+        if given != "horizontal":
+            return Recommendation("flips", {}, reason, "Nothing changes.")
+        effect = f"Images are mirrored by {key} horizontal. The effect on AP is {_UNTRIED}."
+        return Recommendation("flips", {}, reason, effect, untried={key: "none"})
+    if given != "none":
+        return Recommendation(
+            "flips", {}, f"Images are flipped: {key} {given}.", "Nothing changes."
+        )
+    unnamed = "" if names and all(names) else "the classes have no names to judge by"
+    if cfg.MODEL.KEYPOINT_ON and not _have_flip_maps(cfg):
+        unnamed = "it is not known which keypoints a mirrored image swaps"
+    if unnamed:
+        effect = "Set it if a mirrored image of an object shows the same class."
+        return Recommendation(
+            "flips", {}, f"Images are not mirrored, and {unnamed}.", effect,
+            untried={key: "horizontal"},
+        )  # fmt: skip
+    reason = "Images are not mirrored, and no name of a class is against it."
+    effect = "Each object is seen in two forms, at no cost."
+    return Recommendation("flips", {key: "horizontal"}, reason, effect)
+
+
+def _is_sided(name: str) -> bool:
+    """Whether a class may be another in a mirrored image: left and right, letters and digits."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
+    return (
+        len(name.strip()) == 1
+        or name.strip().isdecimal()
+        or any(word.lower() in _SIDED for word in words)
+    )
+
+
+def _have_flip_maps(cfg: CfgNode) -> bool:
+    names = cfg.DATASETS.TRAIN
+    return bool(names) and all(
+        MetadataCatalog.get(name).get("keypoint_flip_map") is not None for name in names
+    )
+
+
+def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendation:
+    """Another finest level, which is reported and not set."""
     finest = pyramid.stages[0]
     shorter = inputs.sides.min(axis=1)
 
@@ -121,8 +266,8 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recomme
     )
     fixed = _fixed_by(cfg, pyramid)
     if fixed:
-        return Recommendation("levels", {}, reason, f"Levels stay: {fixed}.", figures), pyramid
-    # As many levels at once as the rules ask for, so that the fitted config asks for no more.
+        return Recommendation("levels", {}, reason, f"Levels stay: {fixed}.", figures)
+    # As many levels at once as the rules ask for.
     new = finest
     while new < _coarsest_beginning(pyramid) and needing(new) < _FEW:
         new += 1
@@ -133,39 +278,37 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recomme
         if lost(finest) > _MANY:
             effect += " There is no finer stage to build on: a larger INPUT.MIN_SIZE helps objects "
             effect += "this small (table of input sizes)."
-        return Recommendation("levels", {}, reason, effect, figures), pyramid
+        return Recommendation("levels", {}, reason, effect, figures)
     moved = _moved(pyramid, new)
     times = sum(0.25**level for level in moved.anchor_levels)
     times /= sum(0.25**level for level in pyramid.anchor_levels)
     figures["cells"] = times
     if new > finest:
-        tried = _UNTRIED if new > finest + 1 else _TRIED_WITH_ANCHORS
         reason = (
             f"Only {needing(new - 1):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
-            f"P{new}, so {_listed(range(finest, new))} dropped."
+            f"P{new}, so {_listed(range(finest, new))} may go."
         )
         effect = (
-            f"The levels have {times:.0%} of the cells of before, which the 3x3 convolutions of "
-            f"the pyramid and of the heads on it cost. Faster; the effect on AP is {tried}."
+            f"The levels would have {times:.0%} of the cells, which the 3x3 convolutions of the "
+            f"pyramid and of the heads on it cost. Faster; the effect on AP is {_UNTRIED}."
         )
     else:
         figures["below_2_cells_after"] = lost(new)
         reason = (
             f"{lost(finest):.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of "
-            f"P{finest}, so {_listed(range(new, finest))} added."
+            f"P{finest}, so {_listed(range(new, finest))} may help."
         )
         effect = (
-            f"{lost(new):.1%} are narrower than that many cells of P{new}. The levels have "
+            f"{lost(new):.1%} are narrower than that many cells of P{new}. The levels would have "
             f"{times:.1f} times as many cells, which convolutions cost. The effect on AP is "
             f"{_UNTRIED}."
         )
-    changes = _level_changes(cfg, pyramid, moved)
-    return Recommendation("levels", changes, reason, effect, figures), moved
+    untried = _level_changes(cfg, pyramid, moved)
+    return Recommendation("levels", {}, reason, effect, figures, untried)
 
 
 def _listed(levels: range) -> str:
-    names = [f"P{level}" for level in levels]
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
+    return " and ".join(f"P{level}" for level in levels)
 
 
 def _coarsest_beginning(pyramid: Pyramid) -> int:
@@ -225,50 +368,42 @@ def _level_changes(cfg: CfgNode, pyramid: Pyramid, moved: Pyramid) -> dict[str, 
     return changes
 
 
-def _canonical(
-    cfg: CfgNode, first: Pyramid, pyramid: Pyramid, inputs: InputBoxes
-) -> tuple[Recommendation, Pyramid]:
-    """The canonical size of a pyramid with its new levels; ``first`` is the config's.
+def _canonical(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendation:
+    """The canonical size of a pyramid with its new anchors; another one is reported and not set.
 
     Eq. (1) gives a region at the lower end of its level s0 / 2^k0 cells: 14 in the paper, two for
     each of 7 bins. One to two cells for a bin are right.
     """
     before = measure(inputs, pyramid)
-    same_levels = first.roi_levels == pyramid.roi_levels
-    origin = before if same_levels else measure(inputs, first)
     s0, k0 = pyramid.canonical_size, pyramid.canonical_level
     bins = int(cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION)
     cells = s0 / 2**k0
     least, most = (bins * cells_per_bin for cells_per_bin in _CANONICAL_BINS)
     figures = {"cells_at_lower_end": cells, "levels_before": _spread(before)}
-    shown = _shares(origin)
     here = (
         f"s0 {s0:g} px at k0 {k0} gives a region at least {cells:.3g} cells of its level where one "
         f"is fine enough, for {bins} bins"
     )
+    stay = f"Regions are at {_shares(before)}."
     if least <= cells <= most:
-        effect = f"Regions stay at {shown}."
-        if not same_levels:
-            effect = f"Regions are at {shown} before, and at {_shares(before)} by the change of "
-            effect += "levels."
         reason = f"{here}, which is enough."
-        return Recommendation("canonical size", {}, reason, effect, figures), pyramid
+        return Recommendation("canonical size", {}, reason, stay, figures)
     if not pyramid.canonical_keys:
         reason = f"{here}, but these RoI heads read neither from the config."
-        effect = "MODEL.ROI_HEADS.NAME FPNROIHeads would."
-        return Recommendation("canonical size", {}, reason, effect, figures), pyramid
+        effect = f"{stay} MODEL.ROI_HEADS.NAME FPNROIHeads would read both."
+        return Recommendation("canonical size", {}, reason, effect, figures)
     size = round(min(max(cells, least), most) * 2**k0)
-    resized = replace(pyramid, canonical_size=float(size))
-    after = measure(inputs, resized)
-    moved = float((origin.level != after.level).mean())
-    cause = "" if same_levels else ", by the change of levels too"
+    after = measure(inputs, replace(pyramid, canonical_size=float(size)))
+    moved = float((before.level != after.level).mean())
     why = "less than a cell for each" if cells < least else "more than two cells for each"
     figures |= {"moved": moved, "levels_after": _spread(after)}
     reason = f"{here}, {why}; k0 stays, since only s0 / 2^k0 matters."
-    effect = f"{moved:.1%} of regions change their level{cause}: {shown} before, {_shares(after)} "
-    effect += f"after. The effect on AP is {_UNTRIED}."
-    changes = {"MODEL.FPN.CANONICAL_BOX_SIZE": size}
-    return Recommendation("canonical size", changes, reason, effect, figures), resized
+    effect = (
+        f"With s0 {size} px {moved:.1%} of regions would change their level: {_shares(before)} as "
+        f"it is, {_shares(after)} then. The effect on AP is {_UNTRIED}."
+    )
+    untried = {"MODEL.FPN.CANONICAL_BOX_SIZE": size}
+    return Recommendation("canonical size", {}, reason, effect, figures, untried)
 
 
 def _spread(measures: Measures) -> dict[int, float]:
@@ -279,55 +414,87 @@ def _shares(measures: Measures) -> str:
     return ", ".join(f"P{level} {share:.0%}" for level, share in _spread(measures).items())
 
 
-def _anchors(pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recommendation, Pyramid]:
-    before = measure(inputs, pyramid)
-    num_sizes = len(pyramid.sizes[0])
-    fits = {
-        "same": fit_anchors(inputs, pyramid, num_sizes),
-        "more": fit_anchors(inputs, pyramid, num_sizes + 1),
-        "ratios_too": fit_anchors(inputs, pyramid, num_sizes, ratios_too=True),
-    }
-    measured = {name: measure(inputs, each) for name, each in fits.items()}
-    more, shaped = fits["more"], fits["ratios_too"]
-    reached = max(measured["same"].mean_iou, before.mean_iou)
-    gained = measured["same"].mean_iou - before.mean_iou
-    added = measured["more"].mean_iou - reached
+def _anchors(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> tuple[Recommendation, Pyramid]:
+    """Anchors of other sizes, and the canonical size with them."""
+    threshold = _match_threshold(cfg)
+    fitted, more = fit_anchors(inputs, pyramid), _one_more_size(pyramid)
+    before, after, added = (measure(inputs, each) for each in (pyramid, fitted, more))
+    gained = after.recall(threshold) - before.recall(threshold)
     figures = {
-        **{name: _fit(each) for name, each in {"before": before, **measured}.items()},
+        "before": _fit(before), "fitted": _fit(after), "more": _fit(added),
+        "match_threshold": threshold, "gained": gained,
         "anchors_per_cell": {"before": pyramid.anchors_per_cell, "more": more.anchors_per_cell},
-        "fitted_ratios": list(shaped.ratios[0]),
-    }
-    # Reported, not changed: on long thin objects fitted ratios raised recall, but not AP.
-    by_ratios = measured["ratios_too"].mean_iou - reached
-    ratios = ""
-    if by_ratios >= _WORTH_REPORTING:
-        named = ", ".join(f"{ratio:g}" for ratio in shaped.ratios[0])
-        ratios = f" Ratios stay; fitted ones ({named}) would add {by_ratios:.2f} of IoU, which "
-        ratios += "brought no AP in the trainings of docs/fitting.md."
-    adding = added >= _WORTH_ADDING
-    gain = gained + added if adding else gained
-    if gain < _WORTH_CHANGING:
+    }  # fmt: skip
+    if gained >= _WORTH_CHANGING:
+        changes: dict[str, Any] = {
+            "MODEL.ANCHOR_GENERATOR.SIZES": list(map(list, fitted.sizes)),
+        }
         reason = (
-            f"Fitted anchors would overlap objects by {gained:+.2f} of IoU, and with one more size "
-            f"per level by {gained + added:+.2f}; less than {_WORTH_CHANGING} brought no AP in the "
-            "trainings of docs/fitting.md."
+            f"With sizes that are {fitted.sizes[0][0] / pyramid.sizes[0][0]:.2g} times as large, "
+            f"{gained:.0%} more objects have an anchor that matches them, by an IoU of "
+            f"{threshold:g}. Each level keeps its share: sizes are an octave apart, and "
+            f"{fitted.sizes[0][0] / 2 ** pyramid.anchor_levels[0]:.2g} strides at least."
         )
-        effect = f"Nothing changes: {_figures(before)}.{ratios}"
-        return Recommendation("anchors", {}, reason, effect, figures), pyramid
-    chosen = "more" if adding else "same"
-    effect = f"Before: {_figures(before)}. After: {_figures(measured[chosen])}."
-    if adding:
-        reason = (
-            f"With {num_sizes + 1} sizes per level anchors overlap objects better than {num_sizes} "
-            f"can (mean best IoU {measured['more'].mean_iou:.2f} against "
-            f"{measured['same'].mean_iou:.2f})."
-        )
-        effect += f" {more.anchors_per_cell} anchors per cell, {pyramid.anchors_per_cell} before."
-    else:
-        reason = "As many anchors, of other sizes, overlap objects better; one more size would add "
-        reason += f"{added:.2f} of IoU."
-    changes = {"MODEL.ANCHOR_GENERATOR.SIZES": list(map(list, fits[chosen].sizes))}
-    return Recommendation("anchors", changes, reason, effect + ratios, figures), fits[chosen]
+        effect = f"Before: {_figures(before)}. After: {_figures(after)}."
+        if fitted.canonical_size != pyramid.canonical_size:
+            changes["MODEL.FPN.CANONICAL_BOX_SIZE"] = int(fitted.canonical_size)
+            effect += " s0 of Eq. (1) grows or shrinks with the sizes."
+        return Recommendation("anchors", changes, reason, effect, figures), fitted
+    reason = (
+        f"Larger or smaller anchors would change the share of objects that an anchor matches, by "
+        f"an IoU of {threshold:g}, by {gained:+.0%}; less than {_WORTH_CHANGING:+.0%} is not worth "
+        "a change (docs/fitting.md)."
+    )
+    effect = f"Nothing changes: {_figures(before)}."
+    untried = {}
+    by_size = added.mean_iou - before.mean_iou
+    if by_size >= _WORTH_REPORTING:
+        untried = {"MODEL.ANCHOR_GENERATOR.SIZES": list(map(list, more.sizes))}
+        effect += f" {more.anchors_per_cell} anchors per cell instead of "
+        effect += f"{pyramid.anchors_per_cell} would add {by_size:.2f} of mean best IoU; trainings "
+        effect += "did not show that it helps (docs/fitting.md)."
+    return Recommendation("anchors", {}, reason, effect, figures, untried), pyramid
+
+
+def _match_threshold(cfg: CfgNode) -> float:
+    """The IoU from which an anchor matches an object in training."""
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    return float(cfg.MODEL["RETINANET" if retina else "RPN"].IOU_THRESHOLDS[-1])
+
+
+def _one_more_size(pyramid: Pyramid) -> Pyramid:
+    """One size more for each level, all evenly spaced over its octave."""
+    count = len(pyramid.sizes[0]) + 1
+    steps = [2 ** (i / count) for i in range(count)]
+    sizes = tuple(tuple(float(f"{s[0] * step:.3g}") for step in steps) for s in pyramid.sizes)
+    return replace(pyramid, sizes=sizes)
+
+
+def crowded_matches(
+    cfg: CfgNode, truth: GroundTruth, rule: ResizeRule, pyramid: Pyramid
+) -> tuple[int, float]:
+    """Anchors of one level that match the objects of an image, and all those of one object.
+
+    Args:
+        cfg: whose RPN or RetinaNet says from which IoU on an anchor matches.
+        truth: the boxes.
+        rule: how images are resized.
+        pyramid: whose anchors are counted.
+
+    Returns:
+        The number in the image that has more than 99 of 100 others, on the level with most of
+        them, and the median over objects.
+    """
+    most, medians = 0, []
+    for edge in rule.short_edges:
+        inputs = boxes_at_input(truth, replace(rule, short_edges=(edge,)))
+        counts = matching_anchors(inputs, pyramid, _match_threshold(cfg))
+        _, image = np.unique(truth.image, return_inverse=True)
+        in_image = np.zeros((image.max() + 1, counts.shape[1]))
+        np.add.at(in_image, image, counts)
+        most = max(most, int(np.ceil(np.percentile(in_image, 99, axis=0).max())))
+        medians.append(np.median(counts.sum(axis=1)))
+    return most, float(np.mean(medians))
 
 
 def _fit(measures: Measures) -> dict[str, float]:
@@ -340,49 +507,66 @@ def _figures(measures: Measures) -> str:
     return text.format(**_fit(measures))
 
 
-def recommend_room(cfg: CfgNode, density: Density) -> Iterator[Recommendation]:
+def recommend_room(
+    cfg: CfgNode, density: Density, matches: tuple[int, float]
+) -> Iterator[Recommendation]:
     """Recommends proposals, samples and detections per image.
 
     Args:
         cfg: the config.
         density: of its training data.
+        matches: anchors of one level that match the objects of a crowded image, and the median of
+            those that match an object.
 
     Raises:
         UserError: see :func:`check_sampling`.
     """
     check_sampling(cfg)
     crowded, model = density.crowded, cfg.MODEL
+    most, median = matches
+    candidates = _CANDIDATES_PER_MATCH * most
+    has = f"99 of 100 images hold at most {crowded} objects"
+    matched = (
+        f"99 of 100 images have at most {most} anchors on a level that match an object "
+        f"({median:.3g} for each in the median), and {crowded} objects; there should be "
+        f"{_CANDIDATES_PER_MATCH} candidates a level before NMS for each anchor that matches"
+    )
     if model.META_ARCHITECTURE == "RetinaNet":
-        keys = {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": _CANDIDATES_PER_OBJECT * crowded}
-        yield _room(cfg, "proposals", keys, 50, density)
+        keys = {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": candidates}
+        yield _room(cfg, "proposals", keys, 100, matched)
     else:
         proposals = {}
         for split in ("TRAIN", "TEST"):
-            proposals[f"MODEL.RPN.PRE_NMS_TOPK_{split}"] = _CANDIDATES_PER_OBJECT * crowded
+            proposals[f"MODEL.RPN.PRE_NMS_TOPK_{split}"] = candidates
             proposals[f"MODEL.RPN.POST_NMS_TOPK_{split}"] = _PROPOSALS_PER_OBJECT * crowded
-        yield _room(cfg, "proposals", proposals, 100, density)
+        needed = f"{matched}, and {_PROPOSALS_PER_OBJECT} proposals for each object"
+        yield _room(cfg, "proposals", proposals, 100, needed)
         samples = {
             f"MODEL.{part}.BATCH_SIZE_PER_IMAGE": _SPARE * crowded / model[part].POSITIVE_FRACTION
             for part in samplers(cfg)
         }
-        yield _room(cfg, "samples", samples, 64, density)
+        needed = f"{has}; there should be a foreground sample for each, and half as many to spare, "
+        needed += f"in {' and '.join(samplers(cfg))}"
+        yield _room(cfg, "samples", samples, 64, needed)
     if model.META_ARCHITECTURE != "ProposalNetwork":
         keys = {"TEST.DETECTIONS_PER_IMAGE": _SPARE * crowded}
-        yield _room(cfg, "detections", keys, 50, density)
-
-
-_NEEDED = {
-    "proposals": f"{_PROPOSALS_PER_OBJECT} proposals and {_CANDIDATES_PER_OBJECT} candidates a "
-    "level before NMS for each of them",
-    "samples": "a foreground sample for each of them, and half as many to spare",
-    "detections": "a detection for each of them, and half as many to spare",
-}
+        needed = f"{has}; there should be a detection for each, and half as many to spare"
+        found = _room(cfg, "detections", keys, 50, needed)
+        for new in found.changes.values():
+            room = (cfg.TEST.DETECTIONS_PER_IMAGE, new)
+            before, after = map(density.without_room, room)
+            effect = f"Objects beyond the detections: {before:.1%} before, {after:.1%} after."
+            if crowded > _COCO_DETECTIONS:
+                effect += f" COCO's AP looks at {_COCO_DETECTIONS} detections of a class in an "
+                effect += "image, and does not show it."
+            found = replace(found, effect=effect)
+        yield found
 
 
 def _room(
-    cfg: CfgNode, subject: str, needed: dict[str, float], multiple: int, density: Density
+    cfg: CfgNode, subject: str, needed: dict[str, float], multiple: int, reason: str
 ) -> Recommendation:
-    """Raises keys to what is needed, rounded up to a multiple."""
+    """Raises keys to what is needed, rounded up to a multiple; samples are reported and not set."""
     has = {key: value_at(cfg, key) for key in needed}
     changes = {
         key: int(-(-value // multiple) * multiple)
@@ -390,27 +574,15 @@ def _room(
         if has[key] < value
     }
     short = {key: key.removeprefix("MODEL.") for key in needed}
-    parts = " and ".join(key.split(".")[1] for key in needed)
-    where = f", in {parts}" if subject == "samples" else ""
-    reason = (
-        f"99 of 100 images hold at most {density.crowded} objects; there should be "
-        f"{_NEEDED[subject]}{where}, and there {'is not' if changes else 'is'}."
-    )
+    reason += f", and there {'is not' if changes else 'is'}."
     if not changes:
         room = ", ".join(f"{short[key]} {value}" for key, value in has.items())
         return Recommendation(subject, {}, reason, f"Room enough: {room}.")
-    if subject == "detections":
-        [(key, new)] = changes.items()
-        before, after = density.without_room(has[key]), density.without_room(new)
-        effect = f"Objects beyond the detections: {before:.1%} before, {after:.1%} after."
-        if density.crowded > _COCO_DETECTIONS:
-            effect += f" COCO's AP looks at {_COCO_DETECTIONS} detections an image, and does not "
-            effect += "show it."
-    else:
-        effect = "For each crowded object, before and after: " + ", ".join(
-            f"{short[key]} {has[key] / density.crowded:.1f} and {new / density.crowded:.1f}"
-            for key, new in changes.items()
-        )
-        effect += ". The time and memory of the part that reads them grow in proportion."
-    effect += f" The effect on AP is {_UNTRIED}."
+    effect = "Before and after: " + ", ".join(
+        f"{short[key]} {has[key]} and {new}" for key, new in changes.items()
+    )
+    effect += ". The time and memory of the part that reads them grow in proportion."
+    if subject == "samples":
+        effect += f" The effect on AP is {_UNTRIED}."
+        return Recommendation(subject, {}, reason, effect, untried=changes)
     return Recommendation(subject, changes, reason, effect)

@@ -23,7 +23,7 @@ from .fit import Fit
 from .ground_truth import LEFT_OUT
 from .measures import PERCENTILES, Measures
 
-__all__ = ["check_output", "write_report"]
+__all__ = ["check_output", "write_config", "write_report"]
 
 _SIZES = "Sizes are sqrt(w h), in pixels of the input:"
 _POOR_RECALL = 0.5  # share of objects that an anchor overlaps by 0.5; with less no config fits
@@ -57,7 +57,7 @@ def write_report(
     check_output(base, folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "fitted.yaml"
-    _write_config(fit, base, opts, config)
+    write_config(fit, base, opts, config)
     pictures = charts.draw(fit, folder)
     text = _text(fit, sources, base, _command(fit, sources, registered, config), pictures)
     (folder / "report.md").write_text(text)
@@ -97,8 +97,15 @@ def check_output(base: Path, folder: Path) -> None:
         )
 
 
-def _write_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> None:
-    """Writes a config whose _BASE_ is the user's, with the user's options and the changes."""
+def write_config(fit: Fit, base: Path, opts: Iterable[str], path: Path) -> None:
+    """Writes a config whose _BASE_ is the user's, with the user's options and the changes.
+
+    Args:
+        fit: the fit.
+        base: the config file that was fitted.
+        opts: config keys that the command line set.
+        path: of the new config.
+    """
     here = Path.cwd()
     base, folder = base.resolve(), path.parent.resolve()
     # A relative path, so that the folder of both can be moved; not to a packaged config.
@@ -179,9 +186,11 @@ def _count(number: int, name: str) -> str:
 def _recommended(fit: Fit, command: str) -> str:
     rows = []
     for each in fit.recommendations:
-        rows.append(f"**{each.subject}: {'keep' if each.keep else 'change'}.** {each.reason} ")
-        rows[-1] += each.effect
-        rows.append("\n".join(f"- `{key}` {_short(v)}" for key, v in each.changes.items()))
+        verdict = "keep" if each.keep else "change"
+        rows.append(f"**{each.subject}: {verdict}.** {each.reason} {each.effect}")
+        rows[-1] += " To try, not set:" if each.untried else ""
+        keys = (each.changes | each.untried).items()
+        rows.append("\n".join(f"- `{key}` {_short(v)}" for key, v in keys))
     return "\n\n".join(filter(None, [*rows, _concluded(fit, command)]))
 
 
@@ -199,7 +208,7 @@ def _concluded(fit: Fit, command: str) -> str:
             sentences.append(
                 "Objects are smaller than a pixel: are boxes in pixels, not in shares of 1?"
             )
-    elif not changed and fit.recommendations[0].subject == "levels":  # else too few objects
+    elif not changed and fit.recommendations[0].subject == "input size":  # else too few objects
         sentences.append("Nothing changes: the config fits this data as it is.")
     if changed:
         images = " (IMAGES: the folder of its images)" if ":IMAGES" in command else ""
@@ -223,8 +232,8 @@ def _command(fit: Fit, sources: Sequence[str], registered: Sequence[str], config
     if names != list(fit.cfg.DATASETS.TRAIN):
         words += ["DATASETS.TRAIN", f"({', '.join(map(repr, names))},)"]
         key, classes = number_of_classes(fit.cfg)
-        if key and fit.truth.categories not in (None, classes):
-            words += [key, str(fit.truth.categories)]
+        if key and fit.truth.classes is not None and len(fit.truth.classes) != classes:
+            words += [key, str(len(fit.truth.classes))]
         words += ["DATASETS.TEST", "()"]  # the config's is other data
     return " ".join(f'"{word}"' if set(word) & set(" '()") else word for word in words)
 
@@ -255,7 +264,8 @@ def _input_text(fit: Fit) -> str:
 
 def _sizes_table(fit: Fit) -> str:
     rows = []
-    for name, found in (("training", fit.before), ("testing", fit.test)):
+    named = [("training", fit.before), ("testing", fit.test)]
+    for name, found in [*named, *([("training, fitted", fit.after)] if fit.resized else [])]:
         figures = found.as_dict()
         percentiles = [f"{size:.3g}" for size in figures["size_percentiles"].values()]
         shares = [f"{figures[key]:.1%}" for key in ("small", "medium", "large")]
@@ -305,14 +315,17 @@ def _ends(found: Measures) -> str:
 
 
 def _octaves_table(fit: Fit) -> str:
-    after = {row["from"]: row for row in fit.after.octaves()}
-    rows = []
-    for row in fit.before.octaves():
-        cells = _pairs(row, after[row["from"]], _OVERLAPS)
-        rows.append([f"{row['from']:g} to {row['to']:g}", f"{row['share']:.1%}", *cells])
-    every = _pairs(fit.before.as_dict(), fit.after.as_dict(), _OVERLAPS)
-    headers = ["size (px)", "objects", *_with_after(_OVERLAPS)]
-    return _table([*rows, ["all", "100.0%", *every]], headers)
+    before, after = (
+        {row["from"]: row for row in found.octaves()} for found in (fit.before, fit.after)
+    )
+    columns = {"share": "objects", **_OVERLAPS}
+    rows = [
+        [f"{low:g} to {2 * low:g}", *_pairs(before.get(low, {}), after.get(low, {}), columns)]
+        for low in sorted({*before, *after})
+    ]
+    every = (found.as_dict() | {"share": 1.0} for found in (fit.before, fit.after))
+    rows.append(["all", *_pairs(*every, columns)])
+    return _table(rows, ["size (px)", *_with_after(columns)])
 
 
 def _input_sizes_table(fit: Fit) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,10 @@ class Task:
         if self.dump:
             return all(self.folder.proposals(name).is_file() for name in self._datasets())
         return self.folder.finished
+
+    def needs(self, tasks: Container[Task]) -> bool:
+        """Whether any of some tasks must be done first."""
+        return any(task in tasks or task.needs(tasks) for task in self.after)
 
     @property
     def log(self) -> Path:
@@ -96,13 +100,16 @@ def tasks_for(folders: Sequence[RunFolder]) -> list[Task]:
 def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
     """Runs the tasks that are not done; a line shows which run, how far they are, the time left.
 
+    If a task fails, those that do not need it go on.
+
     Args:
         tasks: each after those it needs.
         at_once: how many processes; they share the GPUs, or the CPU's threads.
 
     Raises:
-        UserError: a process failed; names its log.
+        UserError: a process failed; names its log. It is the first of several.
     """
+    failed: dict[Task, UserError] = {}
     waiting = [task for task in tasks if not task.done]
     slots = list(range(at_once))
     running: dict[Task, tuple[subprocess.Popen[bytes], int]] = {}
@@ -123,7 +130,11 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
                 waiting.remove(task)
             for task, (process, _) in list(running.items()):
                 if process.poll() is not None:
-                    _check(task, process)
+                    try:
+                        _check(task, process)
+                    except UserError as error:
+                        failed[task] = error
+                        waiting = [other for other in waiting if not other.needs(failed)]
                     slots.append(running.pop(task)[1])
                 if task in lengths:
                     reached[task] = lengths[task] if task.done else task.folder.iteration()
@@ -136,6 +147,8 @@ def run_tasks(tasks: Sequence[Task], at_once: int) -> None:
             bar.n = sum(reached.values())
             bar.refresh()
             time.sleep(_POLL_SECONDS if running else 0)
+        for error in failed.values():
+            raise error
     finally:
         signal.signal(signal.SIGTERM, before)
         bar.close()

@@ -28,32 +28,27 @@ TINY = (
 
 @pytest.fixture(scope="module", autouse=True)
 def data() -> None:
-    for kind in ("large", "small"):
-        ensure_mini(FEW, kind=kind)
+    ensure_mini(FEW, kind="small")
 
 
 def test_a_fitted_config_is_written_and_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "fpn_plugin.fitting.recommendations._ENOUGH", 10
-    )  # 12 images have 13 objects
-    opts = ["DATASETS.TRAIN", "('mini_large_train',)", "DATASETS.TEST", "('mini_large_val',)"]
+    opts = ["DATASETS.TRAIN", "('mini_small_train',)", "DATASETS.TEST", "('mini_small_val',)"]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "10", *TINY]
     fit_main(["--config-file", CONFIG, "--output", "fit", *opts])
     told = capsys.readouterr().out
-    assert "levels: change" in told
-    assert "canonical size: keep" in told
+    assert "input size: change" in told and "anchors: keep" in told
     for name in ("levels", "shapes", "anchors", "input_sizes"):
         assert (tmp_path / "fit" / f"{name}.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "fit" / "report.json").read_text())
     assert report["images"] == 12
-    assert [row["level"] for row in report["after"]["by_level"]] == [4, 5, 6]
     assert report["after"]["mean_iou"] >= report["before"]["mean_iou"]
-    assert report["recommendations"][0]["subject"] == "levels"
+    size = report["recommendations"][0]
+    assert (size["subject"], size["changes"]["INPUT.MIN_SIZE_TEST"]) == ("input size", 512)
 
     fitted = load_config("fit/fitted.yaml")
     assert fitted.SOLVER.MAX_ITER == 2  # options given beside the config hold in it
-    assert fitted.MODEL.RPN.IN_FEATURES == ["p4", "p5", "p6"]
+    assert fitted.INPUT.MIN_SIZE_TRAIN == (512,)
     train_main(["--config-file", "fit/fitted.yaml", "OUTPUT_DIR", "run"])
     assert "bbox" in json.loads(Path("run/results.json").read_text())
 
@@ -86,7 +81,7 @@ def test_a_fitted_config_is_not_overwritten_by_a_fit_of_it(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("backbone", ["build_fpn_backbone", "build_retinanet_resnet_fpn_backbone"])
-def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch, backbone):
+def test_a_level_reported_for_small_objects_can_be_built(tmp_path, monkeypatch, backbone):
     """The plugin's backbone, and Detectron2's, which has to be told of stages."""
     monkeypatch.chdir(tmp_path)
     opts = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
@@ -95,7 +90,9 @@ def test_a_level_added_for_small_objects_can_be_built(tmp_path, monkeypatch, bac
     opts += ["MODEL.BACKBONE.NAME", backbone]
     args = ["--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml", "--output", "fit"]
     fit_main([*args, "--data", "mini_small_train", *opts])
-    cfg = load_config("fit/fitted.yaml")
+    found = json.loads(Path("fit/report.json").read_text())["recommendations"]
+    [levels] = [each["untried"] for each in found if each["subject"] == "levels"]
+    cfg = load_config("fit/fitted.yaml", [str(word) for pair in levels.items() for word in pair])
     model = FPNTrainer.build_model(cfg)
     assert next(iter(model.backbone.output_shape())) == "p2"
     assert model.head_in_features[0] == "p2"

@@ -59,7 +59,7 @@ def test_runs_are_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
     assert fitted[5:8] == ["-", "-", "100.0 ± 0.0"]  # APm, APl, AR
     assert 0 < float(default[7].split()[0]) < 100
     assert "AP +2.0 (higher with 2 of 2 seeds)" in text
-    assert "Fitting changes anchors" in text
+    assert "Fitting changes input size." in text
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["data"][0]["runs"]["fitted"]["1"]["AP"] == 43
@@ -68,6 +68,43 @@ def test_runs_are_compared_and_not_run_again(tmp_path, monkeypatch, capsys):
         compare_main([*args, "SOLVER.BASE_LR", "0.5"])
 
 
+def test_own_data_is_compared_and_finished_runs_outlive_an_interrupt(tmp_path, monkeypatch, capsys):
+    """The JSONs and images of a mini dataset stand for a folder of one's own."""
+    root = ensure_mini({"train": 12, "val": 6}, kind="small")
+    cells = tmp_path / "cells"
+    cells.mkdir()
+    for split in ("train", "val"):
+        content = json.loads((root / f"{split}.json").read_text())
+        for image in content["images"]:
+            image["file_name"] = f"{split}/{image['file_name']}"
+        (cells / f"{split}.json").write_text(json.dumps(content))
+    (cells / "images").symlink_to(root, target_is_directory=True)
+    commands = []
+
+    def interrupted(tasks, at_once):
+        commands.extend(task.command(1) for task in tasks)
+        finish(tasks[:3], at_once)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_tasks", interrupted)
+    args = ["cells", "--cells", str(cells), "--seeds", "0", "1", "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        compare_main([*args, "--output", str(tmp_path / "out"), "--opts", *TINY])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| cells")]
+    assert [[cell.strip() for cell in row.split("|")[2:4]] for row in rows] == [
+        ["default", "0,1"], ["fitted", "0"],
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "AP +2.0, AR" in text  # of the seed that has both
+    for command in commands:
+        files = [command[at + 1] for at, word in enumerate(command) if word == "--dataset"]
+        assert files == [f"cells_{s}={cells}/{s}.json:{cells}/images" for s in ("train", "val")]
+        assert command[command.index("MODEL.DEVICE") + 1] == "cpu"
+        assert command[command.index("MODEL.ROI_HEADS.NUM_CLASSES") + 1] == "10"
+
+
 def test_unknown_data_is_told():
     with pytest.raises(UserError, match="did you mean small"):
         compare_main(["smal"])
+    with pytest.raises(UserError, match="--cells does not name"):
+        compare_main(["cells"])

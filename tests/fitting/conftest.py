@@ -24,9 +24,11 @@ def mini_config() -> Callable[..., CfgNode]:
 def truth_of() -> Callable[..., GroundTruth]:
     """Boxes XYXY in one image, without a file."""
 
-    def make(boxes: object, height: int = 256, width: int = 256) -> GroundTruth:
+    def make(
+        boxes: object, height: int = 256, width: int = 256, classes: tuple[str, ...] = ("thing",)
+    ) -> GroundTruth:
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         image = np.zeros(len(boxes), np.int64)
-        return GroundTruth(boxes, image, np.array([[height, width]]), {}, 0)
+        return GroundTruth(boxes, image, np.array([[height, width]]), {}, 0, classes)
 
     return make

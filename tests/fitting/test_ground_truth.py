@@ -50,20 +50,20 @@ def test_what_is_left_out_is_counted_by_name(tmp_path):
     }  # fmt: skip
 
 
-def test_categories_are_counted_where_all_datasets_have_as_many(coco_json, tmp_path):
+def test_classes_are_named_if_all_datasets_have_the_same(coco_json, tmp_path):
     def json_of(name, **categories):
         path = coco_json([[1, 1, 5, 5]], **categories)
         return str(path.rename(tmp_path / name))
 
     one, other = json_of("one.json"), json_of("other.json")
-    assert read_ground_truth([one, other]).categories == 1
-    two = json_of("two.json", categories=[{"id": 1}, {"id": 2}])
-    assert read_ground_truth([two]).categories == 2
-    assert read_ground_truth([one, two]).categories is None
+    assert read_ground_truth([one, other]).classes == ("thing",)
+    two = json_of("two.json", categories=[{"id": 1}, {"id": 2, "name": "b"}])
+    assert read_ground_truth([two]).classes == ("", "b")
+    assert read_ground_truth([one, two]).classes is None
     content = json.loads((tmp_path / "one.json").read_text())
     del content["categories"]
     (tmp_path / "none.json").write_text(json.dumps(content))
-    assert read_ground_truth([str(tmp_path / "none.json")]).categories is None
+    assert read_ground_truth([str(tmp_path / "none.json")]).classes is None
 
 
 def test_a_sample_keeps_images_whole():

@@ -20,6 +20,7 @@ from fpn_plugin.fitting import (
     boxes_at_input,
     measure,
 )  # fmt: skip
+from fpn_plugin.fitting.anchors import matching_anchors
 from fpn_plugin.modeling import build_fpn_backbone
 
 PYRAMID = Pyramid(
@@ -44,9 +45,10 @@ def inputs_of(boxes: object, height: int = 256, width: int = 256) -> InputBoxes:
     corners=st.lists(st.tuples(FRACTION, FRACTION, FRACTION, FRACTION), min_size=1, max_size=8),
     offset=st.sampled_from([0.0, 0.25, 0.5]),
     divisibility=st.sampled_from([1, 16, 32]),
+    threshold=st.sampled_from([0.3, 0.5, 0.7]),
 )
-def test_best_anchors_are_those_of_detectron2s_whole_grid(
-    height, width, corners, offset, divisibility
+def test_anchors_are_those_of_detectron2s_whole_grid(
+    height, width, corners, offset, divisibility, threshold
 ):
     x, y = np.sort(np.array(corners).reshape(-1, 2, 2), axis=2).transpose(1, 0, 2)
     boxes = np.column_stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]])
@@ -61,14 +63,23 @@ def test_best_anchors_are_those_of_detectron2s_whole_grid(
     )
     padded = [-(-side // divisibility) * divisibility for side in (height, width)]
     maps = [torch.zeros(1, 1, *(-(-side // stride) for side in padded)) for stride in strides]
-    by_level = [
-        pairwise_iou(Boxes(torch.tensor(boxes)), anchors).max(dim=1).values
-        for anchors in generator(maps)
-    ]
-    expected = torch.stack(by_level).numpy()
+    ious = [pairwise_iou(Boxes(torch.tensor(boxes)), anchors) for anchors in generator(maps)]
+    expected = torch.stack([iou.max(dim=1).values for iou in ious]).numpy()
     np.testing.assert_allclose(best, expected.max(axis=0), atol=2e-5)
     of_level = expected[levels - 2, np.arange(len(boxes))]
     np.testing.assert_allclose(of_level, expected.max(axis=0), atol=2e-5)
+
+    matching = np.stack([(iou >= threshold).sum(dim=1).numpy() for iou in ious], axis=1)
+    matched = expected.max(axis=0) >= threshold + 1e-4
+    inputs = inputs_of(boxes, height, width)
+    # Between the counts at next to the same IoU, which float32 may round to either side.
+    least, most = (matching_anchors(inputs, pyramid, threshold + d) for d in (1e-4, -1e-4))
+    assert (least[matched] <= matching[matched]).all()
+    assert (matching[matched] <= most[matched]).all()
+    unmatched = expected.max(axis=0) < threshold - 1e-4
+    assert (least[unmatched].sum(axis=1) == 1).all()  # the best one, as the RPN has it
+    best_level = least[unmatched].argmax(axis=1), np.flatnonzero(unmatched)
+    np.testing.assert_allclose(expected[best_level], best[unmatched], atol=2e-5)
 
 
 @settings(deadline=None)
