@@ -51,7 +51,7 @@ _EXAMPLES = """
 Examples:
   python -m evidence.compare_fitted --seeds 0 1 2                  # all four datasets
   python -m evidence.compare_fitted small thin --seeds 0           # two of them, one seed
-  python -m evidence.compare_fitted cells small --cells data/cells --at-once 8 --device cuda
+  python -m evidence.compare_fitted cells small --cells cells --at-once 8 --device cuda
   python -m evidence.compare_fitted --dry-run
 """
 
@@ -196,7 +196,7 @@ def compare_main(argv: Sequence[str] | None = None) -> None:
 
 def _cells(args: argparse.Namespace) -> list[str]:
     """The folder of --cells as --dataset takes it."""
-    folder = Path(args.cells).resolve()
+    folder = Path(args.cells)
     return [f"{_CELLS}_{split}={folder}/{split}.json:{folder}/images" for split in ("train", "val")]
 
 

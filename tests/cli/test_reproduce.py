@@ -20,7 +20,7 @@ from fpn_plugin.mini import ensure_mini
 from fpn_plugin.paper import runs, scheduler
 from fpn_plugin.paper.report import read_runs, summarize, write_report
 from fpn_plugin.paper.runs import Outcome, RunFolder, losses_by_part
-from fpn_plugin.paper.scheduler import gpus_of, tasks_for, visible_gpus
+from fpn_plugin.paper.scheduler import Task, gpus_of, run_tasks, tasks_for, visible_gpus
 from fpn_plugin.paper.tables import RUNS, TABLES, needed_runs, select_rows
 
 # Seconds instead of minutes: few iterations, images of 64 px.
@@ -301,3 +301,24 @@ def test_a_run_that_fails_is_reported_with_its_log(tmp_path):
     with pytest.raises(UserError, match=r"_FPN seed 0 ended with status 2: error: .*NoHead"):
         reproduce_main(["1c", "--output", str(tmp_path), "--opts", "MODEL.RPN.HEAD_NAME", "NoHead"])
     assert (folder.path / "train.log").is_file()
+
+
+def test_a_run_that_fails_stops_only_those_that_need_it(tmp_path):
+    class Program(Task):
+        def command(self, num_gpus):
+            code = "raise SystemExit('no luck')"
+            if self.folder.seed:
+                code = f"open({str(self.folder.path / 'results.json')!r}, 'w').write('{{}}')"
+            return [sys.executable, "-c", code]
+
+    def program(seed, *after):
+        return Program(RunFolder(RUNS["table1_c_FPN"], "mini", seed, tmp_path), False, after)
+
+    fails, other = program(0), program(1)
+    needs_it = program(2, fails)
+    needs_both = program(3, other, needs_it)
+    with pytest.raises(UserError, match="FPN seed 0 ended with status 1: no luck"):
+        run_tasks([fails, other, needs_it, needs_both], 1)
+    assert other.done
+    assert not needs_it.folder.path.exists()
+    assert not needs_both.folder.path.exists()
