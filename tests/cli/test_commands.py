@@ -284,7 +284,8 @@ def test_commands_are_collected(capsys):
     for command in (
         "make demo",
         "fpn-plugin reproduce 1 2 3 --scale mini --seeds 0 1 2",
-        "python -m evidence.compare_fitted small large --seeds 0 1 2 --at-once 2",
+        "python -m evidence.compare_fitted cells small large thin --cells cells --seeds 0 1 2 "
+        "--device cuda --at-once 12 --opts SOLVER.MAX_ITER 500",
         "fpn-plugin optimize --config-file output/demo/config.yaml --input photos/ MODEL.WEIGHTS "
         "output/demo/model_final.pth",
         "torchrun --nproc-per-node 8 -m fpn_plugin train --config-file my.yaml",
