@@ -76,7 +76,7 @@ def _levels(fit: Fit) -> Figure:
         levels = sorted({*pyramid.anchor_levels, *pyramid.roi_levels})
         axes.hist(
             [found.size[found.level == level] for level in levels], bins=bins, stacked=True,
-            weights=[np.full((of := found.level == level).sum(), 1 / len(of)) for level in levels],
+            weights=[np.full((found.level == each).sum(), 1 / len(found.size)) for each in levels],
             color=[level_color(level) for level in levels], edgecolor="white", linewidth=0.5,
             label=[f"P{level}  {(found.level == level).mean():.0%}" for level in levels],
         )  # fmt: skip

@@ -524,14 +524,17 @@ def recommend_room(
     check_sampling(cfg)
     crowded, model = density.crowded, cfg.MODEL
     most, median = matches
-    candidates = _CANDIDATES_PER_MATCH * most
+    retina = model.META_ARCHITECTURE == "RetinaNet"
+    # RetinaNet's candidates are detections with a score already, and a match is an IoU of 0.5.
+    each = 1 if retina else _CANDIDATES_PER_MATCH
+    candidates = each * most
     has = f"99 of 100 images hold at most {crowded} objects"
     matched = (
         f"99 of 100 images have at most {most} anchors on a level that match an object "
-        f"({median:.3g} for each in the median), and {crowded} objects; there should be "
-        f"{_CANDIDATES_PER_MATCH} candidates a level before NMS for each anchor that matches"
+        f"({median:.3g} for each in the median), and {crowded} objects; a level should have {each} "
+        f"candidate{'' if retina else 's'} before NMS for each anchor that matches"
     )
-    if model.META_ARCHITECTURE == "RetinaNet":
+    if retina:
         keys = {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": candidates}
         yield _room(cfg, "proposals", keys, 100, matched)
     else:

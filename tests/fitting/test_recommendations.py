@@ -442,6 +442,14 @@ def test_dense_data_gets_room_for_each_object(mini_config):
     assert "100 detections of a class in an image" in detections.effect
 
 
+def test_retinanet_gets_a_candidate_for_each_match():
+    density = Density.of(crowds(*[300] * 10))
+    for matches, changes in ((900, {}), (1210, {"MODEL.RETINANET.TOPK_CANDIDATES_TEST": 1300})):
+        proposals, detections = recommend_room(retinanet(), density, (matches, 4.0))
+        assert proposals.changes == changes
+        assert detections.changes == {"TEST.DETECTIONS_PER_IMAGE": 450}
+
+
 @pytest.mark.parametrize("part", ["RPN", "ROI_HEADS"])
 def test_a_sampler_that_takes_no_object_is_refused(mini_config, part):
     cfg = mini_config(f"MODEL.{part}.POSITIVE_FRACTION", "0.0")
