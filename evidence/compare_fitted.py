@@ -108,6 +108,11 @@ class ComparedRun(RunFolder):
 class ComparedTask(Task):
     """The training of a run, which names the run's datasets."""
 
+    @property
+    def name(self) -> str:
+        """As the progress line shows it."""
+        return f"{self.folder.scale} {super().name}"
+
     def command(self, num_gpus: int) -> list[str]:
         """Its command line."""
         words = super().command(num_gpus)

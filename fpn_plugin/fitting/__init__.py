@@ -5,7 +5,7 @@ from .fit import Fit, check_config, fit_pyramid
 from .ground_truth import GroundTruth, read_ground_truth
 from .measures import Measures, measure
 from .pyramid import Pyramid
-from .recommendations import Recommendation
+from .recommendation import Recommendation
 from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
 __all__ = [

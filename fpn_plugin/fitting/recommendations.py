@@ -1,42 +1,35 @@
-"""Recommendations for a dataset: input size, flips, anchors, levels and room for its objects.
+"""Recommendations for a dataset: anchors, levels and room for its objects, after those for images.
 
 What trainings have shown to help, or cannot lower AP, is set. The rest is reported, with the keys.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from fpn_plugin.config import value_at
 
 from .anchors import fit_anchors, matching_anchors
 from .density import Density, check_sampling, samplers
 from .ground_truth import GroundTruth
+from .images import recommend_flips, recommend_input_size
 from .measures import Measures, measure
 from .pyramid import Pyramid, level_names
+from .recommendation import LEAST_CELLS, MANY, UNTRIED, Recommendation
 from .resizing import InputBoxes, ResizeRule, boxes_at_input
 
-__all__ = ["Recommendation", "crowded_matches", "recommend", "recommend_room"]
+__all__ = ["crowded_matches", "recommend", "recommend_room"]
 
 _ENOUGH = 100  # objects, to recommend any change
 _SAMPLE = 100_000  # boxes that candidates are measured on
 _SAMPLE_IMAGES = 2_000  # that input sizes and matching anchors are measured on
 _FEW = 0.005  # of boxes; a level that fewer need is not needed
-_MANY = 0.05  # of boxes that are too small
-_MOST = 0.2  # of boxes that are too small for images to be enlarged
-_SMALL = 32.0  # input pixels, sqrt(w h): COCO's small objects
-_INPUT_FACTORS = (1.25, 1.5, 1.75, 2.0)  # of the input size; 2 is four times the time
-_WHOLE, _MOST_ENLARGED = 1.01, 2.02  # of the stored size, with rounding
-_DIFFERENT = 1.5  # times as large in testing as in training
 _FINE_CELLS = 4.0  # shorter side, in cells of the next level, under which the finest is needed
-_LEAST_CELLS = 2.0  # shorter side, in cells of the finest level, under which a finer one is
 _FINEST = 2  # level of the finest stage that ResNets and most networks give
 _WORTH_CHANGING = 0.25  # of objects that get an anchor that matches them, to change anchors
 _WORTH_REPORTING = 0.05  # of mean best IoU, by one more size per level
@@ -45,39 +38,6 @@ _PROPOSALS_PER_OBJECT = 5  # most proposals of an object are near copies of each
 _CANDIDATES_PER_MATCH = 10  # before NMS; more anchors overlap an object nearly as well
 _SPARE = 1.5  # detections and samples for each object
 _COCO_DETECTIONS = 100  # that COCO's AP looks at in an image
-_UNTRIED = "not tried by training"
-# Words in names of classes that a mirrored image makes wrong.
-_SIDED = {
-    "left", "right", "lhs", "rhs", "clockwise", "counterclockwise", "anticlockwise", "arrow",
-    "letter", "digit", "character", "text", "number",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """A change of a config for a dataset, or none.
-
-    Attributes:
-        subject: the part of the config: "input size", "flips", "anchors", ...
-        changes: config keys to their new values; empty to keep the config.
-        reason: why, in one sentence.
-        effect: the expected effect, in figures.
-        figures: the same figures, for JSON.
-        untried: config keys to values that may help, and that no training has shown to help. They
-            are reported, not set.
-    """
-
-    subject: str
-    changes: dict[str, Any]
-    reason: str
-    effect: str
-    figures: dict[str, Any] = field(default_factory=dict)
-    untried: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def keep(self) -> bool:
-        """Whether it changes nothing."""
-        return not self.changes
 
 
 def recommend(
@@ -102,7 +62,7 @@ def recommend(
         effect = "Nothing changes; figures below are of the objects there are."
         return [Recommendation("everything", {}, reason, effect)], fitted, pyramid
     few = truth.sample(_SAMPLE_IMAGES)
-    found = [_input_size(cfg, pyramid, few), _flips(cfg, truth)]
+    found = [recommend_input_size(cfg, pyramid, few), recommend_flips(cfg, truth)]
     fitted.defrost()
     _apply(found, fitted)
     rule = ResizeRule.from_config(fitted, training=True)
@@ -123,127 +83,6 @@ def _apply(found: list[Recommendation], cfg: CfgNode) -> None:
             cfg.merge_from_list([key, value])
 
 
-def _input_size(cfg: CfgNode, pyramid: Pyramid, truth: GroundTruth) -> Recommendation:
-    """Larger images, if training shrinks them, or if many objects are narrower than two cells."""
-    rule, test = (ResizeRule.from_config(cfg, training) for training in (True, False))
-    scale, test_scale = _scale(rule, truth), _scale(test, truth)
-    finest = pyramid.anchor_levels[0]
-    narrow_px = _LEAST_CELLS * 2**finest
-
-    def shares(factor: float) -> tuple[float, float]:
-        inputs = boxes_at_input(truth, rule.scaled(factor)).sample(_SAMPLE)
-        shorter = inputs.sides.min(axis=1)
-        return float((inputs.size < _SMALL).mean()), float((shorter < narrow_px).mean())
-
-    before = after = shares(1.0)
-    factor, most_narrow = 1.0, _MOST
-    for larger in _INPUT_FACTORS if rule.resizes else ():
-        small, narrow = after
-        if narrow > most_narrow and scale * larger <= _MOST_ENLARGED:
-            most_narrow = _MANY
-        elif not (small > _MANY and scale * larger <= _WHOLE):
-            break
-        factor, after = larger, shares(larger)
-
-    height, width = np.median(truth.shapes, axis=0)
-    resized = f"shrinks them to {scale:.0%}" if scale < 1 else f"enlarges them to {scale:.0%}"
-    resized = "leaves them as they are" if abs(scale - 1) < 0.005 else resized
-    figures = {
-        "scale": scale, "test_scale": test_scale, "factor": factor,
-        "small": before[0], "narrow": before[1], "small_after": after[0], "narrow_after": after[1],
-    }  # fmt: skip
-    reason = (
-        f"Images have {width:g} x {height:g} px in the median, and INPUT.MIN_SIZE_TRAIN {resized}; "
-        f"{before[0]:.1%} of objects are then smaller than {_SMALL:g} px, and {before[1]:.1%} "
-        f"narrower than {_LEAST_CELLS:.0f} cells of P{finest}."
-    )
-    changes: dict[str, Any] = {}
-    alike = 1 / _DIFFERENT <= test_scale / scale <= _DIFFERENT
-    if factor > 1:
-        for split in ("TRAIN", "TEST") if alike else ("TRAIN",):
-            key = f"INPUT.MIN_SIZE_{split}"
-            given = value_at(cfg, key)
-            edges = [given] if isinstance(given, int) else given
-            new = [round(edge * factor) for edge in edges]
-            changes[key] = new[0] if isinstance(given, int) else new
-        if boxes_at_input(truth, replace(rule.scaled(factor), max_size=rule.max_size)).limited:
-            for split in ("TRAIN", "TEST"):
-                key = f"INPUT.MAX_SIZE_{split}"
-                changes[key] = round(value_at(cfg, key) * factor)
-        effect = (
-            f"At {factor:g} times the size {after[0]:.1%} are smaller and {after[1]:.1%} narrower "
-            f"than that. An iteration and a detection have {factor**2:.1f} times the pixels, and "
-            "take about as many times the time and the memory."
-        )
-        if scale * factor > _WHOLE:
-            effect += " Images are enlarged: that adds cells to each object, not detail."
-    else:
-        effect = "Nothing changes."
-    if max(after[0] * (scale * factor < 1 / _WHOLE), after[1] - _MOST + _MANY) > _MANY:
-        effect += f" Many stay too small at {factor:g} times the size; larger sizes (table of "
-        effect += "input sizes), or training on parts of the images, may help."
-    if not alike:
-        ratio = test_scale / (scale * factor)
-        effect += f" INPUT.MIN_SIZE_TEST shows objects {ratio:.2g} times as large as "
-        effect += "INPUT.MIN_SIZE_TRAIN does: a detector finds the sizes that it was trained on."
-    return Recommendation("input size", changes, reason, effect, figures)
-
-
-def _scale(rule: ResizeRule, truth: GroundTruth) -> float:
-    """How large images are at the input, in the median; 1: as they are stored."""
-    scales = [
-        rule.output_shapes(truth.shapes, np.full(len(truth.shapes), edge)) / truth.shapes
-        for edge in rule.short_edges
-    ]
-    return float(np.median(scales))
-
-
-def _flips(cfg: CfgNode, truth: GroundTruth) -> Recommendation:
-    """Horizontal flips, unless names or keypoints are against them."""
-    key, given, names = "INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, truth.classes
-    sided = [name for name in names or () if _is_sided(name)]
-    named = ", ".join(map(repr, sided[:3])) + (", ..." if len(sided) > 3 else "")
-    if sided:
-        reason = f"A mirrored image may have another class: {named}."
-        if given != "horizontal":
-            return Recommendation("flips", {}, reason, "Nothing changes.")
-        effect = f"Images are mirrored by {key} horizontal. The effect on AP is {_UNTRIED}."
-        return Recommendation("flips", {}, reason, effect, untried={key: "none"})
-    if given != "none":
-        return Recommendation(
-            "flips", {}, f"Images are flipped: {key} {given}.", "Nothing changes."
-        )
-    unnamed = "" if names and all(names) else "the classes have no names to judge by"
-    if cfg.MODEL.KEYPOINT_ON and not _have_flip_maps(cfg):
-        unnamed = "it is not known which keypoints a mirrored image swaps"
-    if unnamed:
-        effect = "Set it if a mirrored image of an object shows the same class."
-        return Recommendation(
-            "flips", {}, f"Images are not mirrored, and {unnamed}.", effect,
-            untried={key: "horizontal"},
-        )  # fmt: skip
-    reason = "Images are not mirrored, and no name of a class is against it."
-    effect = "Each object is seen in two forms, at no cost."
-    return Recommendation("flips", {key: "horizontal"}, reason, effect)
-
-
-def _is_sided(name: str) -> bool:
-    """Whether a class may be another in a mirrored image: left and right, letters and digits."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
-    return (
-        len(name.strip()) == 1
-        or name.strip().isdecimal()
-        or any(word.lower() in _SIDED for word in words)
-    )
-
-
-def _have_flip_maps(cfg: CfgNode) -> bool:
-    names = cfg.DATASETS.TRAIN
-    return bool(names) and all(
-        MetadataCatalog.get(name).get("keypoint_flip_map") is not None for name in names
-    )
-
-
 def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendation:
     """Another finest level, which is reported and not set."""
     finest = pyramid.stages[0]
@@ -256,13 +95,13 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendatio
         return narrower(_FINE_CELLS, level + 1)
 
     def lost(level: int) -> float:
-        return narrower(_LEAST_CELLS, level)
+        return narrower(LEAST_CELLS, level)
 
     figures = {"needing_finest": needing(finest), "below_2_cells": lost(finest)}
     reason = (
         f"{needing(finest):.1%} of objects are narrower than {_FINE_CELLS:.0f} cells of "
         f"P{finest + 1} and need P{finest}; {lost(finest):.1%} are narrower than "
-        f"{_LEAST_CELLS:.0f} cells of P{finest}."
+        f"{LEAST_CELLS:.0f} cells of P{finest}."
     )
     fixed = _fixed_by(cfg, pyramid)
     if fixed:
@@ -271,11 +110,11 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendatio
     new = finest
     while new < _coarsest_beginning(pyramid) and needing(new) < _FEW:
         new += 1
-    while new <= finest and new > _FINEST and lost(new) > _MANY:
+    while new <= finest and new > _FINEST and lost(new) > MANY:
         new -= 1
     if new == finest:
         effect = "Nothing changes."
-        if lost(finest) > _MANY:
+        if lost(finest) > MANY:
             effect += " There is no finer stage to build on: a larger INPUT.MIN_SIZE helps objects "
             effect += "this small (table of input sizes)."
         return Recommendation("levels", {}, reason, effect, figures)
@@ -290,18 +129,18 @@ def _levels(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommendatio
         )
         effect = (
             f"The levels would have {times:.0%} of the cells, which the 3x3 convolutions of the "
-            f"pyramid and of the heads on it cost. Faster; the effect on AP is {_UNTRIED}."
+            f"pyramid and of the heads on it cost. Faster; the effect on AP is {UNTRIED}."
         )
     else:
         figures["below_2_cells_after"] = lost(new)
         reason = (
-            f"{lost(finest):.1%} of objects are narrower than {_LEAST_CELLS:.0f} cells of "
+            f"{lost(finest):.1%} of objects are narrower than {LEAST_CELLS:.0f} cells of "
             f"P{finest}, so {_listed(range(new, finest))} may help."
         )
         effect = (
             f"{lost(new):.1%} are narrower than that many cells of P{new}. The levels would have "
             f"{times:.1f} times as many cells, which convolutions cost. The effect on AP is "
-            f"{_UNTRIED}."
+            f"{UNTRIED}."
         )
     untried = _level_changes(cfg, pyramid, moved)
     return Recommendation("levels", {}, reason, effect, figures, untried)
@@ -400,7 +239,7 @@ def _canonical(cfg: CfgNode, pyramid: Pyramid, inputs: InputBoxes) -> Recommenda
     reason = f"{here}, {why}; k0 stays, since only s0 / 2^k0 matters."
     effect = (
         f"With s0 {size} px {moved:.1%} of regions would change their level: {_shares(before)} as "
-        f"it is, {_shares(after)} then. The effect on AP is {_UNTRIED}."
+        f"it is, {_shares(after)} then. The effect on AP is {UNTRIED}."
     )
     untried = {"MODEL.FPN.CANONICAL_BOX_SIZE": size}
     return Recommendation("canonical size", {}, reason, effect, figures, untried)
@@ -586,6 +425,6 @@ def _room(
     )
     effect += ". The time and memory of the part that reads them grow in proportion."
     if subject == "samples":
-        effect += f" The effect on AP is {_UNTRIED}."
+        effect += f" The effect on AP is {UNTRIED}."
         return Recommendation(subject, {}, reason, effect, untried=changes)
     return Recommendation(subject, changes, reason, effect)
