@@ -1,10 +1,11 @@
 """Every test works in folders of its own: no user's files, no checkout, no network."""
 
 import json
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Detectron2 and the plugin read it when they are imported.
@@ -36,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's, also after a run has set up the plugin's logger, which then does not propagate."""
+    logger = logging.getLogger("fpn_plugin")
+    before = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.NOTSET)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.propagate, logger.level = before
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any
 from detectron2.utils.logger import setup_logger
 
 from fpn_plugin.engine.launch import explained_files, quiet_third_parties
+from fpn_plugin.engine.logs import LOGGERS
 
 from .check import check_files
 from .common import Arguments
@@ -81,7 +82,7 @@ def _log_handlers_kept() -> Iterator[None]:
     Detectron2 adds handlers for each output folder. With those of the runs before, each line would
     be shown several times, and written to their log.txt too.
     """
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [list(logger.handlers) for logger in loggers]
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from fpn_plugin.utils.weight_files import (
 )
 
 __all__ = ["StrictCheckpointer"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class _Dependent(NamedTuple):
@@ -252,7 +255,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                     f"?{'&'.join(queries)} is unknown; ?matching_heuristics=True is known"
                 )
         if "__author__" in loaded:
-            self.logger.info("Reading a file from %r", loaded["__author__"])
+            _LOGGER.info("Reading a file from %r", loaded["__author__"])
         return loaded
 
     def _with_prefix(self, checkpoint: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -267,7 +270,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         if len(found.tensors) > len(found.missing):
             prefix = names[id(network)]
             checkpoint["model"] = {f"{prefix}.{k}": value for k, value in found.tensors.items()}
-            self.logger.info("%r is loaded as %s: %s", self._path, prefix, found.report())
+            _LOGGER.info("%r is loaded as %s: %s", self._path, prefix, found.report())
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         state = self.model.state_dict()
@@ -317,7 +320,7 @@ class StrictCheckpointer(DetectionCheckpointer):
                     state[key].copy_(initial[key])
                     left[key] = row
                     wrong[key] = (tuple(state[key].shape),) * 2
-            self.logger.warning(self._left_out(left, wrong, len(parameters) - len(missing)))
+            _LOGGER.warning(self._left_out(left, wrong, len(parameters) - len(missing)))
             # Otherwise Detectron2 warns of each again.
             incompatible.incorrect_shapes.clear()
             incompatible.missing_keys[:] = missing

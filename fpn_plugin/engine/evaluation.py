@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
+
+from fpn_plugin.utils.metrics import PRECISION_FILE
+
+from .progress import ProgressLine
 
 __all__ = ["DetectionEvaluator"]
 
@@ -22,6 +31,9 @@ class DetectionEvaluator(COCOEvaluator):
     beyond that count as missed, even if the model found them. If a model may give more detections,
     the results have each task twice: ``"bbox"`` is COCO's, and ``"bbox@300"`` takes all 300 that
     the model may give. Both then have AR too.
+
+    COCO's precision at each recall is written to ``precision.npz`` in the output folder: for each
+    task float64 ``(IoU, recall, class)``, -1 for classes without objects, and names as ``classes``.
 
     Args:
         dataset_name: see COCOEvaluator.
@@ -45,6 +57,7 @@ class DetectionEvaluator(COCOEvaluator):
         super().__init__(dataset_name, tasks, distributed, output_dir, **options)
         self._limit = detections_per_image
         self._beyond: dict[str, dict[str, float]] = {}
+        self._precision: dict[str, np.ndarray] = {}
         objects = [
             sum(not annotation.get("iscrowd", 0) for annotation in annotations)
             for annotations in self._coco_api.imgToAnns.values()
@@ -58,10 +71,35 @@ class DetectionEvaluator(COCOEvaluator):
                 "test_topk_per_image or max_detections_per_image) lets it give more"
             )
 
+    def reset(self) -> None:
+        """Begins an evaluation; a terminal shows its progress."""
+        super().reset()
+        images = -(-len(self._coco_api.imgs) // comm.get_world_size())
+        self._line = ProgressLine("evaluating", images)
+
+    def process(self, inputs: Any, outputs: Any) -> None:
+        """See COCOEvaluator."""
+        super().process(inputs, outputs)
+        self._line.update(len(inputs))
+
+    def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
+        """See COCOEvaluator."""
+        self._line.close()
+        return super().evaluate(img_ids)
+
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        self._beyond = {}
-        super()._eval_predictions(predictions, img_ids=img_ids)
+        self._beyond, self._precision = {}, {}
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # pycocotools prints; this goes to the log
+            super()._eval_predictions(predictions, img_ids=img_ids)
+        if printed.getvalue():
+            self._logger.info("COCO's evaluation printed:\n%s", printed.getvalue())
         self._results.update(self._beyond)
+        if self._output_dir:
+            path = Path(self._output_dir, PRECISION_FILE)
+            path.unlink(missing_ok=True)  # of an evaluation before
+            if self._precision:
+                np.savez_compressed(path, **self._precision)
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
@@ -72,6 +110,11 @@ class DetectionEvaluator(COCOEvaluator):
             class_names = [class_names[numbers[category]] for category in sorted(numbers)]
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         coco_limit = _COCO_LIMITS[iou_type]
+        if coco_eval is not None:
+            ids = coco_eval.params.catIds
+            self._precision["classes"] = np.array([self._coco_api.cats[id_]["name"] for id_ in ids])
+            # (IoU, recall, class, size, limit): all sizes, COCO's limit
+            self._precision[iou_type] = coco_eval.eval["precision"][:, :, :, 0, -1]
         if 0 <= self._limit <= coco_limit:
             return results
         if coco_eval is None:  # nothing was detected

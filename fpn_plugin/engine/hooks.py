@@ -22,13 +22,13 @@ from fpn_plugin.visualization import plot_losses
 from .checkpoint import StrictCheckpointer
 from .level_statistics import LevelStatistics
 from .nonfinite import NonFiniteCheck, SkippedSteps
+from .progress import TrainingProgress
 from .resume import ResumeState
 from .run_config import RunConfig
 
 __all__ = ["BestModel", "JointEvalHook", "LossCurve", "TrainingHooks"]
 
-# Detectron2 writes what its own loggers say to the terminal and to log.txt.
-_LOGGER = logging.getLogger("detectron2.fpn_plugin")
+_LOGGER = logging.getLogger(__name__)
 _NO_RESULT = -1.0  # of a metric that is not a number, because nothing is labelled; below any AP
 
 
@@ -236,7 +236,10 @@ class TrainingHooks:
                 found.append(JointEvalHook(0, augmented))
             if config["best_metric"]:
                 found.append(BestModel(checkpointer, config))
-        return [*found, LossCurve(config["output_dir"]) if comm.is_main_process() else None]
+        if comm.is_main_process():
+            found.append(TrainingProgress(config["best_metric"], config["output_dir"]))
+            found.append(LossCurve(config["output_dir"]))
+        return found
 
     @contextmanager
     def explained(self) -> Iterator[None]:

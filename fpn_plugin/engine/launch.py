@@ -111,6 +111,9 @@ def launch(worker: Callable[..., Any], args: Any, device: str, worker_args: tupl
         _check_version(f"MODEL.DEVICE {device} with {processes} processes", "train in one process")
         # Detectron2's launcher uses NCCL if it sees a GPU, whatever the model's device.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if args.num_gpus > 1:
+        # A started process imports Detectron2 before its filters are set; see fpn_plugin/__init__.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:`torch.jit:FutureWarning")
     spawn(
         _guarded,
         args.num_gpus,

@@ -18,7 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from fpn_plugin.utils.pickles import load_arrays
 
 from .checkpoint import StrictCheckpointer
 from .launch import launch
+from .logs import add_loggers
 from .run_datasets import register_with_runs, run_folders
 from .trainer import FPNTrainer
 
@@ -77,7 +77,7 @@ def dump_proposals(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def _worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     register_with_runs(args.dataset, checked=True)
-    setup_logger(name="fvcore")
+    add_loggers("fvcore", "fpn_plugin")
     model = FPNTrainer.build_model(without_network_weights(cfg)).eval()
     StrictCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     for split in args.splits:

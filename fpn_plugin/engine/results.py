@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from tabulate import tabulate
 
 from fpn_plugin.errors import UserError, near_names
 from fpn_plugin.utils.atomic import written_whole
-from fpn_plugin.utils.metrics import task_metrics
+from fpn_plugin.utils.metrics import ap_by_class, task_metrics
 
 from .run_config import RunConfig
 
-__all__ = ["finish", "results_table", "save_results", "verify_expected"]
+__all__ = ["finish", "results_table", "save_results", "tensorboard", "verify_expected"]
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """The metrics of an evaluation as a Markdown table for each task, without categories.
+    """The metrics of an evaluation as Markdown: a table for each task, and AP by class.
 
     Args:
         results: ``{task: {metric: value}}``, or that by dataset if there are several.
@@ -39,6 +40,17 @@ def results_table(results: dict[str, Any]) -> str:
             "of a category in an image, and 20 with keypoints. The one with @ takes all that the "
             "model may give for an image.\n"
         )
+    by_class = {name: ap_by_class(metrics) for name, metrics in found}
+    by_class = {name: each for name, each in by_class.items() if each}
+    if by_class:
+        classes = dict.fromkeys(name for each in by_class.values() for name in each)
+        rows = [
+            [name.replace("|", r"\|"), *(each.get(name) for each in by_class.values())]
+            for name in classes
+        ]
+        looks = {"tablefmt": "github", "floatfmt": ".1f", "missingval": "-"}
+        table = tabulate(rows, ["AP by class", *by_class], disable_numparse=[0], **looks)
+        tables.append(f"{table}\n")
     return "\n".join(tables)
 
 
@@ -52,7 +64,14 @@ def save_results(results: dict[str, Any], output_dir: str) -> None:
     for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table)):
         with written_whole(str(folder / name), "w") as file:
             file.write(text)
-    print(f"\n{table}", flush=True)
+    print(f"\n{table}\nresults.md and results.json are in {folder}", flush=True)
+    if any(folder.glob("events.out.tfevents.*")):
+        print(f"curves: {tensorboard(output_dir)}", flush=True)
+
+
+def tensorboard(output_dir: str) -> str:
+    """The command that shows the curves of a training."""
+    return f"tensorboard --logdir {shlex.quote(output_dir)}"
 
 
 def finish(config: RunConfig, results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ from .changes import earlier_config_kept
 from .checkpoint import StrictCheckpointer
 from .class_names import match_datasets
 from .launch import launch
-from .results import finish
+from .logs import set_up_loggers
+from .results import finish, tensorboard
 from .run_config import RunConfig
 from .run_datasets import (
     describe_datasets,
@@ -50,6 +52,8 @@ from .settings import find_config_file, settled_device
 from .trainer import FPNTrainer
 
 __all__ = ["Run", "YacsRun"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Run(ABC):
@@ -208,6 +212,9 @@ class Run(ABC):
             # A started process has registered only what an import registers.
             register_with_runs(self.args.dataset, *self._runs, checked=True)
             self._match_datasets()
+            set_up_loggers(folder)
+            curves = f"; curves: {tensorboard(folder)}" if self.training else ""
+            _LOGGER.info("all log lines are in %s%s", Path(folder, "log.txt"), curves)
             with earlier_config_kept(folder, always=not self.training):
                 default_setup(config.cfg, self.args)
                 train = self.trainer() if self.training else None

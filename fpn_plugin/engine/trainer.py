@@ -29,7 +29,6 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from fpn_plugin.data import ReadableImageMapper, class_order, train_stream
@@ -43,6 +42,7 @@ from .changes import check_length
 from .checkpoint import StrictCheckpointer
 from .evaluation import DetectionEvaluator
 from .hooks import TrainingHooks
+from .logs import add_loggers
 from .results import finish
 from .run_config import RunConfig
 from .step_trainer import step_trainer
@@ -65,8 +65,7 @@ class FPNTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own wraps the model for distributed training on GPUs.
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # default_setup was not called
+        add_loggers("detectron2", "fpn_plugin", folder=cfg.OUTPUT_DIR)  # if no command has
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)

@@ -17,8 +17,7 @@ from fpn_plugin.utils.weight_files import read_checkpoint, weights_of
 
 __all__ = ["NetworkWeights", "load_network", "network_weights", "origin"]
 
-# Detectron2's for weights: its lines are on the terminal and in log.txt.
-logger = logging.getLogger("fvcore.common.checkpoint")
+logger = logging.getLogger(__name__)
 
 # What names of tensors look like, whose they are, and what takes them; the first that is found.
 _ORIGINS = (

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["level_rows", "loss_rows", "task_metrics"]
+__all__ = [
+    "PRECISION_FILE", "ap_by_class", "level_rows", "loss_rows", "metric_rows", "task_metrics",
+]  # fmt: skip
+
+PRECISION_FILE = "precision.npz"
+"""What an evaluation writes, in the folder of its detections."""
 
 
 def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
@@ -16,7 +21,7 @@ def loss_rows(metrics_file: Path) -> list[dict[str, float]]:
     Args:
         metrics_file: one JSON object a line, as Detectron2 writes it; may be missing.
     """
-    return _rows(metrics_file, "total_loss")
+    return metric_rows(metrics_file, "total_loss")
 
 
 def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -26,7 +31,7 @@ def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]
         metrics_file: as for :func:`loss_rows`.
     """
     figures: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in _rows(metrics_file, "fpn_"):
+    for row in metric_rows(metrics_file, "fpn_"):
         for key, value in row.items():
             if key.startswith("fpn_"):
                 figure, _, level = key.removeprefix("fpn_").partition("/")
@@ -35,8 +40,13 @@ def level_rows(metrics_file: Path) -> dict[str, dict[str, list[tuple[int, float]
     return figures
 
 
-def _rows(metrics_file: Path, prefix: str) -> list[dict[str, float]]:
-    """The rows with a key that begins so."""
+def metric_rows(metrics_file: Path, prefix: str = "") -> list[dict[str, float]]:
+    """The rows of a metrics.json with a key that begins so, in order of their iteration.
+
+    Args:
+        metrics_file: as for :func:`loss_rows`.
+        prefix: of the key.
+    """
     rows: list[dict[str, float]] = []
     for line in metrics_file.read_text().splitlines() if metrics_file.is_file() else []:
         try:
@@ -49,6 +59,11 @@ def _rows(metrics_file: Path, prefix: str) -> list[dict[str, float]]:
                 rows.pop()
             rows.append(row)
     return rows
+
+
+def ap_by_class(metrics: dict[str, float]) -> dict[str, float]:
+    """The AP of each class among the metrics of a task; empty for data of one class."""
+    return {key[3:]: value for key, value in metrics.items() if key.startswith("AP-")}
 
 
 def task_metrics(

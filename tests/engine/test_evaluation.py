@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -95,7 +96,11 @@ def test_a_perfect_detector_of_many_objects_has_100(crowded, tmp_path, limit, ca
     of_cells = {"bbox": (6700 / 101, 100 / 1.5), "keypoints": (1400 / 101, 20 / 1.5)}
     of_cells["segm"] = of_cells["bbox"]
     assert list(results) == [*sorted(of_cells), *(f"{task}@{called}" for task in sorted(of_cells))]
+    stored = np.load(tmp_path / "precision.npz")
+    assert stored["classes"].tolist() == ["cell", "disc"]
     for task, (precision, recall) in of_cells.items():
+        assert stored[task].shape == (10, 101, 2)
+        assert 100 * stored[task].mean((0, 1)) == pytest.approx([precision, 100])
         cocos, beyond = results[task], results[f"{task}@{called}"]
         assert figures(cocos, "AP-cell AP-disc") == pytest.approx([precision, 100])
         mean = (precision + 100) / 2
@@ -135,9 +140,11 @@ def test_nothing_detected_has_the_same_keys(crowded, tmp_path):
     )
     evaluator.reset()
     evaluator.process([record], [{"instances": perfect(record)[:0]}])
+    (tmp_path / "precision.npz").write_text("of an evaluation before")
     results = evaluator.evaluate()
     assert list(results) == ["bbox", "bbox@300"]
     assert results["bbox@300"]["AP"] != results["bbox@300"]["AP"]
+    assert not (tmp_path / "precision.npz").exists()
 
 
 def test_the_trainer_evaluates_as_many_as_its_model_may_give(crowded, tmp_path):
@@ -158,6 +165,17 @@ def test_the_trainer_evaluates_as_many_as_its_model_may_give(crowded, tmp_path):
     assert "\nbbox@200\n\n|" in text
     assert "COCO's, which takes at most 100 detections of a category" in text
     assert "COCO's" not in results_table({"bbox": {"AP": 1.0}, "box_proposals": {"AR@100": 2.0}})
+
+
+def test_results_have_a_row_for_each_class():
+    bbox = {"AP": 50.0, "AP-7": 61.04, "AP-a|b": 40.0, "AP-non-cell": float("nan")}
+    text = results_table({"bbox": bbox, "segm": {"AP": 20.0, "AP-7": 20.0}})
+    rows = [line.split(" | ") for line in text.partition("| AP by class")[2].splitlines()[2:]]
+    cells = [[cell.strip("| ") for cell in row] for row in rows]
+    assert cells == [
+        ["7", "61.0", "20.0"], ["a\\|b", "40.0", "-"], ["non-cell", "nan", "-"]
+    ]  # fmt: skip
+    assert "by class" not in results_table({"bbox": {"AP": 50.0}})
 
 
 def test_a_report_on_errors_counts_all_detections():
