@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.solver import LRMultiplier
@@ -33,7 +34,8 @@ class ResumeState(HookBase):
     which this hook adds, they determine the rest of the run in every process, whatever else draws
     random numbers. ``SEED: -1`` resumes with the seed that was drawn. A checkpoint without a seed,
     such as plain Detectron2's, continues at its iteration with this config's seed. If the number
-    of processes or the batch size differs, the log says that the run is another one.
+    of processes or the batch size differs, the log says that the run is another one. It also says
+    if the number of threads on the CPU differs, on which the rounding of sums depends.
 
     Checkpoints keep the config too. A run that resumes with another config uses it from there on,
     rates and schedule included, and the log names each key that differs. :data:`.changes.FATES`
@@ -71,6 +73,8 @@ class ResumeState(HookBase):
             }
             for group in optimizer.param_groups
         ]
+        on_cpu = optimizer.param_groups[0]["params"][0].is_cpu
+        self._threads = torch.get_num_threads() if on_cpu else None
         self._changes: list[Change] | None = None  # unknown
 
     def before_train(self) -> None:
@@ -127,6 +131,7 @@ class ResumeState(HookBase):
             "seed": self._seed,
             "stream": {} if self._stream is None else self._stream.state_dict(),
             "sizes": self._sizes(),
+            "threads": self._threads,
             "config": self._config,
         }
 
@@ -157,6 +162,15 @@ class ResumeState(HookBase):
                 "resumed as another run than the one that was cut (%s): it continues with other "
                 "images and other random numbers",
                 sizes,
+            )
+        threads = state.get("threads")
+        if threads and self._threads not in (None, threads) and comm.is_main_process():
+            logging.getLogger(__name__).warning(
+                "resumed with other threads than the run that was cut (%d, was %d): sums are "
+                "rounded otherwise. OMP_NUM_THREADS=%d gives the same bits",
+                self._threads,
+                threads,
+                threads,
             )
 
     def _sizes(self) -> dict[str, int]:

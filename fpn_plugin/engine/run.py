@@ -49,6 +49,7 @@ from .run_datasets import (
     save_run_datasets,
 )
 from .settings import find_config_file, settled_device
+from .threads import limit_threads
 from .trainer import FPNTrainer
 
 __all__ = ["Run", "YacsRun"]
@@ -215,6 +216,8 @@ class Run(ABC):
             set_up_loggers(folder)
             curves = f"; curves: {tensorboard(folder)}" if self.training else ""
             _LOGGER.info("all log lines are in %s%s", Path(folder, "log.txt"), curves)
+            if config["device"] == "cpu":
+                limit_threads()
             with earlier_config_kept(folder, always=not self.training):
                 default_setup(config.cfg, self.args)
                 train = self.trainer() if self.training else None

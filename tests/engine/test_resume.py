@@ -72,6 +72,19 @@ def test_a_cut_run_is_the_uncut_one_bit_for_bit(squares, tmp_path, uncut, cuts, 
     assert differing_tensors(uncut, tmp_path / "model_final.pth") == []
 
 
+def test_a_run_that_resumes_with_other_threads_is_reported(squares, tmp_path, monkeypatch, caplog):
+    number = torch.get_num_threads()
+    cfg = config(squares, tmp_path)
+    train(cfg, 3)
+    FPNTrainer(cfg).resume_or_load(resume=True)
+    assert "other threads" not in caplog.text
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number + 1)
+    FPNTrainer(cfg).resume_or_load(resume=True)
+    [line] = [each for each in caplog.messages if "other threads" in each]
+    assert f"({number + 1}, was {number})" in line
+    assert line.endswith(f"OMP_NUM_THREADS={number} gives the same bits")
+
+
 def test_detectron2_0_6_saves_no_optimizer_and_the_plugin_does(
     squares, tmp_path, uncut, monkeypatch, caplog
 ):
