@@ -278,6 +278,12 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "DATASET",
         "help": "use a dataset's images, and draw its labels next to the detections",
     },
+    "--color-by": {
+        "choices": ("level", "class"),
+        "default": "level",
+        "help": "what the colour of a detection stands for; datasets.json of the run has the "
+        "colours of classes (default: %(default)s)",
+    },
     "--max-images": {"type": at_least(1), "help": "use only the first images, up to this number"},
     "--optimize": {
         "choices": DTYPES,

@@ -1,4 +1,4 @@
-r"""Draw detections. The colour of a box is the pyramid level that it is pooled from.
+r"""Draw detections. The colour of a box is the pyramid level that it is pooled from, or its class.
 
 Examples:
   fpn-plugin detect --config-file output/demo/config.yaml --input photos/ --output pictures/ \
@@ -32,7 +32,9 @@ def _parser() -> ToolParser:
     add_shared(parser, "--output", default="output/pictures")
     score = "lowest score to draw (default: %(default)s); the JSON has all detections"
     add_shared(parser, "--threshold", help=score)
-    add_shared(parser, "--config-file", "--max-images", "--optimize", "--dataset", "opts")
+    add_shared(
+        parser, "--config-file", "--color-by", "--max-images", "--optimize", "--dataset", "opts"
+    )
     return parser
 
 
@@ -49,7 +51,9 @@ def detect_main(argv: list[str] | None = None) -> None:
     if not class_names(cfg):
         print("category names are unknown: give --dataset NAME=JSON:IMAGES of DATASETS.TEST")
     output = Path(args.output)
-    unreadable = detect_images(detector, cfg, images, output, args.threshold, truth_names)
+    unreadable = detect_images(
+        detector, cfg, images, output, args.threshold, truth_names, args.color_by
+    )
     print(f"{len(images) - len(unreadable)} pictures and detections.json in {output}")
     if unreadable:
         raise UserError(f"{len(unreadable)} of {len(images)} images left out: {unreadable[0]}")

@@ -1,5 +1,5 @@
-r"""Put a run's curves, AP table, level statistics and worst errors into one file of HTML that needs
-no other.
+r"""Put a run's curves, AP tables, precision-recall curves, level statistics, confusion matrix and
+worst errors into one file of HTML that needs no other.
 
 Examples:
   fpn-plugin report output/demo
@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fpn_plugin.engine import load_config
-from fpn_plugin.engine.run_datasets import register_with_runs
+from fpn_plugin.engine.run_datasets import class_colors, register_with_runs
 from fpn_plugin.errors import UserError
 from fpn_plugin.visualization.run_page import run_page
 
@@ -40,7 +40,7 @@ def report_main(argv: list[str] | None = None) -> None:
         )
     register_with_runs(args.dataset, run)
     cfg = load_config(str(run / "config.yaml"))
-    html = run_page(run, cfg, args.threshold).html()
+    html = run_page(run, cfg, args.threshold, class_colors(run)).html()
     path = Path(args.output) if args.output else run / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")

@@ -20,10 +20,11 @@ from detectron2.config import CfgNode
 
 from fpn_plugin.data import check_datasets, class_order, follow_classes
 from fpn_plugin.engine.inference import Detector, class_names, keypoint_layout
-from fpn_plugin.engine.run_datasets import register_with_runs, run_folders
+from fpn_plugin.engine.run_datasets import class_colors, register_with_runs, run_folders
 from fpn_plugin.engine.settings import config_on_device
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
+from fpn_plugin.visualization.palette import category_colors
 from fpn_plugin.visualization.pictures import LabelledModel, draw_models
 
 from .common import ToolParser, add_shared, at_least, command_parser, given_images
@@ -46,7 +47,7 @@ def _parser() -> ToolParser:
     parser.add_argument(
         "--proposals", type=at_least(1), default=50, help="how many to draw, best first"
     )
-    add_shared(parser, "--max-images", "--threshold", "--dataset", "opts")
+    add_shared(parser, "--color-by", "--max-images", "--threshold", "--dataset", "opts")
     return parser
 
 
@@ -68,7 +69,12 @@ def visualize_main(argv: list[str] | None = None) -> None:
         follow_classes([args.ground_truth], names, "the model")
     images = images or given_images(args)
     output, layout = Path(args.output), keypoint_layout(first)
-    complete = draw_models(models, images, output, names, layout, args.threshold, args.proposals)
+    colors = []
+    if args.color_by == "class":
+        colors = category_colors(names, class_colors(*itertools.chain(*folders)))
+    complete = draw_models(
+        models, images, output, names, layout, args.threshold, args.proposals, colors
+    )
     print(f"pictures of {len(images)} images and contributions.json in {output}")
     if not complete:
         print("no contributions.png: it needs a model with RoI heads, or labels (--ground-truth)")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -16,8 +16,10 @@ from fpn_plugin.data import read_picture, rgb_of
 from fpn_plugin.data.given_images import GivenImage, free_name
 from fpn_plugin.errors import UserError
 from fpn_plugin.visualization import DrawnBox
+from fpn_plugin.visualization.palette import category_colors
 
 from .inference import Detections, Detector, class_name, class_names, keypoint_layout
+from .run_datasets import class_colors
 
 __all__ = ["detect_images"]
 
@@ -29,6 +31,7 @@ def detect_images(
     output: Path,
     threshold: float,
     truth_names: Sequence[str] = (),
+    color_by: Literal["level", "class"] = "level",
 ) -> list[str]:
     """Writes a picture for each image, and detections.json.
 
@@ -39,6 +42,7 @@ def detect_images(
         output: folder to write to.
         threshold: least score to draw; the JSON has all detections.
         truth_names: categories of the annotations; by default those of the model.
+        color_by: what the colour of a box stands for.
 
     Returns:
         A message for each image that cannot be read. The others are written.
@@ -48,6 +52,9 @@ def detect_images(
     """
     originals = {image.path.resolve() for image in images}
     names, layout = class_names(cfg), keypoint_layout(cfg)
+    own = class_colors(Path(cfg.MODEL.WEIGHTS).parent)
+    colors = category_colors(names, own)
+    truth_colors = {**own, **dict(zip(names, colors, strict=True))} if color_by == "class" else {}
     records, unreadable = [], []
     taken: set[str] = set()
     for given in tqdm(images, desc="detecting", unit="image"):
@@ -56,7 +63,7 @@ def detect_images(
         except UserError as error:
             unreadable.append(str(error))
             continue
-        found = Detections(rgb_of(cfg, image), detector(image), names, layout)
+        found = Detections(rgb_of(cfg, image), detector(image), names, layout, colors=colors)
         picture = f"{free_name(given.path.stem, taken)}.png"
         if (output / picture).resolve() in originals:
             raise UserError(
@@ -64,8 +71,8 @@ def detect_images(
             )
         truth = None
         if given.annotations is not None:
-            truth = _drawn_truth(given.annotations, truth_names or names)
-        found.draw(output / picture, threshold, truth)
+            truth = _drawn_truth(given.annotations, truth_names or names, truth_colors)
+        found.draw(output / picture, threshold, truth, color_by)
         height, width = image.shape[:2]
         record = {"file": str(given.path), "picture": picture, "width": width, "height": height}
         records.append({**record, "detections": found.records()})
@@ -74,12 +81,14 @@ def detect_images(
     return unreadable
 
 
-def _drawn_truth(annotations: Sequence[dict[str, Any]], names: Sequence[str]) -> list[DrawnBox]:
+def _drawn_truth(
+    annotations: Sequence[dict[str, Any]], names: Sequence[str], colors: Mapping[str, str]
+) -> list[DrawnBox]:
     drawn = []
     for annotation in annotations:
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         triples = np.asarray(annotation.get("keypoints") or (), float).reshape(-1, 3).tolist()
         points = tuple((x, y) if visible else None for x, y, visible in triples)
         name = class_name(annotation["category_id"], names)
-        drawn.append(DrawnBox(tuple(box), name, keypoints=points))
+        drawn.append(DrawnBox(tuple(box), name, None, points, colors.get(name)))
     return drawn

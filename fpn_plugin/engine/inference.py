@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -37,10 +37,11 @@ from fpn_plugin.inspection.forward_trace import recorded_levels
 from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.utils.weight_files import classes_in
 from fpn_plugin.visualization import DrawnBox, KeypointLayout, draw_detections
+from fpn_plugin.visualization.palette import CATEGORY_COLORS, category_colors
 
 from .build_errors import explained_build_errors
 from .checkpoint import StrictCheckpointer
-from .run_datasets import run_datasets
+from .run_datasets import class_colors, run_datasets
 from .settings import config_on_device
 
 __all__ = ["Detections", "Detector", "class_name", "class_names", "keypoint_layout"]
@@ -60,6 +61,7 @@ class Detections:
         names: of the model's classes; empty if unknown.
         layout: names and skeleton of keypoints.
         category_ids: gives the id of each class in the data's JSON; None if unknown.
+        colors: of the classes, "#RRGGBB"; empty for those of the palette.
     """
 
     image: np.ndarray
@@ -67,6 +69,7 @@ class Detections:
     names: Sequence[str]
     layout: KeypointLayout
     category_ids: Callable[[], Sequence[int] | None] = lambda: None
+    colors: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -136,6 +139,7 @@ class Detections:
         path: str | Path | IO[bytes],
         threshold: float = 0.5,
         ground_truth: Sequence[DrawnBox] | None = None,
+        color_by: Literal["level", "class"] = "level",
     ) -> None:
         """Writes a picture of the detections; see :func:`draw_detections`.
 
@@ -143,8 +147,16 @@ class Detections:
             path: the file to write, whose suffix sets the format, or a stream for a PNG.
             threshold: least score to draw.
             ground_truth: labelled boxes to draw next to them.
+            color_by: what the colour of a box stands for.
+
+        Raises:
+            UserError: color_by is something else.
         """
-        drawn = [_drawn(each) for each in self.records() if each["score"] >= threshold]
+        if color_by not in ("level", "class"):
+            raise UserError(f"color_by is {color_by!r}, expected 'level' or 'class'")
+        drawn = [
+            self._drawn(each, color_by) for each in self.records() if each["score"] >= threshold
+        ]
         path = Path(path) if isinstance(path, str) else path
         draw_detections(self.image, drawn, path, ground_truth, self.layout)
 
@@ -180,6 +192,16 @@ class Detections:
                 ]
         return described
 
+    def _drawn(self, detection: dict[str, Any], color_by: str) -> DrawnBox:
+        x, y, width, height = detection["bbox"]
+        text = f"{detection['category']} {detection['score']:.2f}"
+        points = tuple((point["x"], point["y"]) for point in detection.get("keypoints", ()))
+        color = None
+        if color_by == "class":
+            colors = self.colors or CATEGORY_COLORS
+            color = colors[detection["class"] % len(colors)]
+        return DrawnBox((x, y, x + width, y + height), text, detection["level"], points, color)
+
     def __repr__(self) -> str:
         found = Counter(self.class_names.tolist())
         return f"Detections({', '.join(f'{count} {name}' for name, count in found.items())})"
@@ -188,13 +210,6 @@ class Detections:
         picture = io.BytesIO()
         self.draw(picture)
         return picture.getvalue()
-
-
-def _drawn(detection: dict[str, Any]) -> DrawnBox:
-    x, y, width, height = detection["bbox"]
-    text = f"{detection['category']} {detection['score']:.2f}"
-    points = tuple((point["x"], point["y"]) for point in detection.get("keypoints", ()))
-    return DrawnBox((x, y, x + width, y + height), text, detection["level"], points)
 
 
 class Detector:
@@ -237,6 +252,8 @@ class Detector:
             self.model = optimize_for_inference(self.model, dtype=optimize)
         if self._of_run:
             self._names, self._layout = class_names(cfg), keypoint_layout(cfg)
+            own = class_colors(Path(cfg.MODEL.WEIGHTS).parent)
+            self._colors = category_colors(self._names, own)
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Detections | Instances:
         """Detects objects in an image.
@@ -269,7 +286,8 @@ class Detector:
         if not self._of_run:
             return instances
         picture = rgb_of(self._cfg, image)
-        return Detections(picture, instances, self._names, self._layout, lambda: self._category_ids)
+        described = (self._names, self._layout, lambda: self._category_ids, self._colors)
+        return Detections(picture, instances, *described)
 
     def _instances(self, image: np.ndarray) -> Instances:
         height, width = image.shape[:2]

@@ -19,8 +19,8 @@ from fpn_plugin.utils.atomic import written_whole
 from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
 __all__ = [
-    "DATASETS_FILE", "describe_datasets", "register_with_runs", "run_datasets", "run_folders",
-    "save_run_datasets",
+    "DATASETS_FILE", "class_colors", "describe_datasets", "register_with_runs", "run_datasets",
+    "run_folders", "save_run_datasets",
 ]  # fmt: skip
 
 DATASETS_FILE = "datasets.json"
@@ -90,6 +90,22 @@ def run_datasets(folder: str | Path) -> dict[str, dict[str, Any]]:
             "each class. Delete the file, and give --dataset NAME=JSON:IMAGES"
         ) from error
     return datasets
+
+
+def class_colors(*folders: str | Path) -> dict[str, str]:
+    """The colours "#RRGGBB" that runs have stored of classes, by name; the first run's hold.
+
+    Args:
+        folders: of runs; those without stored datasets have none.
+
+    Raises:
+        UserError: see :func:`run_datasets`.
+    """
+    datasets = [each for folder in folders for each in run_datasets(folder).values()]
+    colors: dict[str, str] = {}
+    for each in reversed(datasets):
+        colors.update(zip(each["classes"], each["colors"], strict=True))
+    return colors
 
 
 def run_folders(config_file: str, weights: str) -> list[Path]:

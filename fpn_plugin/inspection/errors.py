@@ -14,7 +14,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-__all__ = ["FALSE_ALARM_KINDS", "MISS_KINDS", "SIZES", "Errors", "Mistake", "find_errors"]
+__all__ = [
+    "FALSE_ALARM_KINDS", "MISS_KINDS", "SIZES", "Errors", "Mistake", "confusion", "find_errors",
+]  # fmt: skip
 
 SIZES = ("small", "medium", "large")
 MISS_KINDS = ("score too low", "wrong class", "poorly placed", "not seen")
@@ -146,6 +148,39 @@ def find_errors(
     )
 
 
+def confusion(
+    dataset: Mapping[str, Any], results: Sequence[Mapping[str, Any]], threshold: float = 0.5
+) -> np.ndarray:
+    """Counts objects by their class and the class that is detected in their place.
+
+    pycocotools matches detections and objects of all classes, at an IoU of 0.5: the detection with
+    the highest score is the first to take an object.
+
+    Args:
+        dataset: see :func:`find_errors`.
+        results: likewise.
+        threshold: lowest score of a detection that counts.
+
+    Returns:
+        int64 ``(K + 1, K + 1)``. Rows are the classes of objects, in the dataset's order; columns
+        are those of detections. Detections on no object are in the last row, missed objects in the
+        last column. Crowds, and detections on them, do not count.
+    """
+    places = {category["id"]: index for index, category in enumerate(dataset["categories"])}
+    counted = [each for each in results if each["score"] >= threshold]
+    objects, detections = _matched(_numbered(dataset), counted, by_class=False)
+    none = len(places)
+    counts = np.zeros((none + 1, none + 1), np.int64)
+    for thing in objects:
+        partner = detections.get(thing["partner"])
+        column = none if partner is None else places[partner["category_id"]]
+        counts[places[thing["category_id"]], column] += 1
+    for detection in detections.values():
+        if detection["partner"] == 0 and not detection["ignored"]:
+            counts[none, places[detection["category_id"]]] += 1
+    return counts
+
+
 def _by_image(records: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
@@ -167,7 +202,7 @@ def _numbered(dataset: Mapping[str, Any]) -> COCO:
 
 
 def _matched(
-    truth: COCO, results: Sequence[Mapping[str, Any]]
+    truth: COCO, results: Sequence[Mapping[str, Any]], by_class: bool = True
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """Objects, and detections by number; "partner" is the number of the match, or 0."""
     if not results:
@@ -176,6 +211,7 @@ def _matched(
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes([dict(result) for result in results])
         evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.useCats = int(by_class)
         evaluation.params.iouThrs = np.array([_FOUND_IOU])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [len(results)]  # all detections; COCO uses only the best 100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,12 @@ from matplotlib.figure import Figure
 from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, Errors, Mistake
 
 from .figures import outline, panels, save
-from .palette import CATEGORY_COLORS, INK, level_color, level_title
+from .palette import CATEGORY_COLORS, GRAY, INK, level_color, level_title
 
-__all__ = ["draw_mistakes", "plot_errors"]
+__all__ = ["draw_confusion", "draw_mistakes", "plot_errors"]
+
+_WITH_COUNTS = 25  # classes of a confusion matrix whose cells have room for numbers
+_NAME_LENGTH = 24  # of a file, under a picture
 
 
 def plot_errors(errors: Errors, levels: Sequence[str], path: Path) -> Path:
@@ -67,18 +70,25 @@ def _stack(
 
 
 def draw_mistakes(
-    mistakes: Sequence[Mistake], image_of: Callable[[int], np.ndarray], path: Path
+    mistakes: Sequence[Mistake],
+    image_of: Callable[[int], np.ndarray],
+    files: Mapping[int, str],
+    path: Path,
 ) -> Path:
     """Draws the surroundings of each mistake, its box in the colour of its level.
+
+    The name of the image's file is under it.
 
     Args:
         mistakes: the ones to draw, six in a row.
         image_of: uint8 RGB ``(H, W, 3)`` of an image id.
+        files: names of the files, by image id.
         path: the file to write, which is returned; its suffix sets the format.
     """
     columns = 6
     rows = max(-(-len(mistakes) // columns), 1)
-    figure, grid = panels(rows, columns, (12, 2.65 * rows), dpi=100)
+    figure, grid = panels(rows, columns, (12, 2.75 * rows), dpi=100)
+    figure.get_layout_engine().set(h_pad=0.1)
     for axes, mistake in zip(grid.flat, mistakes, strict=False):
         image = image_of(mistake.image_id)
         x, y, width, height = mistake.box
@@ -97,4 +107,38 @@ def draw_mistakes(
             f"{mistake.category}{score}\n{width:.0f} x {height:.0f} px{level}\n{mistake.kind}",
             fontsize=10,
         )
+        name = Path(files[mistake.image_id]).name
+        if len(name) > _NAME_LENGTH:
+            name = f"{name[: _NAME_LENGTH // 2 - 1]}…{name[-_NAME_LENGTH // 2 :]}"
+        under = {"transform": axes.transAxes, "ha": "center", "va": "top", "color": INK}
+        axes.text(0.5, -0.02, name, fontsize=8, parse_math=False, **under)
+    return save(figure, path)
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> Path:
+    """Draws a confusion matrix. The darker a cell, the larger its share of the row.
+
+    Args:
+        counts: see :func:`fpn_plugin.inspection.errors.confusion`.
+        names: of the classes.
+        path: the file to write, which is returned; its suffix sets the format.
+    """
+    side = min(3.5 + 0.45 * len(names), 13)
+    figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= _WITH_COUNTS:
+        for (row, column), count in np.ndenumerate(counts):
+            if row == column == len(names):
+                continue  # no detection of no object
+            color = "white" if shares[row, column] > 0.5 else INK if count else GRAY
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
+    size = 10 if len(names) <= _WITH_COUNTS else 5
+    places = range(len(names) + 1)
+    style = {"fontsize": size, "parse_math": False}
+    axes.set_xticks(places, [*names, "missed"], rotation=90, **style)
+    axes.set_yticks(places, [*names, "no object"], **style)
+    axes.set_xlabel("detected as", fontsize=12)
+    axes.set_ylabel("labelled as", fontsize=12)
     return save(figure, path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib.colors import to_rgb
 
 __all__ = [
     "BLUE",
@@ -13,8 +16,10 @@ __all__ = [
     "ORANGE",
     "PURPLE",
     "VERMILION",
+    "category_colors",
     "level_color",
     "level_title",
+    "text_color",
 ]
 
 # Okabe and Ito's palette.
@@ -23,6 +28,12 @@ ORANGE, _SKY, _YELLOW = "#E69F00", "#56B4E9", "#F0E442"
 CATEGORY_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, _SKY, _YELLOW)
 _LEVEL_COLORS = {2: ORANGE, 3: _SKY, 4: GREEN, 5: PURPLE, 6: VERMILION, 7: BLUE}
 INK, GRAY = "#222222", "#999999"
+
+
+def category_colors(names: Sequence[str], own: Mapping[str, str]) -> list[str]:
+    """The colour of each class: its own if it has one, else the next of the palette."""
+    places = enumerate(names)
+    return [own.get(name, CATEGORY_COLORS[i % len(CATEGORY_COLORS)]) for i, name in places]
 
 
 def level_color(level: int | str | None) -> str:
@@ -35,6 +46,13 @@ def level_color(level: int | str | None) -> str:
         number = re.search(r"\d+$", level)
         level = int(number.group()) if number else None
     return _LEVEL_COLORS.get(level, _YELLOW)
+
+
+def text_color(ground: str) -> str:
+    """Black or white, whichever has the higher contrast with a ground (WCAG 2.2)."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(ground)]
+    red, green, blue = linear
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def level_title(name: str) -> str:

@@ -42,6 +42,7 @@ def draw_models(
     keypoints: KeypointLayout,
     threshold: float = 0.5,
     proposals: int = 50,
+    class_colors: Sequence[str] = (),
 ) -> bool:
     """Writes pictures for each image, and contributions.png and .json over all of them.
 
@@ -53,6 +54,7 @@ def draw_models(
         keypoints: names and skeleton of the models' keypoints.
         threshold: lowest score of a detection to draw and count.
         proposals: how many of the best proposals to draw.
+        class_colors: of detections; by default they have the colours of their levels.
 
     Returns:
         Whether contributions.png is written. Without labels, a model without RoI heads has no
@@ -73,7 +75,8 @@ def draw_models(
         _draw_features_and_anchors(of_image, labels, folder)
         if any(one.proposed is not None or one.detections is not None for one in of_image):
             path = folder / "pooling.png"
-            draw_pooling(of_image, labels, path, proposals, threshold, class_names, keypoints)
+            drawn = (path, proposals, threshold, class_names, keypoints, class_colors)
+            draw_pooling(of_image, labels, *drawn)
         for kept, trace in zip(traces, of_image, strict=True):
             kept.append(trace)
             trace.features.update({level: maps[:0] for level, maps in trace.features.items()})

@@ -15,7 +15,7 @@ from fpn_plugin.inspection.forward_trace import ForwardTrace, Regions
 
 from .figures import outline, panels, save
 from .keypoints import KeypointLayout, draw_keypoints
-from .palette import INK, level_color, level_title
+from .palette import INK, level_color, level_title, text_color
 
 __all__ = ["draw_anchors", "draw_pooling"]
 
@@ -30,10 +30,12 @@ def draw_pooling(
     threshold: float = 0.5,
     class_names: Sequence[str] = (),
     layout: KeypointLayout | None = None,
+    class_colors: Sequence[str] = (),
 ) -> Path:
     """Draws proposals and detections in the colour of the level they were pooled from.
 
-    Proposals of a model without a box head have the colour of their anchors' level.
+    Detections may have the colour of their class instead. Proposals of a model without a box head
+    have the colour of their anchors' level.
 
     Args:
         traces: of one image. Of several models, each has a column; one model has a row of panels.
@@ -43,11 +45,13 @@ def draw_pooling(
         threshold: lowest score of a detection to draw.
         class_names: of the detections.
         layout: names and skeleton of their keypoints.
+        class_colors: of the detections; by default they have the colours of their levels.
 
     Returns:
         ``path``.
     """
-    columns = [_panels(trace, proposals, threshold, class_names) for trace in traces]
+    shown = (proposals, threshold, class_names, bool(class_colors))
+    columns = [_panels(trace, *shown) for trace in traces]
     deep = max(map(len, columns))
     shape = (1, deep) if len(columns) == 1 else (deep, len(columns))
     figure, grid = _figure(traces[0], shape, _PANEL_INCHES)
@@ -56,11 +60,13 @@ def draw_pooling(
             axes = grid[0, place] if len(columns) == 1 else grid[place, number]
             axes.imshow(traces[number].image)
             axes.set_title(f"{label}: {title}" if len(columns) > 1 else title, fontsize=14)
-            _draw_regions(axes, regions, texts)
+            colors = _level_colors(regions)
+            if texts and class_colors:  # of detections
+                colors = [class_colors[c % len(class_colors)] for c in regions.classes.tolist()]
+            _draw_regions(axes, regions, colors, texts)
             points = () if regions.keypoints is None else regions.keypoints.tolist()
-            for of_object, level in zip(points, regions.levels, strict=False):
+            for of_object, color in zip(points, colors, strict=False):
                 keypoints = [tuple(xy) for xy in of_object]
-                color = level_color(level or None)
                 draw_keypoints(axes, keypoints, layout or KeypointLayout(), color)
     drawn = [regions for column in columns for _, regions, _ in column]
     _legend(figure, drawn, f"{labels[0]}: " if len(columns) == 1 else "")
@@ -68,7 +74,11 @@ def draw_pooling(
 
 
 def _panels(
-    trace: ForwardTrace, proposals: int, threshold: float, class_names: Sequence[str]
+    trace: ForwardTrace,
+    proposals: int,
+    threshold: float,
+    class_names: Sequence[str],
+    by_class: bool,
 ) -> list[tuple[str, Regions, list[str]]]:
     """Title, boxes and their texts of each panel."""
     shown = []
@@ -85,6 +95,7 @@ def _panels(
             for c, score in zip(sure.classes.tolist(), sure.scores.tolist(), strict=True)
         ]
         where = ", where pooled" if trace.pooled is not None else ""
+        where = ", by class" if by_class else where
         shown.append((f"{len(sure)} detections{where}", sure, texts))
     return shown
 
@@ -109,7 +120,7 @@ def draw_anchors(trace: ForwardTrace, path: Path) -> Path:
             axes.add_patch(
                 Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="white", lw=1.4, ls="--")
             )
-        _draw_regions(axes, of_level, [], width=2.0)
+        _draw_regions(axes, of_level, _level_colors(of_level), [], width=2.0)
         plural = "anchor" if len(of_level) == 1 else "anchors"
         axes.set_title(f"{level_title(name)}: {len(of_level)} {plural}", fontsize=14)
     figure.suptitle("Anchors that match ground truth (dashed), by level", fontsize=15)
@@ -124,17 +135,28 @@ def _figure(
     return panels(*shape, size)
 
 
-def _draw_regions(axes: Axes, regions: Regions, texts: Sequence[str], width: float = 1.6) -> None:
+def _level_colors(regions: Regions) -> list[str]:
+    return [level_color(level or None) for level in regions.levels]
+
+
+def _draw_regions(
+    axes: Axes,
+    regions: Regions,
+    colors: Sequence[str],
+    texts: Sequence[str],
+    width: float = 1.6,
+) -> None:
     # The best last, on top of the others.
     for index in reversed(range(len(regions))):
         x0, y0, x1, y1 = regions.boxes[index].tolist()
-        color = level_color(regions.levels[index] or None)
+        color = colors[index]
         outline(axes, (x0, y0, x1, y1), color, width)
         if texts:
             room = y0 > 14
             right = x0 > 0.7 * axes.get_xlim()[1]  # else the text leaves the picture
             axes.text(
-                x1 if right else x0, y0 if room else y1, texts[index], fontsize=9, color="black",
+                x1 if right else x0, y0 if room else y1, texts[index], fontsize=9,
+                color=text_color(color),
                 ha="right" if right else "left", va="bottom" if room else "top", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.9, "alpha": 0.95},
             )  # fmt: skip

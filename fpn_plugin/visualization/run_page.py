@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +15,49 @@ from detectron2.data import MetadataCatalog
 
 from fpn_plugin.data import Needs, check_datasets, check_records, read_image_or_say
 from fpn_plugin.inspection.box_levels import BoxLevels
-from fpn_plugin.inspection.errors import FALSE_ALARM_KINDS, MISS_KINDS, SIZES, find_errors
+from fpn_plugin.inspection.errors import (
+    FALSE_ALARM_KINDS,
+    MISS_KINDS,
+    SIZES,
+    confusion,
+    find_errors,
+)
 from fpn_plugin.mini import ensure_mini_datasets
-from fpn_plugin.utils.metrics import level_rows, loss_rows, task_metrics
+from fpn_plugin.utils.metrics import (
+    PRECISION_FILE,
+    ap_by_class,
+    level_rows,
+    loss_rows,
+    task_metrics,
+)
 
-from .errors import draw_mistakes, plot_errors
+from .errors import draw_confusion, draw_mistakes, plot_errors
 from .level_curves import FIGURES, plot_level_curves
 from .losses import plot_losses
 from .page import Page
-from .palette import level_title
+from .palette import category_colors, level_title
+from .precision import plot_precision
 
 __all__ = ["run_page"]
 
 _WORST = 12
 
 
-def run_page(run: Path, cfg: CfgNode, threshold: float = 0.5) -> Page:
+def run_page(
+    run: Path, cfg: CfgNode, threshold: float = 0.5, colors: Mapping[str, str] | None = None
+) -> Page:
     """The report on a run as a page. It says which parts the run lacks.
 
     Args:
         run: its OUTPUT_DIR.
         cfg: its config.
         threshold: lowest score of a detection that counts.
+        colors: of classes by name; others have those of the palette.
     """
     page = Page(f"Run {run.resolve().name}", _summary(cfg))
     with tempfile.TemporaryDirectory() as folder:
         _add_results(page, run)
+        _add_precision(page, run, cfg, colors or {}, Path(folder))
         _add_losses(page, run, Path(folder))
         _add_levels(page, run, Path(folder))
         _add_errors(page, run, cfg, threshold, Path(folder))
@@ -49,15 +66,50 @@ def run_page(run: Path, cfg: CfgNode, threshold: float = 0.5) -> Page:
 
 def _summary(cfg: CfgNode) -> str:
     fpn = cfg.MODEL.FPN
-    network = fpn.BOTTOM_UP.removeprefix("build_").removesuffix("_backbone")
-    if "resnet" in network:
-        network = f"ResNet-{cfg.MODEL.RESNETS.DEPTH}"
     return (
-        f"{cfg.MODEL.META_ARCHITECTURE} on {network}; k0 = {fpn.CANONICAL_LEVEL} at "
+        f"{_architecture(cfg)} on {_network(cfg)}; k0 = {fpn.CANONICAL_LEVEL} at "
         f"{fpn.CANONICAL_BOX_SIZE} px; input {cfg.INPUT.MIN_SIZE_TEST} px; trained on "
         f"{', '.join(cfg.DATASETS.TRAIN)}: {cfg.SOLVER.MAX_ITER} iterations of "
         f"{cfg.SOLVER.IMS_PER_BATCH} images, learning rate {cfg.SOLVER.BASE_LR:g}, seed {cfg.SEED}"
     )
+
+
+def _architecture(cfg: CfgNode) -> str:
+    name = {"ProposalNetwork": "RPN", "PanopticFPN": "Panoptic FPN"}.get(
+        cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.META_ARCHITECTURE
+    )
+    if name != "GeneralizedRCNN":
+        return name
+    kind = "Keypoint" if cfg.MODEL.KEYPOINT_ON else "Mask" if cfg.MODEL.MASK_ON else "Faster"
+    return f"{'Cascade ' if 'Cascade' in cfg.MODEL.ROI_HEADS.NAME else ''}{kind} R-CNN"
+
+
+def _network(cfg: CfgNode) -> str:
+    network = cfg.MODEL.FPN.BOTTOM_UP.removeprefix("build_").removesuffix("_backbone")
+    if network in ("timm", "torchvision"):
+        return f"{cfg.MODEL[network.upper()].NAME} of {network}"
+    return f"ResNet-{cfg.MODEL.RESNETS.DEPTH}" if "resnet" in network else network
+
+
+def _add_precision(
+    page: Page, run: Path, cfg: CfgNode, own: Mapping[str, str], folder: Path
+) -> None:
+    page.section("Precision and recall")
+    path = run / "inference" / PRECISION_FILE
+    if not path.is_file() or not cfg.DATASETS.TEST:
+        page.text(f"No curves: {path.name} is not in the run's folder inference. Evaluate anew.")
+        return
+    name = cfg.DATASETS.TEST[-1]  # each evaluation replaces the file of the one before
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    classes = arrays.pop("classes").tolist()
+    colors = category_colors(classes, own)
+    for task, precision in arrays.items():
+        if (precision < 0).all():
+            page.text(f"No curves of {task}: no object of {name} is labelled.")
+            continue
+        picture = plot_precision(precision, classes, colors, folder / f"{task}.png")
+        page.picture(picture, f"{task} on {name}: precision at each recall, as COCO evaluates it.")
 
 
 def _add_results(page: Page, run: Path) -> None:
@@ -70,7 +122,7 @@ def _add_results(page: Page, run: Path) -> None:
         overall = {key: value for key, value in metrics.items() if "-" not in key}
         page.text(f"{task}, in percent")
         page.table(list(overall), [_numbers(overall.values())])
-        by_class = {key[3:]: value for key, value in metrics.items() if key.startswith("AP-")}
+        by_class = ap_by_class(metrics)
         if by_class:
             page.text("AP by category")
             for start in range(0, len(by_class), 10):
@@ -127,7 +179,8 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     metadata = MetadataCatalog.get(name)
     dataset = json.loads(Path(metadata.json_file).read_text())
     levels = BoxLevels(cfg, dataset)
-    errors = find_errors(dataset, json.loads(results.read_text()), levels, threshold)
+    found = json.loads(results.read_text())
+    errors = find_errors(dataset, found, levels, threshold)
     page.text(
         f"On {name}: {len(errors.misses)} of {sum(errors.objects.values())} objects missed, "
         f"{len(errors.false_alarms)} of {sum(errors.detections.values())} detections false, at "
@@ -145,6 +198,14 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     ):
         rows = [[level_title(group), *counts_in(group)] for group in (*SIZES, *levels.names)]
         page.table(["", *headers, *kinds], rows)
+    names = [category["name"] for category in dataset["categories"]]
+    counts = confusion(dataset, found, threshold)
+    page.picture(
+        draw_confusion(counts, names, folder / "confusion.png"),
+        f"Confusion matrix, at scores from {threshold:g} on and an IoU of 0.5. An object is given "
+        "to the detection with the highest score, whatever its class. The colour is the share of "
+        "the row.",
+    )
     files = {image["id"]: image["file_name"] for image in dataset["images"]}
 
     def image_of(image_id: int) -> np.ndarray:
@@ -156,4 +217,4 @@ def _add_errors(page: Page, run: Path, cfg: CfgNode, threshold: float, folder: P
     ):
         if mistakes:
             worst = mistakes[:_WORST]
-            page.picture(draw_mistakes(worst, image_of, folder / "worst.png"), caption)
+            page.picture(draw_mistakes(worst, image_of, files, folder / "worst.png"), caption)

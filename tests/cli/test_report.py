@@ -14,6 +14,7 @@ from fpn_plugin.cli.visualize import visualize_main
 from fpn_plugin.engine import load_config
 from fpn_plugin.mini import dataset as mini
 from fpn_plugin.utils.metrics import level_rows, loss_rows
+from fpn_plugin.visualization.run_page import run_page
 
 
 @pytest.fixture
@@ -38,6 +39,8 @@ def run(tmp_path):
         {"image_id": 1, "category_id": 1, "bbox": [200, 100, 64, 64], "score": 0.8},
     ]
     (folder / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
+    precision = {"bbox": np.full((10, 101, 1), 0.5), "classes": np.array(["cell & co"])}
+    np.savez(folder / "inference" / "precision.npz", **precision)
     results = {"bbox": {"AP": 51.25, "AP50": 70.04, "APs": float("nan"), "AP-cell & co": 33.33}}
     (folder / "results.json").write_text(json.dumps(results))
     rows = [
@@ -69,7 +72,9 @@ def test_a_report_is_whole_and_needs_no_other_file(run, tmp_path):
     assert all(s.startswith(("data:image/png;base64,", "#s")) for s in sources)
     without_data = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
     assert not re.search(r"https?:|//|@import|url\(|<script|<link|<iframe", without_data)
-    assert html.count("<img ") == 5  # losses, levels, shares, misses, false alarms
+    # precision, losses, levels, shares, confusion, misses, false alarms
+    assert html.count("<img ") == 7
+    assert "<p>Faster R-CNN on ResNet-18; k0 = 4 at 112 px; input 256 px; trained on" in html
 
     rows = rows_of(html)
     assert ["AP", "AP50", "APs"] in rows
@@ -90,6 +95,7 @@ def test_what_a_run_lacks_is_said(run, tmp_path):
     (folder / "results.json").unlink()
     (folder / "metrics.json").unlink()
     (folder / "inference" / "coco_instances_results.json").unlink()
+    (folder / "inference" / "precision.npz").unlink()
     report_main([str(folder), *dataset, "--output", str(tmp_path / "new" / "r.html")])
     html = (tmp_path / "new" / "r.html").read_text()
     for told in (
@@ -97,9 +103,29 @@ def test_what_a_run_lacks_is_said(run, tmp_path):
         "No training is logged",
         "MODEL.FPN.LEVEL_STATS_PERIOD 20",
         "No detections",
+        "No curves",
     ):
         assert told in html
     assert "<img" not in html
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "name"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x", [], "Mask R-CNN on ResNet-101; "),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x", [], "Cascade Mask R-CNN on ResNet-50; "),
+        ("COCO-Detection/rpn_R_50_FPN_1x", [], "RPN on ResNet-50; "),
+        (
+            "mini/faster_rcnn_R_18_FPN",
+            ["MODEL.FPN.BOTTOM_UP", "build_timm_backbone", "MODEL.TIMM.NAME", "convnext_tiny"],
+            "Faster R-CNN on convnext_tiny of timm; ",
+        ),
+    ],
+)
+def test_a_report_names_the_model(config, opts, name, tmp_path):
+    cfg = load_config(f"{config}.yaml", opts)
+    cfg.DATASETS.TEST = ()
+    assert f"<p>{name}" in run_page(tmp_path, cfg).html()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fpn_plugin import Detector, UserError, assign_levels, model_zoo
+from fpn_plugin.cli.detect import detect_main
 from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.engine.settings import load_config
 from fpn_plugin.inspection.forward_trace import recorded_levels
@@ -230,6 +231,29 @@ def test_jupyter_shows_the_sure_detections_in_the_colours_of_their_levels(run):
         assert has_color(io.BytesIO(png), level_color(level)) == expected, level
     counts = [f"{int((found.classes == i).sum())} class {i}" for i in set(found.classes.tolist())]
     assert sorted(repr(found)[len("Detections(") : -1].split(", ")) == sorted(counts)
+
+
+def test_classes_have_the_colours_that_the_run_has_stored(run):
+    folder, names = run("faster"), [f"kind {i}" for i in range(14)]
+    write_datasets(folder, {name: i for i, name in enumerate(names)}, names)
+    content = json.loads((folder / "datasets.json").read_text())
+    colors = [f"#{40 + 15 * i:02X}{250 - 15 * i:02X}{90 + 40 * (i % 4):02X}" for i in range(14)]
+    content["own_train"] |= {"classes": names[::-1], "colors": colors[::-1]}  # in another order
+    (folder / "datasets.json").write_text(json.dumps(content))
+    config = torch.load(folder / "model_final.pth", weights_only=True)
+    torch.save({**config, "classes": names}, folder / "model_final.pth")
+    found = Detector(folder)(folder / "photo.png")
+    found.draw(folder / "drawn.png", color_by="class")
+    with pytest.raises(UserError, match="color_by is 'klass', expected 'level' or 'class'"):
+        found.draw(folder / "drawn.png", color_by="klass")
+    sure = set(found.classes[found.scores >= 0.5].tolist())
+    assert sure
+    for index, color in enumerate(colors):
+        assert has_color(folder / "drawn.png", color) == (index in sure), index
+    args = ["--config-file", str(folder / "config.yaml"), "--input", str(folder / "photo.png")]
+    args += ["--output", str(folder / "out"), "--color-by", "class"]
+    detect_main([*args, "MODEL.WEIGHTS", str(folder / "model_final.pth")])
+    assert Image.open(folder / "out" / "photo.png") == Image.open(folder / "drawn.png")
 
 
 def test_what_is_no_run_or_no_image_is_named(run, tmp_path):

@@ -7,7 +7,7 @@ from torch import tensor
 
 from fpn_plugin import model_zoo
 from fpn_plugin.inspection.box_levels import BoxLevels
-from fpn_plugin.inspection.errors import find_errors
+from fpn_plugin.inspection.errors import confusion, find_errors
 from fpn_plugin.modeling import assign_levels
 
 CAT, DOG = 7, 3
@@ -75,6 +75,12 @@ def test_every_kind_of_mistake_once():
     assert [(m.size, m.level) for m in errors.misses] == [("medium", "p2")] * 3 + [("small", "p2")]
     assert errors.objects == {("medium", "p2"): 4, ("small", "p2"): 1, ("large", "p3"): 1}
     assert errors.detections == {("medium", "p2"): 4, ("small", "p2"): 1, ("large", "p3"): 1}
+    # cat, dog, missed; the last row has no object
+    assert confusion(objects, found, 0.5).tolist() == [[1, 1, 3], [0, 1, 0], [3, 0, 0]]
+    # The best first: the sure dog takes the cat that is found too.
+    sure = [*found, result([0, 0, 40, 40], 0.95, category=DOG)]
+    assert confusion(objects, sure, 0.5).tolist() == [[0, 2, 3], [0, 1, 0], [4, 0, 0]]
+    assert confusion(objects, found, 0.96).tolist() == [[0, 0, 5], [0, 0, 1], [0, 0, 0]]
 
 
 def test_no_detections_and_no_objects():
