@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -179,7 +178,6 @@ def _annotations(drawn: Scene, image_id: int, first_id: int) -> list[dict[str, A
 def _load(name: str, root: Path) -> list[dict[str, Any]]:
     kind, split = MINI_NAMES[name]
     ensure_mini(root=root, kind=kind)
-    logging.getLogger(__name__).info("mini dataset: %s", root)
     return load_coco_json(str(root / f"{split}.json"), str(root / split), name)
 
 
