@@ -14,7 +14,7 @@ __all__ = ["add_fpn_config", "flat_keys", "value_at"]
 
 def add_fpn_config(cfg: CfgNode) -> None:
     """Adds the plugin's keys with their defaults: MODEL.FPN.*, MODEL.TIMM.*, MODEL.TORCHVISION.*,
-    SOLVER.AMP.DTYPE, SOLVER.EPOCHS, SOLVER.BEST_METRIC and SOLVER.PATIENCE.
+    SOLVER.AMP.DTYPE, SOLVER.EPOCHS, SOLVER.REFERENCE_BATCH, SOLVER.BEST_METRIC and SOLVER.PATIENCE.
 
     Detectron2's own keys of MODEL.FPN (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they
     are. A key that exists already keeps its value, so calling it again is safe.
@@ -67,7 +67,8 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # Rate of stochastic depth, where the network has one; 0.0 for none.
         "DROP_PATH": 0.0,
         # "FrozenBN" or "SyncBN" convert the network's batch norms, "" leaves them. Frozen ones
-        # are for pretrained networks.
+        # are for pretrained networks. "auto": "FrozenBN" if weights are given, here or in
+        # MODEL.WEIGHTS; else "", and nothing is frozen, whatever FREEZE_AT is.
         "NORM": "FrozenBN",
     }
     torchvision = {
@@ -85,6 +86,9 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same. Only
         # fpn-plugin train reads it; FPNTrainer by itself trains for MAX_ITER.
         "EPOCHS": 0,
+        # Above 0: BASE_LR is for batches of so many images, and fpn-plugin train scales it to
+        # IMS_PER_BATCH, in proportion.
+        "REFERENCE_BATCH": 0,
         # The metric, such as "bbox/AP", whose best evaluation is kept as model_best.pth; "": none.
         "BEST_METRIC": "",
         # A training ends after so many evaluations in a row without a better BEST_METRIC; 0: never.

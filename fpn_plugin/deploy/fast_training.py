@@ -43,7 +43,7 @@ def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
     """
     backbone = getattr(model, "backbone", None)
     on_gpu = next(model.parameters()).is_cuda
-    if backbone is not None and fold_frozen_norms(backbone):
+    if backbone is not None and (fold_frozen_norms(backbone) or _has_frozen_norms(backbone)):
         backbone.register_forward_pre_hook(_channels_last)
         if on_gpu:
             model.to(memory_format=torch.channels_last)
@@ -85,6 +85,11 @@ def _compiles(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _has_frozen_norms(backbone: nn.Module) -> bool:
+    # Detectron2's and timm's have no common base.
+    return any(type(part).__name__.startswith("FrozenBatchNorm") for part in backbone.modules())
 
 
 def _channels_last(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -10,8 +10,9 @@ import yaml
 from fvcore.common.config import BASE_KEY
 
 from fpn_plugin.errors import UserError, one_line
+from fpn_plugin.model_zoo import get_config_file
 
-__all__ = ["check_config_file"]
+__all__ = ["check_config_file", "is_for_mini"]
 
 
 def check_config_file(path: str, above: tuple[str, ...] = ()) -> None:
@@ -41,6 +42,18 @@ def check_config_file(path: str, above: tuple[str, ...] = ()) -> None:
         if os.path.realpath(file) in above:
             raise UserError(f"{shown} leads back to this file: remove {BASE_KEY} from one of them")
         check_config_file(file, above)
+
+
+def is_for_mini(path: str) -> bool:
+    """Whether a YAML config, or one of its bases, is a packaged one for the mini dataset.
+
+    Args:
+        path: of a file that :func:`check_config_file` takes.
+    """
+    if os.path.samefile(path, get_config_file("mini/Base-Mini.yaml")):
+        return True
+    files = (os.path.expanduser(base) for base in _bases(_read(path, path), path))
+    return any(is_for_mini(os.path.join(os.path.dirname(path), file)) for file in files)
 
 
 def _bases(content: Any, where: str) -> Iterator[str]:

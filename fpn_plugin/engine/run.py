@@ -31,12 +31,14 @@ from fpn_plugin.data import (
 )
 from fpn_plugin.errors import UserError
 from fpn_plugin.mini import ensure_mini_datasets
+from fpn_plugin.mini.dataset import MINI_NAMES
 from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.utils.atomic import explained_full_disk, make_output_dir
 
 from .changes import earlier_config_kept
 from .checkpoint import StrictCheckpointer
 from .class_names import match_datasets
+from .config_files import is_for_mini
 from .launch import launch
 from .logs import set_up_loggers
 from .results import finish, tensorboard
@@ -155,6 +157,8 @@ class Run(ABC):
         self._datasets = describe_datasets(names)
         if self.training and config["epochs"]:
             config.set_length(sum(len(DatasetCatalog.get(name)) for name in config.names("train")))
+        if self.training and (line := config.scale_rate()):
+            print(line, flush=True)
         launch(self.work, args, config["device"], ())
 
     def check_data(self) -> None:
@@ -238,7 +242,9 @@ class YacsRun(Run):
 
     def start(self) -> None:
         if self.args.config_file:
-            self.args.config_file = find_config_file(self.args.config_file)  # Detectron2 logs it
+            given = self.args.config_file
+            self.args.config_file = find_config_file(given)  # Detectron2 logs it
+            self._report_mini(given)
         model = self.config.cfg.MODEL
         # The model's builder reports a name that is not registered.
         if model.META_ARCHITECTURE in META_ARCH_REGISTRY:
@@ -248,6 +254,17 @@ class YacsRun(Run):
                 proposals=model.LOAD_PROPOSALS,
             )
         super().start()
+
+    def _report_mini(self, given: str) -> None:
+        """Reports a config for the mini dataset that is to be trained on other data."""
+        others = [name for name in self.config.names("train") if name not in MINI_NAMES]
+        if self.training and others and is_for_mini(self.args.config_file):
+            kind = "mask" if self.config.cfg.MODEL.MASK_ON else "faster"
+            print(
+                f"{given} is for the mini dataset: small images, no flips, few iterations. For "
+                f"{others[0]} take --config-file own_data/{kind}_rcnn_R_18_FPN.yaml",
+                flush=True,
+            )
 
     def work(self) -> None:
         self.config.cfg.freeze()

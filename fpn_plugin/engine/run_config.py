@@ -34,6 +34,7 @@ _KEYS = {
     "max_iter": ("SOLVER.MAX_ITER", "train.max_iter"),
     "output_dir": ("OUTPUT_DIR", "train.output_dir"),
     "patience": ("SOLVER.PATIENCE", "train.patience"),
+    "reference_batch": ("SOLVER.REFERENCE_BATCH", "train.reference_batch"),
     "seed": ("SEED", "train.seed"),
     "test": ("DATASETS.TEST", "dataloader.test.dataset.names"),
     "test_proposals": ("DATASETS.PROPOSAL_FILES_TEST", "dataloader.test.dataset.proposal_files"),
@@ -45,11 +46,11 @@ _KEYS = {
 # What a lazy config may leave out.
 _DEFAULTS = {
     "amp_dtype": "float16", "best_metric": "", "compile": False, "epochs": 0, "eval_period": 0,
-    "expected_results": [], "patience": 0, "seed": -1, "warmup": 0,
+    "expected_results": [], "patience": 0, "reference_batch": 0, "seed": -1, "warmup": 0,
 }  # fmt: skip
 _LEAST = {
     "max_iter": 1, "checkpoint_period": 1, "batch_size": 1, "learning_rate": 0, "epochs": 0,
-    "patience": 0,
+    "patience": 0, "reference_batch": 0,
 }  # fmt: skip
 _EVALUATIONS = 10  # of a training whose length is in epochs
 _LARGEST_SEED = 2**32 - 2**10  # numpy takes 32 bits, and each process adds its rank
@@ -141,6 +142,21 @@ class RunConfig:
             self["warmup"] = min(self["warmup"], length // 10)
         elif self["warmup"]:
             self["warmup"] = min(self["warmup"] * before / length, 0.1)
+
+    def scale_rate(self) -> str:
+        """Scales the learning rate to the batch, if it is given for batches of another size.
+
+        Returns:
+            What is scaled, for the user; "" if nothing is.
+        """
+        rate, given, batch = self["learning_rate"], self["reference_batch"], self["batch_size"]
+        if not given or given == batch:
+            return ""
+        self["learning_rate"], self["reference_batch"] = rate * batch / given, batch
+        return (
+            f"{self.key('learning_rate')} is {self['learning_rate']:g} for batches of {batch}: "
+            f"{rate:g} is for {given} ({self.key('reference_batch')})"
+        )
 
     def check_seed(self) -> None:
         """Refuses a seed that not every generator takes."""

@@ -188,6 +188,7 @@ def train_node(cfg: CfgNode) -> DictConfig:
             "init_checkpoint": cfg.MODEL.WEIGHTS,
             "max_iter": cfg.SOLVER.MAX_ITER,
             "epochs": cfg.SOLVER.EPOCHS,
+            "reference_batch": cfg.SOLVER.REFERENCE_BATCH,
             "best_metric": cfg.SOLVER.BEST_METRIC,
             "patience": cfg.SOLVER.PATIENCE,
             "amp": {"enabled": cfg.SOLVER.AMP.ENABLED, "dtype": cfg.SOLVER.AMP.DTYPE},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ __all__ = [
     "without_network_weights",
 ]
 
+# Detectron2's for models: its lines are on the terminal and in log.txt.
+_LOGGER = logging.getLogger("detectron2.fpn_plugin")
 _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
     "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,
@@ -61,7 +64,10 @@ class ImageNetwork(Backbone):
         std: their standard deviation.
         cfg: MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, INPUT.FORMAT and MODEL.BACKBONE.FREEZE_AT are
             read. FREEZE_AT 0 freezes nothing, k >= 2 all parameters that ``res{k}`` depends on.
-        norm: "FrozenBN" or "SyncBN" convert the network's batch norms, "" keeps them.
+        norm: "FrozenBN" or "SyncBN" convert the network's batch norms, "" keeps them. "auto" is
+            "FrozenBN" for weights of the network or in MODEL.WEIGHTS. Without any it is "", and
+            nothing is frozen.
+        pretrained: whether the network has weights.
         converters: the functions that convert them, by these two names; Detectron2's and torch's
             by default. Networks whose batch norms do more than normalise have their own.
 
@@ -82,12 +88,24 @@ class ImageNetwork(Backbone):
         std: Sequence[float] = _IMAGENET_STD,
         cfg: CfgNode,
         norm: str = "",
+        pretrained: bool = True,
         converters: dict[str, Callable[[nn.Module], nn.Module]] | None = None,
     ) -> None:
         super().__init__()
         converters = _CONVERTERS if converters is None else converters
+        freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+        if norm == "auto" and (pretrained or cfg.MODEL.WEIGHTS):
+            norm = "FrozenBN"
+        elif norm == "auto":
+            norm, freeze_at = "", 0
+            _LOGGER.info(
+                "No weights are given for %s: all of it is trained, from random values. With "
+                "pretrained weights fewer images are enough",
+                type(net).__name__,
+            )
         if norm and norm not in converters:
-            raise UserError(f"NORM {norm!r} is unknown: {near_names(norm, converters)} Or none, ''")
+            names = near_names(norm, [*converters, "auto"])
+            raise UserError(f"NORM {norm!r} is unknown: {names} Or none, ''")
         names = [f"res{stride.bit_length() - 1}" for stride in strides]
         self._stages = names
         self._out_features = [name for name in names if name in out_features]
@@ -98,7 +116,7 @@ class ImageNetwork(Backbone):
         self.net = net
         maps = self._checked_maps()
         self._size_divisibility = self._needed_divisibility()
-        self._freeze(maps, cfg.MODEL.BACKBONE.FREEZE_AT, converters["FrozenBN"])
+        self._freeze(maps, freeze_at, converters["FrozenBN"])
         if norm:
             self.net = converters[norm](self.net)
         self._frozen_norms = converters["FrozenBN"]
@@ -285,6 +303,7 @@ def build_timm_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Im
         std=config["std"],
         cfg=cfg,
         norm=node.NORM,
+        pretrained=bool(node.PRETRAINED or node.WEIGHTS),
         # Some of timm's batch norms hold the activation too, which other converters would drop.
         converters={
             "FrozenBN": timm.layers.freeze_batch_norm_2d,
@@ -378,6 +397,7 @@ def build_torchvision_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec
         std=preset.std,
         cfg=cfg,
         norm=node.NORM,
+        pretrained=bool(node.WEIGHTS),
     )
 
 
@@ -391,10 +411,20 @@ def without_network_weights(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     if "TIMM" in cfg.MODEL:
         cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
-    # A name of torchvision's says how its images are normalised.
-    if "TORCHVISION" in cfg.MODEL and _is_file(cfg.MODEL.TORCHVISION.WEIGHTS):
-        cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    # A name of torchvision's stays if it says that images are normalised in another way.
+    node = cfg.MODEL.get("TORCHVISION")
+    if node and (_is_file(node.WEIGHTS) or _has_usual_input(node.NAME, node.WEIGHTS)):
+        node.WEIGHTS = ""
     return cfg
+
+
+def _has_usual_input(name: str, weights: str) -> bool:
+    """Whether torchvision normalises images for a network's weights as it does for "DEFAULT"."""
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return False
+    known = torchvision.models.get_model_weights(name).__members__
+    inputs = [known[each].transforms() for each in ("DEFAULT", weights) if each in known]
+    return len({(tuple(given.mean), tuple(given.std)) for given in inputs}) == 1
 
 
 def _is_file(weights: str) -> bool:

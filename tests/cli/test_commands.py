@@ -33,7 +33,7 @@ from fpn_plugin.mini.scene import CATEGORIES, KINDS
 from fpn_plugin.paper import runs
 from tests.helpers.commands import NAMES, ROOT, Parsed, main_of, stubs
 from tests.helpers.datasets import forgotten
-from tests.helpers.label_folders import write_labels, yolo
+from tests.helpers.label_folders import voc, write_labels, yolo
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STUBS = stubs()
@@ -41,6 +41,7 @@ STUBS = stubs()
 # How a command begins, and why it is not run.
 NOT_RUN = {
     "make": "builds an environment, trains or tests for minutes; each change is made with them",
+    "git clone": "tests do not touch the network; tests/cli/test_own_data.py has the data",
     "pip install": "tests do not touch the network; tests/test_package.py builds and installs",
     "python exported/onnx_runner.py": "tests/deploy/test_export.py runs it",
     "source": "of the shell",
@@ -77,13 +78,15 @@ MODEL:
   BACKBONE: {FREEZE_AT: 0}
   RESNETS: {DEPTH: 50, RES2_OUT_CHANNELS: 16, STEM_OUT_CHANNELS: 8, WIDTH_PER_GROUP: 4, NORM: BN}
   FPN: {OUT_CHANNELS: 16}
+  TIMM: {PRETRAINED: False}
+  TORCHVISION: {WEIGHTS: ""}
   ROI_BOX_HEAD: {FC_DIM: 16}
   ROI_MASK_HEAD: {CONV_DIM: 16}
   RPN: {PRE_NMS_TOPK_TRAIN: 50, PRE_NMS_TOPK_TEST: 50, POST_NMS_TOPK_TRAIN: 20}
   ROI_HEADS: {BATCH_SIZE_PER_IMAGE: 16}
 INPUT: {MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64, MAX_SIZE_TRAIN: 96, MAX_SIZE_TEST: 96}
 DATALOADER: {NUM_WORKERS: 0}
-SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: [], WARMUP_ITERS: 0}
+SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, EPOCHS: 0, STEPS: [], WARMUP_ITERS: 0}
 TEST: {DETECTIONS_PER_IMAGE: 5}
 """
 LAZY = """
@@ -200,7 +203,9 @@ def reader(tmp_path, monkeypatch, datasets) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     # Drawing takes most of the time, and has tests of its own.
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
-    for name in ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "mini/faster_rcnn_R_18_FPN.yaml"):
+    own = [f"own_data/faster_rcnn_{name}_FPN.yaml" for name in ("lite0", "R_18", "R_50")]
+    packaged = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "mini/faster_rcnn_R_18_FPN.yaml")
+    for name in (*packaged, *own):
         make_config(name)
     for row in ("table1_c_FPN", "table1_d_bottom_up", "table1_e_no_lateral", "table2_c_FPN"):
         make_config(f"mini/{row}.yaml")
@@ -225,6 +230,13 @@ def reader(tmp_path, monkeypatch, datasets) -> Iterator[None]:
         write_labels(yolo, content, Path("cells_yolo", split))
         shutil.copytree("cells/images", f"cells_yolo/{split}", dirs_exist_ok=True)
     Path("cells_yolo/classes.txt").write_text("\n".join(three.values()))
+    for each, number in zip(content["annotations"], [*three, *three], strict=False):
+        each["category_id"] = number  # in VOC files classes are those of the objects
+    write_labels(voc, content, Path("BCCD_Dataset/BCCD/Annotations"))
+    shutil.copytree("cells/images", "BCCD_Dataset/BCCD/JPEGImages")
+    Path("BCCD_Dataset/BCCD/ImageSets/Main").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        Path(f"BCCD_Dataset/BCCD/ImageSets/Main/{split}.txt").write_text("1\n2\n3\n4\n")
     make_data("cells.json", "images", 2, fourteen)
     make_data("train.json", "images", 2, fourteen)
     runs._config.cache_clear()

@@ -107,6 +107,8 @@ def trained(own_data, tmp_path_factory) -> Path:
     status, out, err = run("train_net.py", *args, "SOLVER.MAX_ITER", "4", cwd=own_data)
     assert status == 0, err[-2000:]
     assert "no GPU found: running on the CPU" in out
+    assert f"{MINI} is for the mini dataset" in out
+    assert "For own take --config-file own_data/faster_rcnn_R_18_FPN.yaml" in out
     assert "| AP " in out.replace("|   AP", "| AP")
     return output
 
@@ -169,6 +171,7 @@ def test_mask_rcnn_trains_and_is_evaluated_by_boxes_and_masks(tmp_path, call):
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"bbox", "segm"}
     assert "segm" in out
+    assert "is for the mini dataset" not in out  # as here
     last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])
     assert last["loss_mask"] > 0
 

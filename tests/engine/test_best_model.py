@@ -50,6 +50,20 @@ def test_epochs_are_iterations_of_all_images(get, epochs, images, expected):
     assert in_iterations == pytest.approx(min(150, tenth))
 
 
+@pytest.mark.parametrize("get", [model_zoo.get_config, get_config])
+def test_a_rate_for_another_batch_is_scaled_once(get):
+    config = RunConfig(get(MINI))
+    config["learning_rate"], config["batch_size"] = 0.02, 2
+    assert not config.scale_rate()  # nothing says which batch it is for
+    config["reference_batch"] = 8
+    line = config.scale_rate()
+    assert config["learning_rate"] == pytest.approx(0.005)
+    assert line.startswith(f"{config.key('learning_rate')} is 0.005 for batches of 2: 0.02 is for ")
+    # A run's config.yaml, which is stored after it, gives the same training.
+    assert not config.scale_rate()
+    assert config["learning_rate"] == pytest.approx(0.005)
+
+
 def test_a_lazy_schedule_without_warm_up_keeps_its_arguments():
     config = RunConfig(get_config(MINI))
     del config.cfg.lr_multiplier.warmup_length

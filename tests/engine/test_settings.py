@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 
 from fpn_plugin import UserError, model_zoo
+from fpn_plugin.engine.config_files import is_for_mini
 from fpn_plugin.engine.run_config import RunConfig
 from fpn_plugin.engine.settings import (
     config_on_device,
@@ -180,6 +181,15 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 def test_the_cpu_that_was_named_stays_quiet(capsys):
     assert config_on_device(MINI, ["MODEL.DEVICE", "cpu"], 2).MODEL.DEVICE == "cpu"
     assert capsys.readouterr().out == ""
+
+
+def test_a_config_for_the_mini_dataset_is_known_by_its_bases(tmp_path):
+    names = [name for name in model_zoo.names() if is_for_mini(model_zoo.get_config_file(name))]
+    assert names == [name for name in model_zoo.names() if name.startswith("mini/")]
+    mine = tmp_path / "mine.yaml"
+    for base, expected in ((MINI, True), ("own_data/faster_rcnn_R_18_FPN.yaml", False)):
+        mine.write_text(f"_BASE_: {model_zoo.get_config_file(base)}")
+        assert is_for_mini(str(mine)) is expected
 
 
 def test_packaged_configs_are_short_and_stand_over_a_base():

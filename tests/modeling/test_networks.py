@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fpn_plugin import UserError, add_fpn_config
+from fpn_plugin.modeling import without_network_weights
 from fpn_plugin.modeling.detectron2_networks import DETECTRON2_NETWORKS
 from fpn_plugin.utils.weight_files import write_checkpoint
 
@@ -305,6 +306,25 @@ def test_norms_are_converted():
         assert names == [kind] * 20
 
 
+@pytest.mark.parametrize("network", ["timm:resnet10t", "torchvision:resnet18"])
+def test_norms_are_frozen_with_weights_and_trained_without(network, tmp_path, caplog):
+    caplog.set_level("INFO", "detectron2.fpn_plugin")
+    key = f"MODEL.{network.partition(':')[0].upper()}"
+    opts = [f"{key}.NORM", "auto", "MODEL.BACKBONE.FREEZE_AT", 2]
+    random = build_backbone(config(network, *opts)).bottom_up
+    assert "No weights are given" in caplog.text
+    torch.save(random.net.state_dict(), tmp_path / "weights.pth")
+    caplog.clear()
+    for given in (f"{key}.WEIGHTS", "MODEL.WEIGHTS"):  # the latter are loaded by a checkpointer
+        frozen = build_backbone(config(network, *opts, given, str(tmp_path / "weights.pth")))
+        kinds = {type(m).__name__ for m in frozen.modules() if "Norm" in type(m).__name__}
+        assert kinds and all(kind.startswith("FrozenBatchNorm") for kind in kinds)
+        assert not all(p.requires_grad for p in frozen.bottom_up.parameters())
+    assert "No weights are given" not in caplog.text
+    assert not any("Frozen" in type(m).__name__ for m in random.modules())
+    assert all(p.requires_grad for p in random.parameters())
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_drop_path_is_the_rate_whatever_timms_default(rate):
     network = "timm:swin_tiny_patch4_window7_224"  # whose default is 0.1
@@ -386,6 +406,14 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_key(monkeypatch, tmp_
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_host)
     with pytest.raises(UserError, match=r"DEFAULT of resnet18 .* no host.*WEIGHTS '' builds"):
         build_backbone(config("torchvision:resnet18", "MODEL.TORCHVISION.WEIGHTS", "DEFAULT"))
+
+
+def test_a_trained_detector_keeps_only_names_of_weights_that_change_its_input():
+    usual, unusual = ("resnet18", "IMAGENET1K_V1"), ("vgg16", "IMAGENET1K_FEATURES")
+    for (name, weights), kept in ((usual, ""), (unusual, unusual[1])):
+        cfg = config(f"torchvision:{name}", "MODEL.TORCHVISION.WEIGHTS", weights)
+        trained = without_network_weights(cfg)
+        assert kept == trained.MODEL.TORCHVISION.WEIGHTS
 
 
 def random_state(network: nn.Module) -> dict[str, torch.Tensor]:
