@@ -234,7 +234,7 @@ class TrainingHooks:
             found.append(JointEvalHook(hook._period, hook._func))
             if config["augmented_test"]:
                 found.append(JointEvalHook(0, augmented))
-            if config["best_metric"]:
+            if config["best_metric"] and config.names("test"):
                 found.append(BestModel(checkpointer, config))
         if comm.is_main_process():
             found.append(TrainingProgress(config["best_metric"], config["output_dir"]))

@@ -95,11 +95,12 @@ class RunConfig:
         for name, least in _LEAST.items():
             if not self.is_lazy or self[name] is not None:  # a lazy config may leave it out
                 _check_number(self.key(name), self[name], least)
-        if self["patience"] and not (self["best_metric"] and self["eval_period"] + self["epochs"]):
+        evaluations = self.names("test") and self["eval_period"] + self["epochs"]
+        if self["patience"] and not (self["best_metric"] and evaluations):
             raise UserError(
                 f"{self.key('patience')} is {self['patience']}: it needs {self.key('best_metric')} "
                 f"'bbox/AP' or the like, and evaluations, by {self.key('eval_period')} or "
-                f"{self.key('epochs')}"
+                f"{self.key('epochs')}, of {self.key('test')}"
             )
         steps = "lr_multiplier.scheduler.milestones" if self.is_lazy else "SOLVER.STEPS"
         if self["epochs"] and self._has_steps():

@@ -85,6 +85,7 @@ def test_without_epochs_the_length_stays():
         ({"epochs": -1}, "SOLVER.EPOCHS is -1, expected a number, 0 or more"),
         ({"patience": 2}, "SOLVER.PATIENCE is 2: it needs SOLVER.BEST_METRIC 'bbox/AP'"),
         ({"patience": 2, "best_metric": "bbox/AP"}, "evaluations, by TEST.EVAL_PERIOD or SOLVER.E"),
+        ({"patience": 2, "best_metric": "bbox/AP", "epochs": 1, "test": ()}, "of DATASETS.TEST$"),
     ],
 )
 def test_settings_that_do_nothing_are_refused(settings, expected):
@@ -197,6 +198,13 @@ def test_a_metric_that_is_not_there_is_named(tmp_path):
     config = config_of(tmp_path, best_metric="bbox/APx")
     with pytest.raises(UserError, match="'bbox/APx', and the evaluation has no such.*bbox/AP"):
         train(config, RISING_THEN_NOT)
+
+
+def test_a_run_without_a_test_set_has_no_best_model(squares, tmp_path):
+    opts = ["SOLVER.MAX_ITER", "1", "SOLVER.BEST_METRIC", "bbox/AP", "DATASETS.TEST", "()"]
+    train_main([*tiny_options(squares, tmp_path, 0), *opts])
+    assert (tmp_path / "model_final.pth").is_file()
+    assert not (tmp_path / "model_best.pth").exists()
 
 
 def test_a_run_of_epochs_keeps_its_best_model(squares, tmp_path):
