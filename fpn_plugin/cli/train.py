@@ -4,7 +4,8 @@ Examples:
   fpn-plugin train --config-file mini/faster_rcnn_R_18_FPN.yaml
   fpn-plugin train --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --num-gpus 8
   fpn-plugin train --config-file own_data/faster_rcnn_R_18_FPN.yaml \
-      --dataset cells=cells.json:images DATASETS.TRAIN "('cells',)" MODEL.ROI_HEADS.NUM_CLASSES 3
+      --dataset cells_train=cells/train.json:cells/images DATASETS.TRAIN "('cells_train',)" \
+      MODEL.ROI_HEADS.NUM_CLASSES 3
   fpn-plugin train --config-file my.py train.max_iter=5000 train.output_dir=output/my
   fpn-plugin evaluate --config-file my.yaml MODEL.WEIGHTS model_final.pth
   torchrun --nproc-per-node 8 -m fpn_plugin train --config-file my.yaml

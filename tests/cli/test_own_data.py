@@ -1,6 +1,8 @@
 """The way of docs/own_data.md from photographs to an exported model, on a part of its data."""
 
 import json
+import logging
+import math
 import re
 import shlex
 import shutil
@@ -12,17 +14,21 @@ import pytest
 import timm
 import torch
 
+from evidence.tiny import make_squares
+from fpn_plugin.cli.train import train_main
+from fpn_plugin.engine import load_config
 from tests.helpers.commands import ROOT, main_of
 from tests.helpers.datasets import forgotten
 from tests.helpers.label_folders import voc, write_labels
 
 CELLS = ROOT.parent / "shared" / "data" / "cells"
-# What is added to a command: no connection, and a short training.
+# What is added to a command: no connection, and a short training on small images.
 MORE = {
     "fit": ["MODEL.TIMM.PRETRAINED", "False"],
     "train": [
         "MODEL.TIMM.WEIGHTS", "lite0.pth", "SOLVER.EPOCHS", "1", "DATALOADER.NUM_WORKERS", "0",
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "SOLVER.IMS_PER_BATCH", "4",
+        "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96",
     ],
 }  # fmt: skip
 
@@ -48,6 +54,41 @@ def clone(folder: Path) -> None:
             shutil.copy(CELLS / f"images/{name}.jpg", folder / "JPEGImages")
 
 
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory) -> str:
+    """What --dataset takes to register eight images of squares with polygons."""
+    folder = tmp_path_factory.mktemp("masks") / "data"
+    named = make_squares(folder, 8)
+    content = json.loads((folder / "squares.json").read_text())
+    for each in content["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (folder / "squares.json").write_text(json.dumps(content))
+    return named
+
+
+# The others are the bases of those with masks.
+@pytest.mark.parametrize("name", ["faster_rcnn_lite0", "mask_rcnn_R_18", "mask_rcnn_R_50"])
+def test_a_config_for_own_data_trains(name, masks, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # of streams that an earlier test had
+    name = f"own_data/{name}_FPN.yaml"
+    sizes = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
+    opts = ["MODEL.TORCHVISION.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", "False", *sizes]
+    opts += ["DATASETS.TRAIN", "('squares',)", "DATASETS.TEST", "('squares',)"]
+    opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    opts += ["DATALOADER.NUM_WORKERS", "0", "TEST.DETECTIONS_PER_IMAGE", "5"]
+    opts += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.EPOCHS", "1", "OUTPUT_DIR", str(tmp_path)]
+    with forgotten():
+        train_main(["--config-file", name, "--dataset", masks, *opts])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == ({"bbox", "segm"} if "mask" in name else {"bbox"})
+    cfg = load_config(name)
+    rate = cfg.SOLVER.BASE_LR * 4 / cfg.SOLVER.IMS_PER_BATCH
+    stored = load_config(str(tmp_path / "config.yaml"))
+    assert math.isclose(stored.SOLVER.BASE_LR, rate)
+    assert f"SOLVER.BASE_LR is {rate:g} for batches of 4" in capfd.readouterr().out
+
+
 @pytest.mark.skipif(not CELLS.is_dir(), reason=f"there are no photographs in {CELLS}")
 def test_the_way_from_photographs_to_an_exported_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="torch writes ONNX with it")
@@ -69,12 +110,12 @@ def test_the_way_from_photographs_to_an_exported_model(tmp_path, monkeypatch):
         "git", "check", "fit", "train", "evaluate", "report", "detect", "export", "python"
     }  # fmt: skip
     # The best model is what is evaluated.
-    best = json.loads(Path("output/cells/best.json").read_text())["bbox/AP"]
-    results = json.loads(Path("output/cells/results.json").read_text())
+    best = json.loads(Path("output/bccd/best.json").read_text())["bbox/AP"]
+    results = json.loads(Path("output/bccd/results.json").read_text())
     assert results["bbox"]["AP"] == pytest.approx(max(best.values()))
-    of_test = json.loads(Path("output/cells_test/results.json").read_text())
+    of_test = json.loads(Path("output/bccd_test/results.json").read_text())
     assert "AP-Platelets" in of_test["bbox"]
-    assert Path("output/cells/report.html").is_file() and Path("output/fit/fitted.yaml").is_file()
+    assert Path("output/bccd/report.html").is_file() and Path("output/fit/fitted.yaml").is_file()
     found = json.loads(run.stdout)
     assert found["file"] == "photo.jpg"
     classes = {each["class"] for each in found["detections"]}
