@@ -89,6 +89,7 @@ def test_a_config_for_own_data_trains(name, masks, tmp_path, capfd, monkeypatch)
     assert f"SOLVER.BASE_LR is {rate:g} for batches of 4" in capfd.readouterr().out
 
 
+@pytest.mark.long  # the export to ONNX takes a minute
 @pytest.mark.skipif(not CELLS.is_dir(), reason=f"there are no photographs in {CELLS}")
 def test_the_way_from_photographs_to_an_exported_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript", reason="torch writes ONNX with it")

@@ -18,8 +18,8 @@ from fpn_plugin.engine import StrictCheckpointer
 from fpn_plugin.lazy import load_lazy_config
 
 FCOS = "lazy/COCO-Detection/fcos_R_50_FPN_1x.py"
-OTHERS = ("mini", "own_data", "paper")
-TWINS = [name for name in model_zoo.names() if name.split("/")[0] not in OTHERS]
+NOT_THE_ZOOS = ("mini", "own_data", "paper")
+TWINS = [name for name in model_zoo.names() if name.split("/")[0] not in NOT_THE_ZOOS]
 ONE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 UNSHARED = "mini/table1_c_FPN_unshared.yaml"  # an RPN head a level
 NARROW = [
