@@ -30,11 +30,12 @@ __all__ = ["FrozenNormConv2d", "fold_frozen_norms", "optimize_for_training", "us
 def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
     """Makes a model train faster, in place. Parameters and state dict stay as they are.
 
-    Frozen batch norms are folded, see :class:`FrozenNormConv2d`. The backbone's maps are channels
-    last: convolutions and RoIAlign are then faster. Batch norms that train are slower on a CPU, so
-    a model without frozen ones keeps its layout. On a GPU, weights are channels last too, a
-    batch is sent without a wait, and :func:`use_batched_parts` applies. Values are the same up to
-    rounding. Random numbers are the same. Evaluation on a CPU does not change.
+    Frozen batch norms of Detectron2's convolutions are folded, see :class:`FrozenNormConv2d`. The
+    backbone's maps are channels last: convolutions and RoIAlign are then faster. Batch norms that
+    train are slower on a CPU, so a model without frozen ones keeps its layout. On a GPU, weights
+    are channels last too, a batch is sent without a wait, and :func:`use_batched_parts` applies.
+    Values are the same up to rounding. Random numbers are the same. Evaluation on a CPU does not
+    change.
 
     Args:
         model: any of Detectron2's architectures, on the device that it is trained on.
@@ -43,7 +44,8 @@ def optimize_for_training(model: nn.Module, compile: bool = False) -> None:
     """
     backbone = getattr(model, "backbone", None)
     on_gpu = next(model.parameters()).is_cuda
-    if backbone is not None and (fold_frozen_norms(backbone) or _has_frozen_norms(backbone)):
+    if backbone is not None and _has_frozen_norms(backbone):
+        fold_frozen_norms(backbone)
         backbone.register_forward_pre_hook(_channels_last)
         if on_gpu:
             model.to(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 
 from fpn_plugin import model_zoo
@@ -14,6 +15,7 @@ from fpn_plugin.deploy.fast_training import (
     fold_frozen_norms,
     optimize_for_training,
 )
+from fpn_plugin.modeling import without_network_weights
 
 
 def resnet(norm: str = "FrozenBN") -> ResNet:
@@ -87,8 +89,14 @@ def test_a_norm_that_changes_is_folded_anew():
     assert folded._affine_map(x.dtype)[0] is folded._affine_map(x.dtype)[0]
 
 
-def test_a_model_trains_channels_last_and_evaluates_as_before():
-    model = model_zoo.get("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", device="cpu")
+@pytest.mark.parametrize("network", ["detectron2", "timm", "torchvision"])
+def test_a_model_trains_channels_last_and_evaluates_as_before(network):
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    if network != "detectron2":  # of their norms only Detectron2's are folded
+        cfg.MODEL.FPN.BOTTOM_UP = f"build_{network}_backbone"
+        cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(without_network_weights(cfg))
     other = copy.deepcopy(model)
     optimize_for_training(model)
     assert list(model.state_dict()) == list(other.state_dict())
