@@ -30,8 +30,7 @@ __all__ = [
     "without_network_weights",
 ]
 
-# Detectron2's for models: its lines are on the terminal and in log.txt.
-_LOGGER = logging.getLogger("detectron2.fpn_plugin")
+_LOGGER = logging.getLogger(__name__)
 _CONVERTERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d.convert_frozen_batchnorm,
     "SyncBN": nn.SyncBatchNorm.convert_sync_batchnorm,

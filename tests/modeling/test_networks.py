@@ -308,7 +308,7 @@ def test_norms_are_converted():
 
 @pytest.mark.parametrize("network", ["timm:resnet10t", "torchvision:resnet18"])
 def test_norms_are_frozen_with_weights_and_trained_without(network, tmp_path, caplog):
-    caplog.set_level("INFO", "detectron2.fpn_plugin")
+    caplog.set_level("INFO", "fpn_plugin")
     key = f"MODEL.{network.partition(':')[0].upper()}"
     opts = [f"{key}.NORM", "auto", "MODEL.BACKBONE.FREEZE_AT", 2]
     random = build_backbone(config(network, *opts)).bottom_up
