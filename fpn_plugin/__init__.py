@@ -27,12 +27,14 @@ with _warnings.catch_warnings():
     from .mini import register_mini_weights as _register_mini_weights
     from .modeling import (
         FeaturePyramidNetwork,
+        FeaturizedImagePyramid,
         FPNCascadeROIHeads,
         FPNROIHeads,
         PerLevelRPNHead,
         PyramidROIPooler,
         assign_levels,
         build_fpn_backbone,
+        build_image_pyramid_backbone,
         build_timm_backbone,
         build_torchvision_backbone,
     )
@@ -42,6 +44,7 @@ __all__ = [
     "FPNCascadeROIHeads",
     "FPNROIHeads",
     "FeaturePyramidNetwork",
+    "FeaturizedImagePyramid",
     "PerLevelRPNHead",
     "PyramidROIPooler",
     "UserError",
@@ -49,6 +52,7 @@ __all__ = [
     "add_fpn_config",
     "assign_levels",
     "build_fpn_backbone",
+    "build_image_pyramid_backbone",
     "build_timm_backbone",
     "build_torchvision_backbone",
     "check",

@@ -43,6 +43,9 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # True: upsample to the lateral map's exact size, so that input needs no padding to a
         # multiple of the coarsest stride.
         "MATCH_LATERAL_SIZE": False,
+        # Of build_image_pyramid_backbone, Figure 1 (a): scales of the image, which make p2 to p5
+        # from a stage of stride 16, IN_FEATURES ["res4"].
+        "IMAGE_SCALES": [4.0, 2.0, 1.0, 0.5],
         # Eq. (1), k = floor(k0 + log2(sqrt(w h) / s0)): s0, in pixels of the network's input ...
         "CANONICAL_BOX_SIZE": 224,
         # ... and k0, the level that a box of that size is pooled from.

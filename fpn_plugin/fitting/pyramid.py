@@ -70,6 +70,12 @@ class Pyramid:
                 f"the config's proposals come from {model.PROPOSAL_GENERATOR.NAME!r}, not from an "
                 "RPN: fit the config of the RPN that made them"
             )
+        if model.BACKBONE.NAME == "build_image_pyramid_backbone":
+            raise UserError(
+                "MODEL.BACKBONE.NAME is 'build_image_pyramid_backbone', whose levels come from "
+                "scales of the image and not from stages: fit the config with build_fpn_backbone, "
+                "and take over its anchors"
+            )
         if generator.NAME != "DefaultAnchorGenerator":
             raise UserError(
                 f"MODEL.ANCHOR_GENERATOR.NAME is {generator.NAME!r}; only the anchors of "

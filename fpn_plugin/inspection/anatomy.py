@@ -188,12 +188,15 @@ def _parts(
     model: nn.Module, image: Tensor, maps: dict[str, Tensor], rois: int, detections: int
 ) -> Iterable[Part]:
     backbone = model.backbone
-    whole = _multiply_adds(backbone, image)
     bottom_up = getattr(backbone, "bottom_up", None)
     if bottom_up is None:
-        named = [("backbone", [backbone], whole)]
+        named = [("backbone", [backbone], _multiply_adds(backbone, image))]
     else:
-        below = _multiply_adds(bottom_up, image)
+        runs: list[Tensor] = []  # an image pyramid runs its network several times
+        hook = bottom_up.register_forward_pre_hook(lambda _, inputs: runs.append(inputs[0]))
+        whole = _multiply_adds(backbone, image)
+        hook.remove()
+        below = sum(_multiply_adds(bottom_up, run) for run in runs)
         neck = [child for child in backbone.children() if child is not bottom_up]
         named = [("bottom-up", [bottom_up], below), ("neck", neck, whole - below)]
     rpn = getattr(model, "proposal_generator", None)

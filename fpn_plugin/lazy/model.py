@@ -43,7 +43,13 @@ from fpn_plugin.modeling import (
     PerLevelRPNHead,
     PyramidROIPooler,
 )
-from fpn_plugin.modeling.bottom_up import build_pyramid
+from fpn_plugin.modeling.bottom_up import (
+    PYRAMIDS,
+    build_image_pyramid,
+    build_image_pyramid_backbone,
+    build_pyramid,
+    refuse_merging_keys,
+)
 
 from .keys import newer_keys
 
@@ -213,7 +219,7 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 
 def _has_pyramid(cfg: CfgNode) -> bool:
-    return cfg.MODEL.BACKBONE.NAME == "build_fpn_backbone"
+    return cfg.MODEL.BACKBONE.NAME in PYRAMIDS
 
 
 def _strides(cfg: CfgNode, names: Sequence[str]) -> list[int]:
@@ -271,20 +277,26 @@ def _backbone(cfg: CfgNode) -> dict[str, Any]:
         return _network(cfg, cfg.MODEL.BACKBONE.NAME, features, "..")
     fpn = cfg.MODEL.FPN
     known(cfg, "MODEL.FPN.BOTTOM_UP", **_SECTIONS)
+    shared = {
+        "bottom_up": _network(cfg, fpn.BOTTOM_UP, "${...in_features}", "..."),
+        "in_features": list(fpn.IN_FEATURES),
+        "out_channels": fpn.OUT_CHANNELS,
+        "norm": fpn.NORM,
+        "top_block": fpn.TOP_BLOCK,
+        "freeze": fpn.FREEZE,
+    }
+    if build_image_pyramid_backbone.__name__ == cfg.MODEL.BACKBONE.NAME:
+        refuse_merging_keys(fpn)
+        return node(build_image_pyramid, **shared, image_scales=list(fpn.IMAGE_SCALES))
     return node(
         build_pyramid,
-        bottom_up=_network(cfg, fpn.BOTTOM_UP, "${...in_features}", "..."),
-        in_features=list(fpn.IN_FEATURES),
-        out_channels=fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
-        top_block=fpn.TOP_BLOCK,
+        **shared,
         fuse_type=fpn.FUSE_TYPE,
         coarsest_output_conv=fpn.COARSEST_OUTPUT_CONV,
         top_down=fpn.TOP_DOWN,
         lateral=fpn.LATERAL,
         match_lateral_size=fpn.MATCH_LATERAL_SIZE,
         out_features=list(fpn.OUT_FEATURES) or None,
-        freeze=fpn.FREEZE,
     )
 
 

@@ -1,6 +1,7 @@
 """What runs in a forward pass. Importing it registers the classes with Detectron2."""
 
-from .bottom_up import build_fpn_backbone, image_channels
+from .bottom_up import build_fpn_backbone, build_image_pyramid_backbone, image_channels
+from .image_pyramid import FeaturizedImagePyramid
 from .levels import assign_levels
 from .neck import FeaturePyramidNetwork
 from .networks import (
@@ -13,7 +14,8 @@ from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import PerLevelRPNHead
 
 __all__ = [
-    "FPNCascadeROIHeads", "FPNROIHeads", "FeaturePyramidNetwork", "PerLevelRPNHead",
-    "PyramidROIPooler", "assign_levels", "build_fpn_backbone", "build_timm_backbone",
+    "FPNCascadeROIHeads", "FPNROIHeads", "FeaturePyramidNetwork",
+    "FeaturizedImagePyramid", "PerLevelRPNHead", "PyramidROIPooler", "assign_levels",
+    "build_fpn_backbone", "build_image_pyramid_backbone", "build_timm_backbone",
     "build_torchvision_backbone", "image_channels", "without_network_weights",
 ]  # fmt: skip

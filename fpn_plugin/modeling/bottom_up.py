@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -14,11 +15,16 @@ from torch import nn
 from fpn_plugin.errors import UserError, naming_keys, near_names
 
 from .detectron2_networks import DETECTRON2_NETWORKS
+from .image_pyramid import FeaturizedImagePyramid
 from .neck import FeaturePyramidNetwork, build_top_block
 from .networks import ImageNetwork, as_cfg_node
 
-__all__ = ["build_fpn_backbone", "build_pyramid", "frozen", "image_channels"]
+__all__ = [
+    "PYRAMIDS", "build_fpn_backbone", "build_image_pyramid", "build_image_pyramid_backbone",
+    "build_pyramid", "frozen", "image_channels",
+]  # fmt: skip
 
+Pyramid = TypeVar("Pyramid", FeaturePyramidNetwork, FeaturizedImagePyramid)
 _RESNET_STAGES = {"res2", "res3", "res4", "res5"}
 # Builders that do not check MODEL.BACKBONE.FREEZE_AT.
 _FROZEN_BY_STAGE = {"build_resnet_backbone", *DETECTRON2_NETWORKS}
@@ -30,6 +36,10 @@ _KEYS = {
         "top_down", "lateral", "match_lateral_size", "out_features",
     )
 }  # fmt: skip
+_IMAGE_PYRAMID_KEYS = {
+    name: f"MODEL.FPN.{name.upper()}"
+    for name in ("in_features", "image_scales", "out_channels", "norm", "top_block")
+}
 
 
 @BACKBONE_REGISTRY.register()
@@ -45,19 +55,63 @@ def build_fpn_backbone(cfg: CfgNode | DictConfig, input_shape: ShapeSpec) -> Fea
             not fit the pyramid.
     """
     cfg = as_cfg_node(cfg)
-    fpn = cfg.MODEL.FPN
-    if "BOTTOM_UP" not in fpn:
-        raise UserError(
-            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
-            "cfg.merge_from_file(...)"
-        )
     bottom_up = _build_bottom_up(cfg, input_shape)
+    fpn = cfg.MODEL.FPN
     arguments = {name: fpn[name.upper()] for name in (*_KEYS, "freeze")}
     arguments["out_features"] = fpn.OUT_FEATURES or None
     with naming_keys(_KEYS):
         neck = build_pyramid(bottom_up, **arguments)
     neck._config_keys = _KEYS
     return neck
+
+
+@BACKBONE_REGISTRY.register()
+def build_image_pyramid_backbone(
+    cfg: CfgNode | DictConfig, input_shape: ShapeSpec
+) -> FeaturizedImagePyramid:
+    """Builds a :class:`FeaturizedImagePyramid` over the builder that MODEL.FPN.BOTTOM_UP names.
+
+    MODEL.FPN.IN_FEATURES names the stage, MODEL.FPN.IMAGE_SCALES the scales. OUT_CHANNELS, NORM,
+    TOP_BLOCK and FREEZE are those of the feature pyramid.
+
+    Args:
+        cfg: a config with the plugin's keys, see :func:`fpn_plugin.add_fpn_config`.
+        input_shape: channels of the input image.
+
+    Raises:
+        UserError: as :func:`build_fpn_backbone`, or a key is set that an image pyramid does not
+            have.
+    """
+    cfg = as_cfg_node(cfg)
+    bottom_up = _build_bottom_up(cfg, input_shape)
+    fpn = cfg.MODEL.FPN
+    refuse_merging_keys(fpn)
+    with naming_keys(_IMAGE_PYRAMID_KEYS):
+        return build_image_pyramid(
+            bottom_up, **{name: fpn[name.upper()] for name in (*_IMAGE_PYRAMID_KEYS, "freeze")}
+        )
+
+
+# What MODEL.BACKBONE.NAME may be for levels p2, p3 ... from the keys of MODEL.FPN.
+PYRAMIDS = (build_fpn_backbone.__name__, build_image_pyramid_backbone.__name__)
+
+
+def refuse_merging_keys(fpn: CfgNode) -> None:
+    """Refuses keys of MODEL.FPN that say how levels are merged, which an image pyramid does not.
+
+    Raises:
+        UserError: one of them is not its default.
+    """
+    defaults = {
+        "FUSE_TYPE": "sum", "COARSEST_OUTPUT_CONV": False, "TOP_DOWN": True, "LATERAL": True,
+        "MATCH_LATERAL_SIZE": False, "OUT_FEATURES": [],
+    }  # fmt: skip
+    for key, default in defaults.items():
+        if fpn[key] != default:
+            raise UserError(
+                f"MODEL.FPN.{key} is {fpn[key]!r}; an image pyramid does not merge levels, and "
+                f"reads the key nowhere: leave it {default!r}"
+            )
 
 
 def build_pyramid(
@@ -83,23 +137,12 @@ def build_pyramid(
     Raises:
         UserError: the arguments do not fit the network; names the one to change.
     """
-    shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
-    # FeaturePyramidNetwork reports stages that are not there.
-    if isinstance(top_block, str) and coarsest in shapes:
-        with naming_keys({"name": "`top_block`"}):
-            top_block = build_top_block(
-                top_block,
-                coarsest_stage=coarsest,
-                coarsest_level=int(shapes[coarsest].stride).bit_length() - 1,
-                in_channels=shapes[coarsest].channels,
-                out_channels=out_channels,
-            )
     neck = FeaturePyramidNetwork(
         bottom_up,
         in_features,
         out_channels,
         norm=norm,
-        top_block=top_block,
+        top_block=_top_block(top_block, bottom_up, in_features, out_channels),
         fuse_type=fuse_type,
         coarsest_output_conv=coarsest_output_conv,
         top_down=top_down,
@@ -110,7 +153,51 @@ def build_pyramid(
     return frozen(neck) if freeze else neck
 
 
-def frozen(neck: FeaturePyramidNetwork) -> FeaturePyramidNetwork:
+def build_image_pyramid(
+    bottom_up: Backbone,
+    in_features: Sequence[str],
+    image_scales: Sequence[float],
+    out_channels: int,
+    *,
+    top_block: str | nn.Module | None = "maxpool",
+    norm: str = "",
+    freeze: bool = False,
+) -> FeaturizedImagePyramid:
+    """Builds a :class:`FeaturizedImagePyramid`; ``top_block`` and ``freeze`` are those of
+    :func:`build_pyramid`.
+
+    Raises:
+        UserError: the arguments do not fit the network; names the one to change.
+    """
+    smallest = image_scales[-1] if image_scales and image_scales[-1] > 0 else 1
+    top_block = _top_block(top_block, bottom_up, in_features, out_channels, smallest)
+    options = {"norm": norm, "top_block": top_block}
+    pyramid = FeaturizedImagePyramid(bottom_up, in_features, image_scales, out_channels, **options)
+    return frozen(pyramid) if freeze else pyramid
+
+
+def _top_block(
+    given: str | nn.Module | None,
+    bottom_up: Backbone,
+    in_features: Sequence[str],
+    out_channels: int,
+    scale: float = 1,
+) -> nn.Module | None:
+    """The top block of a name, after the last stage of an image at a scale; others as they are."""
+    shapes, coarsest = bottom_up.output_shape(), in_features[-1] if in_features else None
+    if not isinstance(given, str) or coarsest not in shapes:  # the pyramid reports missing stages
+        return None if isinstance(given, str) else given
+    with naming_keys({"name": "`top_block`"}):
+        return build_top_block(
+            given,
+            coarsest_stage=coarsest,
+            coarsest_level=int(shapes[coarsest].stride / scale).bit_length() - 1,
+            in_channels=shapes[coarsest].channels,
+            out_channels=out_channels,
+        )
+
+
+def frozen(neck: Pyramid) -> Pyramid:
     """The pyramid without anything to train; batch norms keep their statistics."""
     for parameter in neck.parameters():
         parameter.requires_grad = False
@@ -125,6 +212,11 @@ def image_channels(model: nn.Module) -> int:
 
 
 def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    if "BOTTOM_UP" not in cfg.MODEL.FPN:
+        raise UserError(
+            "the config lacks the plugin's keys: call fpn_plugin.add_fpn_config(cfg) before "
+            "cfg.merge_from_file(...)"
+        )
     name = cfg.MODEL.FPN.BOTTOM_UP
     if name not in BACKBONE_REGISTRY:
         known = [builder for builder, _ in BACKBONE_REGISTRY]
@@ -132,7 +224,7 @@ def _build_bottom_up(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             f"MODEL.FPN.BOTTOM_UP names {name!r}, which is not in the BACKBONE registry: "
             f"{near_names(name, known)} A module that registers it must be imported first"
         )
-    if name == build_fpn_backbone.__name__:
+    if name in PYRAMIDS:
         raise UserError(
             "MODEL.FPN.BOTTOM_UP names the pyramid itself; name the network under it, for "
             "example build_resnet_backbone"

@@ -18,7 +18,10 @@ from fpn_plugin.errors import UserError, by_keys, near_names
 
 from .scripting import spelt_out
 
-__all__ = ["TOP_BLOCKS", "FeaturePyramidNetwork", "build_top_block"]
+__all__ = [
+    "TOP_BLOCKS", "FeaturePyramidNetwork", "build_top_block", "by_level", "check_channels",
+    "checked_shapes", "pyramid_conv", "top_block_levels",
+]  # fmt: skip
 
 _FUSE_TYPES = ("sum", "avg")
 _NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -88,8 +91,8 @@ class FeaturePyramidNetwork(Backbone):
         out_features: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        _check_channels(out_channels)
-        shapes = _checked_shapes(bottom_up, in_features)
+        check_channels(out_channels)
+        shapes = checked_shapes(bottom_up, in_features)
         if fuse_type not in _FUSE_TYPES:
             raise UserError(
                 f"`fuse_type` {fuse_type!r} is unknown: {near_names(str(fuse_type), _FUSE_TYPES)}"
@@ -107,7 +110,8 @@ class FeaturePyramidNetwork(Backbone):
 
         levels = [shape.stride.bit_length() - 1 for shape in shapes]
         self._coarsest_first = levels[::-1]
-        outputs = [*levels, *self._top_block_levels(top_block, levels[-1])]
+        present = [*self.in_features, *(f"p{level}" for level in self._coarsest_first)]
+        outputs = [*levels, *top_block_levels(top_block, levels[-1], present)]
         self._out_features = [f"p{level}" for level in outputs]
         if out_features is not None:
             self._out_features = self._checked_choice(out_features, len(levels))
@@ -117,9 +121,9 @@ class FeaturePyramidNetwork(Backbone):
             coarsest = level == levels[-1]
             convs = {}
             if lateral or coarsest:
-                convs[f"fpn_lateral{level}"] = _conv(shape.channels, out_channels, 1, norm)
+                convs[f"fpn_lateral{level}"] = pyramid_conv(shape.channels, out_channels, 1, norm)
             if (coarsest_output_conv or not coarsest) and f"p{level}" in self._out_features:
-                convs[f"fpn_output{level}"] = _conv(out_channels, out_channels, 3, norm)
+                convs[f"fpn_output{level}"] = pyramid_conv(out_channels, out_channels, 3, norm)
             for name, conv in convs.items():
                 weight_init.c2_xavier_fill(conv)
                 self.add_module(name, conv)
@@ -131,17 +135,6 @@ class FeaturePyramidNetwork(Backbone):
         # A network may need padding itself. Detectron2's Swin has the property but not its value.
         own = getattr(bottom_up, "size_divisibility", 0)
         self._size_divisibility = own if match_lateral_size else shapes[-1].stride
-
-    def _top_block_levels(self, top_block: nn.Module | None, coarsest: int) -> list[int]:
-        if top_block is None:
-            return []
-        present = [*self.in_features, *(f"p{level}" for level in self._coarsest_first)]
-        if top_block.in_feature not in present:
-            raise UserError(
-                f"the top block reads {top_block.in_feature!r}, which this pyramid does not "
-                f"have; it has {', '.join(present)}. build_top_block() follows the coarsest level"
-            )
-        return [coarsest + 1 + i for i in range(top_block.num_levels)]
 
     def _checked_choice(self, chosen: Sequence[str], num_stages: int) -> list[str]:
         """The chosen levels, finest first; refuses a choice that leaves a module unused."""
@@ -198,9 +191,7 @@ class FeaturePyramidNetwork(Backbone):
         if self.top_block is not None:
             source = self.top_block.in_feature
             extra = self.top_block((stages if source in self.in_features else pyramid)[source])
-            names = self._out_features[len(pyramid) :]
-            extra = _as_many_as(len(names), extra)
-            pyramid |= {name: extra[i] for i, name in enumerate(names)}
+            pyramid |= by_level(self._out_features[len(pyramid) :], extra)
         return pyramid
 
     def _merge(self, stage: Tensor, level: int, coarser: Tensor | None) -> Tensor:
@@ -257,6 +248,35 @@ def _fitting(upsampled: Tensor, stage: Tensor, divisibility: int, matching: str)
     return upsampled
 
 
+def top_block_levels(
+    top_block: nn.Module | None, coarsest: int, present: Sequence[str]
+) -> list[int]:
+    """The levels that a top block adds after the coarsest one.
+
+    Args:
+        top_block: None for no levels.
+        coarsest: the coarsest level below it, for example 5.
+        present: names of the stages and levels that it may read.
+
+    Raises:
+        UserError: it reads another one.
+    """
+    if top_block is None:
+        return []
+    if top_block.in_feature not in present:
+        raise UserError(
+            f"the top block reads {top_block.in_feature!r}, which this pyramid does not "
+            f"have; it has {', '.join(present)}. build_top_block() follows the coarsest level"
+        )
+    return [coarsest + 1 + i for i in range(top_block.num_levels)]
+
+
+def by_level(names: Sequence[str], extra: list[Tensor]) -> dict[str, Tensor]:
+    """The maps of a top block by the names of its levels; refuses another number of maps."""
+    extra = _as_many_as(len(names), extra)
+    return {name: extra[i] for i, name in enumerate(names)}
+
+
 @fx.wrap
 def _as_many_as(count: int, maps: list[Tensor]) -> list[Tensor]:
     """Checks that a top block gives as many maps as it declares."""
@@ -288,7 +308,7 @@ def build_top_block(
         block.in_feature = level  # Detectron2's says "p5" whatever the pyramid
         return block
     if name in ("p6p7_c5", "p6p7_p5"):
-        _check_channels(out_channels)
+        check_channels(out_channels)
         on_stage = name == "p6p7_c5"
         source, channels = (coarsest_stage, in_channels) if on_stage else (level, out_channels)
         return LastLevelP6P7(channels, out_channels, source)
@@ -297,14 +317,15 @@ def build_top_block(
     raise UserError(f"`name` {name!r} is unknown: {near_names(str(name), TOP_BLOCKS)}")
 
 
-def _check_channels(out_channels: int) -> None:
+def check_channels(out_channels: int) -> None:
+    """Refuses a level of no channels."""
     if out_channels < 1:
         raise UserError(
             f"`out_channels` is {out_channels}; a level has 1 channel or more, 256 in the paper"
         )
 
 
-def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[ShapeSpec]:
+def checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[ShapeSpec]:
     """Shapes of the chosen stages; refuses those whose strides are not a pyramid."""
     offered = bottom_up.output_shape()
     says = ", ".join(f"{name} (stride {shape.stride})" for name, shape in offered.items())
@@ -327,7 +348,7 @@ def _checked_shapes(bottom_up: Backbone, in_features: Sequence[str]) -> list[Sha
     return shapes
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
+def pyramid_conv(in_channels: int, out_channels: int, kernel_size: int, norm: str) -> Conv2d:
     """A convolution that keeps the map's size, with a bias unless a norm has one."""
     try:
         norm_layer = get_norm(norm, out_channels)

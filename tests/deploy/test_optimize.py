@@ -318,6 +318,8 @@ def test_norms_that_are_left_are_those_of_the_whole_model(config_of):
         ["MODEL.FPN.BOTTOM_UP", "build_torchvision_backbone", "MODEL.TORCHVISION.NAME",
          "regnet_y_400mf", "MODEL.TORCHVISION.WEIGHTS", ""],
         ["MODEL.FPN.TOP_DOWN", False],
+        ["MODEL.BACKBONE.NAME", "build_image_pyramid_backbone", "MODEL.FPN.IN_FEATURES", ["res3"],
+         "MODEL.FPN.IMAGE_SCALES", [2.0, 1.0, 0.5, 0.25]],
         ["MODEL.FPN.LATERAL", False],
         ["MODEL.FPN.FUSE_TYPE", "avg", "MODEL.FPN.NORM", "GN"],
         ["MODEL.FPN.MATCH_LATERAL_SIZE", True],

@@ -171,6 +171,7 @@ def test_the_divisibility_is_that_of_the_model(mini_config):
     [
         (("MODEL.META_ARCHITECTURE", "FCOS"), "'FCOS' has no anchors .* one of GeneralizedRCNN"),
         (("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"), "not from an RPN"),
+        (("MODEL.BACKBONE.NAME", "build_image_pyramid_backbone"), "and take over its anchors"),
         (("MODEL.RPN.IN_FEATURES", "['res4']"), r"RPN.IN_FEATURES is \['res4'\], which is no pyr"),
         (("MODEL.RPN.IN_FEATURES", "['p2', 'p4']"), "without a gap"),
         (("MODEL.ANCHOR_GENERATOR.SIZES", "[[8], [16]]"), r"one for each of the 5 levels"),

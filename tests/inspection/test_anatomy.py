@@ -91,6 +91,26 @@ def test_parts_are_the_whole_model(name, make_config):
     assert anatomy_text(parts)
 
 
+def test_an_image_pyramids_network_counts_once_for_each_scale(make_config):
+    one, several = (
+        anatomy(
+            build_model(
+                make_config(
+                    FASTER, "MODEL.BACKBONE.NAME", "build_image_pyramid_backbone",
+                    "MODEL.FPN.IN_FEATURES", ["res4"], "MODEL.FPN.IMAGE_SCALES", scales,
+                    "MODEL.RPN.IN_FEATURES", ["p4", "p5"], "MODEL.ROI_HEADS.IN_FEATURES", ["p4"],
+                    "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]],
+                )
+            ),
+            (64, 64),
+        ).parts
+        for scales in ([1.0], [2.0, 1.0, 0.5])
+    )  # fmt: skip
+    for before, after in zip(one[:2], several[:2], strict=True):  # the network, and its 1x1
+        assert after.parameters == before.parameters > 0
+        assert after.multiply_adds == (4 + 1 + 1 / 4) * before.multiply_adds
+
+
 def test_the_tool_prints_and_draws(tmp_path, capsys):
     picture = tmp_path / "folder" / "model.png"
     size = ["--size", "256", "320", "--output", str(picture)]

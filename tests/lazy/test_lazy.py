@@ -542,6 +542,8 @@ def test_every_key_is_carried_over_or_refused():
         yacs_of("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"),
         yacs_of("mini/table1_a_C4.yaml"),
         *(yacs_of("mini/table1_c_FPN.yaml", *bottom_up, network[0]) for network in NETWORKS),
+        yacs_of("mini/table1_c_FPN.yaml", "MODEL.BACKBONE.NAME", "build_image_pyramid_backbone",
+                "MODEL.FPN.IN_FEATURES", ["res4"]),
     ]  # fmt: skip
     before = [[plain(make(cfg)) for make in MAKERS] for cfg in bases]
 

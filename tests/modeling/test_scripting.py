@@ -15,7 +15,7 @@ from detectron2.utils.testing import convert_scripted_instances
 from torch import Tensor, nn
 
 from fpn_plugin import FeaturePyramidNetwork, PyramidROIPooler, model_zoo
-from fpn_plugin.modeling.bottom_up import build_pyramid
+from fpn_plugin.modeling.bottom_up import build_image_pyramid, build_pyramid
 
 STAGES = ["res2", "res3", "res4", "res5"]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -81,6 +81,17 @@ def test_a_scripted_pyramid_is_the_pyramid(options):
             assert list(found) == list(expected)
             for name, level in expected.items():
                 torch.testing.assert_close(found[name], level)
+
+
+def test_a_scripted_image_pyramid_is_the_image_pyramid():
+    backbone = build_image_pyramid(TinyNetwork(), ["res4"], [2, 1, 0.5], 32).eval()
+    scripted = torch.jit.script(nn.Sequential(backbone))
+    for side in ((64, 96), (75, 101)):
+        image = torch.randn(2, 3, *side)
+        expected, found = backbone(image), scripted(image)
+        assert list(found) == list(expected)
+        for name, level in expected.items():
+            torch.testing.assert_close(found[name], level)
 
 
 def test_a_pyramid_may_be_scripted_again_and_altered_after():
