@@ -14,7 +14,8 @@ __all__ = ["add_fpn_config", "flat_keys", "value_at"]
 
 def add_fpn_config(cfg: CfgNode) -> None:
     """Adds the plugin's keys with their defaults: MODEL.FPN.*, MODEL.TIMM.*, MODEL.TORCHVISION.*,
-    SOLVER.AMP.DTYPE, SOLVER.EPOCHS, SOLVER.REFERENCE_BATCH, SOLVER.BEST_METRIC and SOLVER.PATIENCE.
+    MODEL.SEGMENT_PROPOSALS.*, SOLVER.AMP.DTYPE, SOLVER.EPOCHS, SOLVER.REFERENCE_BATCH,
+    SOLVER.BEST_METRIC and SOLVER.PATIENCE.
 
     Detectron2's own keys of MODEL.FPN (IN_FEATURES, OUT_CHANNELS, NORM, FUSE_TYPE) stay as they
     are. A key that exists already keeps its value, so calling it again is safe.
@@ -84,6 +85,24 @@ def add_fpn_config(cfg: CfgNode) -> None:
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         "NORM": "FrozenBN",
     }
+    # The proposal generator SegmentProposals (section 6, appendix A).
+    segments = {
+        "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+        # A head for each: [5], [7], or [5, 7], where 7 is for half octaves.
+        "KERNEL_SIZES": [5],
+        # Channels of a head's first layer, and the side of its masks.
+        "WIDTH": 512,
+        "MASK_SIZE": 14,
+        # Longer side of a level's objects in cells of the level, for a kernel of 5: 32 px on P2.
+        "OBJECT_CELLS": 8.0,
+        # Cells that are sampled in an image, and the part of them that is positive at most.
+        "BATCH_SIZE_PER_IMAGE": 128,
+        "POSITIVE_FRACTION": 0.25,
+        # Weight of the mask loss over that of the score.
+        "MASK_LOSS_WEIGHT": 10.0,
+        # Proposals of an image.
+        "TOPK_TEST": 1000,
+    }
     solver = {
         # Above 0: the length of a training in passes over its images, instead of MAX_ITER. Then
         # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same. Only
@@ -103,6 +122,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
         (cfg.MODEL, "FPN", defaults),
         (cfg.MODEL, "TIMM", timm),
         (cfg.MODEL, "TORCHVISION", torchvision),
+        (cfg.MODEL, "SEGMENT_PROPOSALS", segments),
         (cfg, "SOLVER", solver),
         (cfg.SOLVER, "AMP", amp),
     ):

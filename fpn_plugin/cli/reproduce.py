@@ -1,4 +1,4 @@
-"""Train rows of the paper's Tables 1 to 5, and report them next to its figures. Finished runs are
+"""Train rows of the paper's Tables 1 to 6, and report them next to its figures. Finished runs are
 not run again. Interrupted runs are resumed.
 
 Examples:
@@ -24,7 +24,7 @@ __all__ = ["reproduce_main"]
 def _parser() -> ToolParser:
     parser = command_parser("reproduce", __doc__)
     add = parser.add_argument
-    add("what", nargs="+", metavar="TABLE|ROW", help="tables 1 to 5, or rows such as 1c and 2a")
+    add("what", nargs="+", metavar="TABLE|ROW", help="tables 1 to 6, or rows such as 1c and 2a")
     add("--scale", choices=SCALES, default="mini", help="mini: minutes on a CPU; paper: COCO")
     add("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
     add_shared(parser, "--output", default="output", help="folder of runs and reports")

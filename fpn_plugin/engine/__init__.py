@@ -2,7 +2,11 @@
 
 from .checkpoint import StrictCheckpointer
 from .launch import run_tool
+from .segment_evaluation import SegmentProposalEvaluator
 from .settings import find_config_file, load_config
 from .trainer import FPNTrainer
 
-__all__ = ["FPNTrainer", "StrictCheckpointer", "find_config_file", "load_config", "run_tool"]
+__all__ = [
+    "FPNTrainer", "SegmentProposalEvaluator", "StrictCheckpointer", "find_config_file",
+    "load_config", "run_tool",
+]  # fmt: skip

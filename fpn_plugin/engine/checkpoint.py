@@ -83,6 +83,7 @@ _KEYS = {
     r"^backbone\.(bottom_up\.)?net\.": "MODEL.TIMM.NAME or MODEL.TORCHVISION.NAME",
     r"bottom_up": "MODEL.RESNETS.DEPTH, NORM, NUM_GROUPS, WIDTH_PER_GROUP; MODEL.FPN.BOTTOM_UP",
     r"^backbone": "MODEL.BACKBONE.NAME; MODEL.RESNETS",
+    r"^proposal_generator\.heads": "MODEL.SEGMENT_PROPOSALS, MODEL.FPN.OUT_CHANNELS",
     r"^proposal_generator": "MODEL.ANCHOR_GENERATOR, MODEL.RPN; MODEL.FPN.OUT_CHANNELS",
     r"box_head|box_predictor": "MODEL.ROI_BOX_HEAD, MODEL.FPN.OUT_CHANNELS; MODEL.ROI_HEADS.NAME",
     r"mask_head": "MODEL.MASK_ON, MODEL.ROI_MASK_HEAD",

@@ -45,6 +45,7 @@ from .hooks import TrainingHooks
 from .logs import add_loggers
 from .results import finish
 from .run_config import RunConfig
+from .segment_evaluation import SegmentProposalEvaluator
 from .step_trainer import step_trainer
 
 __all__ = ["FPNTrainer"]
@@ -53,10 +54,11 @@ __all__ = ["FPNTrainer"]
 class FPNTrainer(DefaultTrainer):
     """DefaultTrainer that evaluates COCO-format datasets and also trains in processes on the CPU.
 
-    It evaluates detections with :class:`DetectionEvaluator`, and a model that gives only proposals
-    (RPN) by their recall. An image that cannot be read and weights that do not fit are a
-    :class:`UserError`. A resumed run equals the uncut run, see :class:`ResumeState`. When training
-    ends, ``loss_curve.png`` is in OUTPUT_DIR.
+    It evaluates detections with :class:`DetectionEvaluator`, a model that gives only proposals
+    (RPN) by their recall, and segment proposals with :class:`SegmentProposalEvaluator`. An image
+    that cannot be read and weights that do not fit are a :class:`UserError`. A resumed run equals
+    the uncut run, see :class:`ResumeState`. When training ends, ``loss_curve.png`` is in
+    OUTPUT_DIR.
 
     Args:
         cfg: the config.
@@ -164,9 +166,12 @@ class FPNTrainer(DefaultTrainer):
     ) -> DatasetEvaluator:
         """A :class:`DetectionEvaluator`, with Detectron2's two others for panoptic datasets.
 
-        It infers from predictions whether to evaluate boxes, masks, keypoints or proposals.
+        It infers from predictions whether to evaluate boxes, masks, keypoints or proposals. Segment
+        proposals have a :class:`SegmentProposalEvaluator`.
         """
         output = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "SegmentProposals":
+            return SegmentProposalEvaluator(dataset_name, output)
         coco = DetectionEvaluator(
             dataset_name,
             output_dir=output,

@@ -42,6 +42,7 @@ from fpn_plugin.modeling import (
     FPNROIHeads,
     PerLevelRPNHead,
     PyramidROIPooler,
+    SegmentProposals,
 )
 from fpn_plugin.modeling.bottom_up import (
     PYRAMIDS,
@@ -330,8 +331,11 @@ def _rcnn(cfg: CfgNode, target: type = GeneralizedRCNN, **more: Any) -> dict[str
 
 
 def _proposal_network(cfg: CfgNode) -> dict[str, Any]:
-    rpn = known(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", RPN=_rpn)(cfg)
-    return node(ProposalNetwork, backbone=_backbone(cfg), proposal_generator=rpn, **_pixels(cfg))
+    generators = {"RPN": _rpn, "SegmentProposals": _segment_proposals}
+    generator = known(cfg, "MODEL.PROPOSAL_GENERATOR.NAME", **generators)(cfg)
+    return node(
+        ProposalNetwork, backbone=_backbone(cfg), proposal_generator=generator, **_pixels(cfg)
+    )
 
 
 def _panoptic(cfg: CfgNode) -> dict[str, Any]:
@@ -455,6 +459,18 @@ def _rpn(cfg: CfgNode) -> dict[str, Any]:
         box_reg_loss_type=section.BBOX_REG_LOSS_TYPE,
         smooth_l1_beta=section.SMOOTH_L1_BETA,
     )
+
+
+def _segment_proposals(cfg: CfgNode) -> dict[str, Any]:
+    section = cfg.MODEL.SEGMENT_PROPOSALS
+    levels = list(section.IN_FEATURES)
+    shapes = {
+        name: ShapeSpec(channels=1, stride=stride)
+        for name, stride in zip(levels, _strides(cfg, levels), strict=True)
+    }
+    arguments = SegmentProposals.from_config(cfg, shapes)
+    arguments["in_channels"] = _channels(cfg, levels[0], 2)
+    return node(SegmentProposals, **arguments)
 
 
 # ---- RoI heads

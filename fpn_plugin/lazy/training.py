@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from fpn_plugin.data import ReadableImageMapper, swapped_keypoints
 from fpn_plugin.data.dataset_records import config_arguments, dataset_records
 from fpn_plugin.engine.evaluation import DetectionEvaluator
+from fpn_plugin.engine.segment_evaluation import SegmentProposalEvaluator
 
 from .model import config_of, known, node, refuse_changed
 
@@ -82,6 +83,8 @@ def _evaluators(cfg: CfgNode) -> dict[str, Any] | list[dict[str, Any]]:
         "dataset_name": "${..test.dataset.names}",
         "output_dir": "${train.output_dir}/inference",
     }
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "SegmentProposals":
+        return node(SegmentProposalEvaluator, **own)
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
         return node(DetectionEvaluator, **own, **coco)
     own["dataset_name"] = "${...test.dataset.names}"  # one node further down

@@ -12,10 +12,11 @@ from .networks import (
 from .pooler import PyramidROIPooler
 from .roi_heads import FPNCascadeROIHeads, FPNROIHeads
 from .rpn import PerLevelRPNHead
+from .segment_proposals import SegmentProposals
 
 __all__ = [
     "FPNCascadeROIHeads", "FPNROIHeads", "FeaturePyramidNetwork",
-    "FeaturizedImagePyramid", "PerLevelRPNHead", "PyramidROIPooler", "assign_levels",
-    "build_fpn_backbone", "build_image_pyramid_backbone", "build_timm_backbone",
+    "FeaturizedImagePyramid", "PerLevelRPNHead", "PyramidROIPooler", "SegmentProposals",
+    "assign_levels", "build_fpn_backbone", "build_image_pyramid_backbone", "build_timm_backbone",
     "build_torchvision_backbone", "image_channels", "without_network_weights",
 ]  # fmt: skip

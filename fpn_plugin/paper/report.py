@@ -186,7 +186,8 @@ def _how_made(facts: dict[str, str]) -> str:
         f"Made on {facts['date']}{commit} (code {facts['code']}) with fpn_plugin "
         f"{fpn_plugin.__version__}, Python {facts['python']}, torch {facts['torch']}, torchvision "
         f"{facts['torchvision']}, on {facts['device']}. In parentheses: the difference to the row "
-        "that the table compares with, (c) in Tables 1 to 3. ±: standard deviation over seeds."
+        "that the table compares with, (c) in Tables 1 to 3 and 5 x 5 in Table 6. "
+        "±: standard deviation over seeds."
     )
 
 

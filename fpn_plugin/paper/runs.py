@@ -218,7 +218,7 @@ class RunFolder:
         """The results of a finished run.
 
         Args:
-            task: "box_proposals" or "bbox".
+            task: "box_proposals", "bbox" or "segment_proposals".
         """
         results = json.loads((self.path / "results.json").read_text())
         speed = json.loads((self.path / "inference" / "speed.json").read_text())
@@ -258,12 +258,12 @@ def losses_by_part(rows: list[dict[str, float]], iterations: int) -> list[float]
 
 
 def _by_group(folder: RunFolder, results: dict[str, Any], task: str) -> dict[str, float]:
-    """AP or AR@1000 of each supercategory of the mini dataset; empty for other data.
+    """AP or AR@1000 of each supercategory of the mini dataset; empty for other data and segments.
 
     AP of a group is the mean of its categories' AP, as COCO's AP is the mean of all categories.
     Proposals have no categories: the recall of a group is Detectron2's on the group's labels only.
     """
-    if folder.scale != "mini":
+    if folder.scale != "mini" or task == "segment_proposals":
         return {}
     [name] = folder.config().DATASETS.TEST
     with redirect_stdout(io.StringIO()):  # pycocotools prints its progress

@@ -43,9 +43,9 @@ def test_tables_and_rows_are_found_by_their_names():
     assert set(select_rows(["1", "5-r50-yes"])) == {1, 5}
 
 
-@pytest.mark.parametrize("name", ["6", "1g", "c", "", "table"])
+@pytest.mark.parametrize("name", ["7", "6a", "1g", "c", "", "table"])
 def test_an_unknown_row_lists_what_there_is(name):
-    with pytest.raises(UserError, match=r"tables: 1, 2, 3, 4, 5; rows: 1a, .*5-R101-yes"):
+    with pytest.raises(UserError, match=r"tables: 1, 2, 3, 4, 5, 6; rows: 1a, .*6-2x"):
         select_rows([name])
 
 
@@ -58,7 +58,7 @@ def test_runs_come_after_what_they_depend_on():
         "table1_c_FPN", "table2_c_FPN", "table5_R_50_step3_rpn", "table5_R_50_shared",
     ]  # fmt: skip
     assert names(["3-He"]) == []
-    assert len(names(["1", "2", "3", "4", "5"])) == len(RUNS)
+    assert len(names(["1", "2", "3", "4", "5", "6"])) == len(RUNS)
 
 
 def test_proposals_are_dumped_only_for_runs_that_are_read(tmp_path):
@@ -269,6 +269,21 @@ def test_rows_are_trained_reported_skipped_and_resumed(tmp_path, capsys):
         read_runs(second / "results.json", [folder])
     reproduce_main([*args[:3], "--dry-run", *args[3:]])
     assert "0 of 3 to run" in capsys.readouterr().out
+
+
+def test_segment_proposals_are_reported_next_to_the_papers(tmp_path, capsys):
+    ensure_mini({"train": 6, "val": 4})
+    opts = [*TINY, "MODEL.SEGMENT_PROPOSALS.WIDTH", "8"]
+    reproduce_main(["6-5x5", "6-DeepMask", "--output", str(tmp_path), "--opts", *opts])
+    text = capsys.readouterr().out
+    results = json.loads((tmp_path / "mini" / "table6_5x5" / "seed0" / "results.json").read_text())
+    found = results["segment_proposals"]
+    assert set(found) == {f"AR{size}@{k}" for size in ("", "s", "m", "l") for k in (100, 1000)}
+    [ours] = [line.split("|")[1:-1] for line in text.splitlines() if "| FPN, single" in line][:1]
+    assert [cell.strip() for cell in ours[2:4]] == [f"{found['AR@1000']:.1f}", "43.4"]
+    [theirs] = [line.split("|")[1:-1] for line in text.splitlines() if "| DeepMask" in line][:1]
+    assert [cell.strip() for cell in theirs[2:4]] == ["-", "37.1 (-6.3)"]
+    assert "of each group of categories" not in text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""The rows of Tables 1 to 5: what tells a right one from a wrong one."""
+"""The rows of Tables 1 to 6: what tells a right one from a wrong one."""
 
 import re
 
@@ -15,7 +15,9 @@ from fpn_plugin import PerLevelRPNHead, PyramidROIPooler, model_zoo
 from fpn_plugin.config import flat_keys, value_at
 from fpn_plugin.paper.tables import RUNS, TABLES
 
-RPN_RUNS = [name for name, run in RUNS.items() if run.proposals_from is None]
+SEGMENT_RUNS = [row.run for row in TABLES[6].rows if row.run]
+BOX_RUNS = [name for name in RUNS if name not in SEGMENT_RUNS]
+RPN_RUNS = [name for name in BOX_RUNS if RUNS[name].proposals_from is None]
 FAST_RUNS = [name for name, run in RUNS.items() if run.proposals_from is not None]
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -105,7 +107,7 @@ def test_a_level_depends_on_only_its_rows_stages(table, row, expected):
     assert {level: reads(neck, level) for level in expected} == expected
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", BOX_RUNS)
 def test_every_parameter_of_a_row_gets_a_gradient_that_is_not_zero(name):
     """Of the mini scale: the paper's differs only in scale, see below."""
     cfg = mini(name)
@@ -193,7 +195,7 @@ PUBLISHED_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", BOX_RUNS)
 def test_settings_are_the_papers(name):
     cfg = paper(name)
     settings = flat(cfg)
@@ -211,6 +213,30 @@ def test_settings_are_the_papers(name):
     assert (101 if "R_101" in name else 50) == cfg.MODEL.RESNETS.DEPTH
 
 
+@pytest.mark.parametrize(
+    ("name", "kernels", "mask", "iterations"),
+    [("5x5", [5], 14, 80_000), ("7x7", [7], 14, 80_000), ("5x5_7x7", [5, 7], 14, 80_000),
+     ("28x28", [5, 7], 28, 80_000), ("2x", [5, 7], 28, 160_000)],
+)  # fmt: skip
+def test_settings_of_segment_proposals_are_the_papers(name, kernels, mask, iterations):
+    cfg, small = paper(f"table6_{name}"), mini(f"table6_{name}")
+    keys = cfg.MODEL.SEGMENT_PROPOSALS
+    assert keys == {
+        "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"], "KERNEL_SIZES": kernels, "WIDTH": 512,
+        "MASK_SIZE": mask, "OBJECT_CELLS": 8, "BATCH_SIZE_PER_IMAGE": 128,
+        "POSITIVE_FRACTION": 0.25, "MASK_LOSS_WEIGHT": 10, "TOPK_TEST": 1000,
+    }  # fmt: skip
+    assert cfg.MODEL.FPN.OUT_CHANNELS == 128
+    assert cfg.MODEL.RESNETS.DEPTH == 50
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.GAMMA) == (16, 0.03, 0.1)
+    assert (tuple(solver.STEPS), solver.MAX_ITER) == ((iterations * 3 // 4,), iterations)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (cfg.INPUT.MIN_SIZE_TEST,) == (800,)
+    # Half of everything in an image of half the size; the longer schedule is twice as long there.
+    assert {**keys, "WIDTH": 128, "OBJECT_CELLS": 4} == small.MODEL.SEGMENT_PROPOSALS
+    assert mini("table6_5x5").SOLVER.MAX_ITER * iterations / 80_000 == small.SOLVER.MAX_ITER
+
+
 # What scales may differ in: data, input size, anchors, canonical size, width, schedule.
 SCALE_KEYS = re.compile(
     r"""DATASETS\.|DATALOADER\.|SOLVER\.|SEED|OUTPUT_DIR
@@ -222,7 +248,9 @@ SCALE_KEYS = re.compile(
     |MODEL\.RPN\.(CONV_DIMS|PRE_NMS_TOPK_TRAIN|PRE_NMS_TOPK_TEST|POST_NMS_TOPK_TRAIN
                   |POST_NMS_TOPK_TEST)
     |MODEL\.ROI_HEADS\.(NUM_CLASSES|BATCH_SIZE_PER_IMAGE)
-    |MODEL\.ROI_BOX_HEAD\.FC_DIM""",
+    |MODEL\.ROI_BOX_HEAD\.FC_DIM
+    |MODEL\.SEGMENT_PROPOSALS\.(WIDTH|OBJECT_CELLS)
+    |INPUT\.MASK_FORMAT""",
     re.VERBOSE,
 )
 
@@ -292,3 +320,7 @@ def test_published_figures_are_those_of_the_paper():
     table2 = {row.key: row.published for row in TABLES[2].rows}
     assert list(table2["2d"].values()) == [44.9, 24.9, 10.9, 24.4, 38.5]
     assert TABLES[3].rows[-1].published == table2["2c"]
+    table6 = {row.key: row.published for row in TABLES[6].rows}
+    assert table6["6-InstanceFCN"] == {"AR1k": 39.2}
+    assert list(table6["6-2x"]) == ["AR1k", "AR1k s", "AR1k m", "AR1k l"]
+    assert list(table6["6-2x"].values()) == [48.1, 32.6, 54.2, 65.6]
