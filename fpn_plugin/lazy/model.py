@@ -419,12 +419,14 @@ def _transform(weights: Sequence[float]) -> dict[str, Any]:
 
 
 def build_per_level_head(
-    in_channels: list[int], num_anchors: int, conv_dims: list[int]
+    in_channels: list[int], num_anchors: int | list[int], conv_dims: list[int]
 ) -> nn.Module:
-    """PerLevelRPNHead by its arguments instead of by a yacs config."""
+    """PerLevelRPNHead by its arguments instead of by a yacs config; anchors may be by level."""
+    if isinstance(num_anchors, int):
+        num_anchors = [num_anchors] * len(in_channels)
     return PerLevelRPNHead.of(
-        StandardRPNHead(in_channels=channels, num_anchors=num_anchors, conv_dims=conv_dims)
-        for channels in in_channels
+        StandardRPNHead(in_channels=channels, num_anchors=count, conv_dims=conv_dims)
+        for channels, count in zip(in_channels, num_anchors, strict=True)
     )
 
 
@@ -438,6 +440,10 @@ def _rpn(cfg: CfgNode) -> dict[str, Any]:
         PerLevelRPNHead=(build_per_level_head, [_channels(cfg, name, 4) for name in levels]),
     )
     anchors, dims = _anchors_per_cell(cfg), list(section.CONV_DIMS)
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    if head is build_per_level_head and len({len(of_level) for of_level in sizes}) > 1:
+        ratios = cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
+        anchors = [len(s) * len(ratios[i % len(ratios)]) for i, s in enumerate(sizes)]
     return node(
         RPN,
         in_features=levels,
