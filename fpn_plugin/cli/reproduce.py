@@ -1,10 +1,11 @@
-"""Train rows of the paper's Tables 1 to 6, and report them next to its figures. Finished runs are
-not run again. Interrupted runs are resumed.
+"""Train rows of the paper's Tables 1 to 6 and the designs of its Figure 1, and report them next to
+its figures. Finished runs are not run again. Interrupted runs are resumed.
 
 Examples:
   fpn-plugin reproduce 1 --scale mini                      # Table 1, a seed, on the mini dataset
   fpn-plugin reproduce 1 2 3 --scale mini --seeds 0 1 2    # Tables 1 to 3, three seeds
   fpn-plugin reproduce 1c 1d --scale paper                 # two rows on COCO, at the paper's size
+  fpn-plugin reproduce figure1 --scale mini                # the designs of Figure 1
   fpn-plugin reproduce 2 --scale mini --dry-run            # what would run
 """
 
@@ -24,7 +25,7 @@ __all__ = ["reproduce_main"]
 def _parser() -> ToolParser:
     parser = command_parser("reproduce", __doc__)
     add = parser.add_argument
-    add("what", nargs="+", metavar="TABLE|ROW", help="tables 1 to 6, or rows such as 1c and 2a")
+    add("what", nargs="+", metavar="TABLE|ROW", help="tables 1 to 6, figure1, or rows: 1c, 2a")
     add("--scale", choices=SCALES, default="mini", help="mini: minutes on a CPU; paper: COCO")
     add("--seeds", nargs="+", type=at_least(0), default=[0], metavar="SEED")
     add_shared(parser, "--output", default="output", help="folder of runs and reports")

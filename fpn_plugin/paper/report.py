@@ -23,6 +23,7 @@ import fpn_plugin
 from fpn_plugin.errors import UserError
 from fpn_plugin.visualization.palette import CATEGORY_COLORS
 
+from .costs import COSTS
 from .runs import PARTS, Outcome, RunFolder, code_files, code_version
 from .tables import TABLES, Row, Table
 
@@ -49,6 +50,7 @@ class Summary:
     losses: list[float]
     seconds_per_iteration: float
     seconds_per_image: float
+    costs: dict[str, float]
 
 
 def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
@@ -72,6 +74,7 @@ def summarize(outcomes: dict[int, Outcome], metrics: dict[str, str]) -> Summary:
         losses=[statistics.mean(part) for part in zip(*(o.losses for o in every), strict=False)],
         seconds_per_iteration=statistics.median(o.seconds_per_iteration for o in every),
         seconds_per_image=statistics.median(o.seconds_per_image for o in every),
+        costs={name: statistics.median(o.costs[name] for o in every) for name in every[0].costs},
     )
 
 
@@ -105,14 +108,15 @@ def read_runs(report: Path, folders: Iterable[RunFolder]) -> dict[RunFolder, Out
 
 
 def write_report(
-    tables: dict[int, list[Row]], outcomes: dict[RunFolder, Outcome], folder: Path
+    tables: dict[int | str, list[Row]], outcomes: dict[RunFolder, Outcome], folder: Path
 ) -> Path:
     """Writes the report of rows.
 
     Args:
         tables: the rows to show, by table.
         outcomes: results of finished runs.
-        folder: gets report.md, report.json and table<N>.png; its name is the scale.
+        folder: gets report.md, report.json and table<N>.png or figure<N>.png; its name is the
+            scale.
 
     Returns:
         The path of report.md.
@@ -131,8 +135,12 @@ def write_report(
         }
         parts += _section(table, rows, summaries)
         if summaries:
-            _chart(table, rows, summaries, folder.name, folder / f"table{number}.png")
-            parts.append(f"![Table {number}](table{number}.png)")
+            picture = folder / f"{table.name.lower().replace(' ', '')}.png"
+            if table.costs:
+                _chart_over_seconds(table, rows, summaries, folder.name, picture)
+            else:
+                _chart(table, rows, summaries, folder.name, picture)
+            parts.append(f"![{table.name}]({picture.name})")
         content["tables"][str(number)] = {
             row.key: {
                 "title": row.title,
@@ -186,23 +194,26 @@ def _how_made(facts: dict[str, str]) -> str:
         f"Made on {facts['date']}{commit} (code {facts['code']}) with fpn_plugin "
         f"{fpn_plugin.__version__}, Python {facts['python']}, torch {facts['torch']}, torchvision "
         f"{facts['torchvision']}, on {facts['device']}. In parentheses: the difference to the row "
-        "that the table compares with, (c) in Tables 1 to 3 and 5 x 5 in Table 6. "
+        "that the table compares with, (c) in Tables 1 to 3, 5 x 5 in Table 6 and (d) in Figure 1. "
         "±: standard deviation over seeds."
     )
 
 
 def _section(table: Table, rows: Sequence[Row], summaries: dict[str, Summary]) -> list[str]:
-    parts = [f"## Table {table.number}. {table.title}", *filter(None, [table.note])]
-    body = []
+    parts = [f"## {table.name}. {table.title}", *filter(None, [table.note])]
+    body, published = [], any(row.published for row in table.rows)
+    costs = COSTS if table.costs else ()
     for row in rows:
         here = summaries.get(row.key)
         cells = [row.title, ",".join(map(str, here.seeds)) if here else "-"]
         for name in table.metrics:
-            cells += [_cell(name, row, summaries), _published_cell(name, row, table)]
+            cells += [_cell(name, row, summaries)]
+            cells += [_published_cell(name, row, table)] if published else []
         cells += [f"{here.seconds_per_iteration:.2f}" if here else "-"]
-        body.append([*cells, f"{here.seconds_per_image:.3f}" if here else "-"])
-    columns = [column for name in table.metrics for column in (name, f"{name} paper")]
-    parts.append(_markdown(body, ["row", "seeds", *columns, "s/iteration", "s/image"]))
+        cells += [f"{here.seconds_per_image:.3f}" if here else "-"]
+        body.append([*cells, *(f"{here.costs[c]:.1f}" if here else "-" for c in costs)])
+    columns = [c for n in table.metrics for c in ([n, f"{n} paper"] if published else [n])]
+    parts.append(_markdown(body, ["row", "seeds", *columns, "s/iteration", "s/image", *costs]))
     shown = [row for row in rows if row.key in summaries]
     groups = next((list(s.groups) for s in summaries.values() if s.groups), [])
     if groups:
@@ -302,5 +313,25 @@ def _chart(
     all_axes[0].set_yticks(range(len(shown)), [row.title for row in shown])
     all_axes[0].invert_yaxis()
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(f"Table {table.number}. {table.title}", fontsize=12)
+    figure.suptitle(f"{table.name}. {table.title}", fontsize=12)
+    figure.savefig(path)
+
+
+def _chart_over_seconds(
+    table: Table, rows: Sequence[Row], summaries: dict[str, Summary], scale: str, path: Path
+) -> None:
+    """Draws the main metric of every row over its seconds an image."""
+    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    for row, color in zip(rows, CATEGORY_COLORS, strict=False):
+        if here := summaries.get(row.key):
+            axes.errorbar(
+                [here.seconds_per_image], [here.mean[table.main]],
+                yerr=[here.spread[table.main]], fmt="o", color=color, capsize=3, label=row.title,
+            )  # fmt: skip
+    axes.set(xlabel=f"seconds an image, {scale}", ylabel=table.main)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.suptitle(f"{table.name}. {table.title}", fontsize=12)
     figure.savefig(path)

@@ -12,7 +12,7 @@ from fpn_plugin.mini import MINI_WEIGHTS, ensure_mini, ensure_mini_weights
 from .report import read_runs, write_report
 from .runs import Outcome, RunFolder
 from .scheduler import Task, run_tasks, tasks_for
-from .tables import RUNS, TABLES, needed_runs, select_rows
+from .tables import RUNS, TABLES, Table, needed_runs, select_rows
 
 __all__ = ["reproduce"]
 
@@ -70,7 +70,7 @@ def reproduce(
             of_run = [
                 RunFolder(RUNS[name], scale, seed, output, tuple(opts)) for seed in looked_for
             ]
-            found |= _outcomes(of_run, reports, TABLES[number].task)
+            found |= _outcomes(of_run, reports, TABLES[number])
     report = write_report(tables, found, output / scale)
     return f"{report.read_text()}\nreport: {report}"
 
@@ -89,7 +89,7 @@ def _check_data(folders: Sequence[RunFolder]) -> None:
 
 
 def _outcomes(
-    folders: Sequence[RunFolder], reports: Sequence[Path], task: str
+    folders: Sequence[RunFolder], reports: Sequence[Path], table: Table
 ) -> dict[RunFolder, Outcome]:
     """Outcomes of finished runs, in their folders and in other reports."""
     found: dict[RunFolder, Outcome] = {}
@@ -102,7 +102,7 @@ def _outcomes(
             except UserError as error:  # of another seed than those asked for
                 print(f"not in the report: {error}")
             else:
-                found[folder] = folder.outcome(task)
+                found[folder] = folder.outcome(table.task, table.costs)
     return found
 
 

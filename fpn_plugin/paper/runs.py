@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import statistics
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from modulefinder import ModuleFinder
@@ -28,12 +29,12 @@ from fpn_plugin.errors import UserError
 from fpn_plugin.utils.metrics import loss_rows
 from fpn_plugin.utils.pickles import load_arrays
 
+from .costs import costs
 from .tables import Run
 
 __all__ = ["PARTS", "Outcome", "RunFolder", "code_files", "code_version", "losses_by_part"]
 
 _MADE_BY = "made_by.json"
-_GROUPS = "groups.json"
 PARTS = 8  # of a training; their mean losses show whether it had converged
 # The processes that make a run.
 _PROGRAMS = ("fpn_plugin.cli.train", "fpn_plugin.cli.dump_proposals")
@@ -83,6 +84,7 @@ class Outcome:
         seconds_per_image: median over the evaluation, one image per call.
         made_by: config, code and versions that made it.
         losses: mean total loss over each eighth of the training; empty if an eighth logged no loss.
+        costs: what the model costs, see :func:`fpn_plugin.paper.costs.costs`; may be empty.
     """
 
     metrics: dict[str, float]
@@ -91,6 +93,7 @@ class Outcome:
     seconds_per_image: float
     made_by: dict[str, Any]
     losses: list[float] = field(default_factory=list)
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class RunFolder:
     @property
     def config_name(self) -> str:
         """Name of its config in the package."""
-        return f"{self.scale}/{self.run.name}.yaml"
+        return self.run.config_name(self.scale)
 
     def _other(self, name: str) -> RunFolder:
         return RunFolder(Run(name), self.scale, self.seed, self.output, self.opts)
@@ -214,27 +217,34 @@ class RunFolder:
         rows = loss_rows(self.path / "metrics.json")
         return int(rows[-1]["iteration"]) + 1 if rows else 0
 
-    def outcome(self, task: str) -> Outcome:
+    def outcome(self, task: str, with_costs: bool = False) -> Outcome:
         """The results of a finished run.
 
         Args:
             task: "box_proposals", "bbox" or "segment_proposals".
+            with_costs: whether to measure what its model costs, once.
         """
         results = json.loads((self.path / "results.json").read_text())
         speed = json.loads((self.path / "inference" / "speed.json").read_text())
         rows = loss_rows(self.path / "metrics.json")
         times = [row["time"] for row in rows if "time" in row]
-        groups = self.path / _GROUPS
-        if not groups.is_file():
-            groups.write_text(json.dumps(_by_group(self, results, task)))
+        groups = self._kept("groups.json", lambda: _by_group(self, results, task))
         return Outcome(
             metrics=results[task],
-            groups=json.loads(groups.read_text()),
+            groups=groups,
             seconds_per_iteration=statistics.median(times) if times else float("nan"),
             seconds_per_image=speed["median_seconds_per_call"],
             made_by=json.loads((self.path / _MADE_BY).read_text()),
             losses=losses_by_part(rows, self.config().SOLVER.MAX_ITER),
+            costs=self._kept("costs.json", lambda: costs(self.path)) if with_costs else {},
         )
+
+    def _kept(self, name: str, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Figures that are computed once, and then read from a file of the folder."""
+        file = self.path / name
+        if not file.is_file():
+            file.write_text(json.dumps(figures()))
+        return json.loads(file.read_text())
 
 
 @functools.cache

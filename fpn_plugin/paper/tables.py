@@ -1,4 +1,4 @@
-"""Tables 1 to 6 of the paper: their rows, the published figures, and the runs of each row.
+"""Tables 1 to 6 and Figure 1 of the paper: their rows, published figures, and runs.
 
 Figures are those of the arXiv edition (1612.03144v2), on minival unless a table says otherwise.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from fpn_plugin.errors import UserError
 
@@ -17,17 +18,23 @@ SCALES = ("mini", "paper")
 
 @dataclass(frozen=True)
 class Run:
-    """One training; its config is ``<scale>/<name>.yaml``.
+    """One training; its config is ``<scale>/<name>.yaml`` in a folder of the configs.
 
     Attributes:
         name: of the run, its config and its folder.
         proposals_from: the run whose RPN's proposals it reads; None if it reads none.
         weights_from: the run that it starts from; None for the weights in its config.
+        folder: of its config in the package.
     """
 
     name: str
     proposals_from: str | None = None
     weights_from: str | None = None
+    folder: str = ""
+
+    def config_name(self, scale: str) -> str:
+        """Name of its config in the package."""
+        return str(PurePosixPath(self.folder, scale, f"{self.name}.yaml"))
 
 
 @dataclass(frozen=True)
@@ -51,25 +58,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper.
+    """A table of the paper, or a figure whose designs are compared in a table.
 
     Attributes:
-        number: in the paper.
+        number: in the paper; "figure1" for a figure.
         title: what it compares.
         task: of the metrics, in Detectron2's results.
         metrics: the paper's column to the key in Detectron2's results.
         main: the column that orders the rows.
         rows: in the paper's order.
         note: what a reader must know to compare the two columns; may be "".
+        costs: whether the report has what each row costs, and a chart of ``main`` over seconds.
     """
 
-    number: int
+    number: int | str
     title: str
     task: str
     metrics: dict[str, str]
     main: str
     rows: tuple[Row, ...]
     note: str = ""
+    costs: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the paper calls it, "Table 1"."""
+        figure = str(self.number).removeprefix("figure")
+        return f"Table {figure}" if figure == str(self.number) else f"Figure {figure}"
 
 
 _RUNS = (
@@ -98,6 +113,11 @@ _RUNS = (
     Run("table5_R_101_shared", "table5_R_101_step3_rpn", "table5_R_101_step3_rpn"),
     # Table 6: each row adds to the one before it, from the third on.
     *(Run(f"table6_{row}") for row in ("5x5", "7x7", "5x5_7x7", "28x28", "2x")),
+    # Figure 1: proposals and detector are trained jointly.
+    *(
+        Run(f"figure1_{design}", folder="figure1")
+        for design in ("a_image_pyramid", "b_C4", "b_C5", "c_SSD", "c_bottom_up", "d_FPN")
+    ),
 )
 RUNS = {run.name: run for run in _RUNS}
 
@@ -179,6 +199,16 @@ _TABLE_6 = _rows(
     ("6-28x28", "+ masks of 28 x 28", "table6_28x28", (46.7, 31.7, 53.1, 63.2)),
     ("6-2x", "+ twice the schedule", "table6_2x", (48.1, 32.6, 54.2, 65.6)),
 )
+_FIGURE_1 = _rows(
+    _AP,
+    "figure1d",
+    ("figure1a", "(a) featurized image pyramid", "figure1_a_image_pyramid", ()),
+    ("figure1b-C4", "(b) single map C4, conv5 head", "figure1_b_C4", ()),
+    ("figure1b-C5", "(b) single map C5, 2fc head", "figure1_b_C5", ()),
+    ("figure1c-SSD", "(c) pyramidal hierarchy, SSD's levels", "figure1_c_SSD", ()),
+    ("figure1c", "(c) pyramidal hierarchy, row (d) of Table 2", "figure1_c_bottom_up", ()),
+    ("figure1d", "(d) FPN", "figure1_d_FPN", ()),
+)
 _TABLES = (
     Table(
         1, "RPN: region proposals", "box_proposals", _AR, "AR1k", _TABLE_1,
@@ -210,28 +240,34 @@ _TABLES = (
         "SharpMask and InstanceFCN are the paper's; they are not built here. Published seconds an "
         "image of the FPN rows, on one M40: 0.15, 0.19, 0.24, 0.25 and 0.25.",
     ),
+    Table(
+        "figure1", "Four designs, Faster R-CNN trained jointly", "bbox", _AP, "AP", _FIGURE_1,
+        "The paper draws the designs without figures. Its claim: (d) is about as accurate as (a), "
+        "and costs about as much as (b).",
+        costs=True,
+    ),
 )  # fmt: skip
 TABLES = {table.number: table for table in _TABLES}
 
 
-def select_rows(names: Iterable[str]) -> dict[int, list[Row]]:
+def select_rows(names: Iterable[str]) -> dict[int | str, list[Row]]:
     """Rows by their names on the command line, by table.
 
     Args:
-        names: tables ("1", "table1"), rows ("1c", "2a", "5-R50-yes") or their runs
-            ("table1_c_FPN").
+        names: tables ("1", "table1", "figure1"), rows ("1c", "2a", "5-R50-yes", "figure1a") or
+            their runs ("table1_c_FPN").
 
     Raises:
         UserError: an unknown name; lists the known ones.
     """
     wanted = set()
-    rows = {row.key: row for table in _TABLES for row in table.rows}
+    rows = [(row, str(table.number)) for table in _TABLES for row in table.rows]
     for name in names:
         short = name.lower().removeprefix("table")
-        keys = {k for k, row in rows.items() if short in (k.lower(), k[0]) or name == row.run}
+        keys = {r.key for r, of in rows if short in (r.key.lower(), of) or name == r.run}
         if not keys:
-            tables = ", ".join(map(str, TABLES))
-            raise UserError(f"no table or row {name!r}; tables: {tables}; rows: {', '.join(rows)}")
+            tables, known = ", ".join(map(str, TABLES)), ", ".join(row.key for row, _ in rows)
+            raise UserError(f"no table or row {name!r}; tables: {tables}; rows: {known}")
         wanted |= keys
     chosen = {table.number: [row for row in table.rows if row.key in wanted] for table in _TABLES}
     return {number: rows for number, rows in chosen.items() if rows}

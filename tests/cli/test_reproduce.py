@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from fpn_plugin import UserError, model_zoo
 from fpn_plugin.cli.reproduce import reproduce_main
+from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.mini import ensure_mini
 from fpn_plugin.paper import runs, scheduler
 from fpn_plugin.paper.report import read_runs, summarize, write_report
@@ -41,11 +44,13 @@ def test_tables_and_rows_are_found_by_their_names():
     assert [row.key for row in select_rows(["1c", "table1_f_P2"])[1]] == ["1c", "1f"]
     assert select_rows(["Table2"]) == {2: list(TABLES[2].rows)}
     assert set(select_rows(["1", "5-r50-yes"])) == {1, 5}
+    assert select_rows(["figure1"]) == {"figure1": list(TABLES["figure1"].rows)}
+    assert [row.key for row in select_rows(["Figure1c-SSD"])["figure1"]] == ["figure1c-SSD"]
 
 
 @pytest.mark.parametrize("name", ["7", "6a", "1g", "c", "", "table"])
 def test_an_unknown_row_lists_what_there_is(name):
-    with pytest.raises(UserError, match=r"tables: 1, 2, 3, 4, 5, 6; rows: 1a, .*6-2x"):
+    with pytest.raises(UserError, match=r"tables: 1, 2, .* 6, figure1; rows: 1a, .*figure1d"):
         select_rows([name])
 
 
@@ -58,7 +63,7 @@ def test_runs_come_after_what_they_depend_on():
         "table1_c_FPN", "table2_c_FPN", "table5_R_50_step3_rpn", "table5_R_50_shared",
     ]  # fmt: skip
     assert names(["3-He"]) == []
-    assert len(names(["1", "2", "3", "4", "5", "6"])) == len(RUNS)
+    assert len(names(["1", "2", "3", "4", "5", "6", "figure1"])) == len(RUNS)
 
 
 def test_proposals_are_dumped_only_for_runs_that_are_read(tmp_path):
@@ -284,6 +289,29 @@ def test_segment_proposals_are_reported_next_to_the_papers(tmp_path, capsys):
     [theirs] = [line.split("|")[1:-1] for line in text.splitlines() if "| DeepMask" in line][:1]
     assert [cell.strip() for cell in theirs[2:4]] == ["-", "37.1 (-6.3)"]
     assert "of each group of categories" not in text
+
+
+def test_a_design_of_figure_1_is_reported_with_what_it_costs(tmp_path, capsys):
+    ensure_mini({"train": 6, "val": 4})
+    reproduce_main(["figure1a", "--output", str(tmp_path), "--opts", *TINY])
+    out = capsys.readouterr().out
+    assert "## Figure 1. Four designs" in out
+    header = next(line for line in out.splitlines() if line.startswith("| row"))
+    assert re.search(r"APl +\| s/iter.*\| parameters \(M\) .*\| multiply-adds .*\| peak", header)
+    report = json.loads((tmp_path / "mini" / "report.json").read_text())["tables"]["figure1"]
+    here = report["figure1a"]["here"]
+    folder = RunFolder(RUNS["figure1_a_image_pyramid"], "mini", 0, tmp_path, TINY)
+    results = json.loads((folder.path / "results.json").read_text())["bbox"]
+    assert here["mean"] == {name: results[name] for name in ("AP50", "AP", "APs", "APm", "APl")}
+    cfg = folder.config().clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    adds = sum(part.multiply_adds for part in anatomy(model, (64, 64)).parts)
+    assert here["costs"]["multiply-adds (G)"] == adds / 1e9
+    assert here["costs"]["parameters (M)"] == sum(p.numel() for p in model.parameters()) / 1e6
+    assert here["costs"]["peak memory (MiB)"] > 100
+    assert (tmp_path / "mini" / "figure1.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
-"""The rows of Tables 1 to 6: what tells a right one from a wrong one."""
+"""The rows of Tables 1 to 6 and of Figure 1: what tells a right one from a wrong one."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +20,16 @@ SEGMENT_RUNS = [row.run for row in TABLES[6].rows if row.run]
 BOX_RUNS = [name for name in RUNS if name not in SEGMENT_RUNS]
 RPN_RUNS = [name for name in BOX_RUNS if RUNS[name].proposals_from is None]
 FAST_RUNS = [name for name, run in RUNS.items() if run.proposals_from is not None]
+JOINT = [name for name, run in RUNS.items() if run.folder == "figure1"]
 STAGES = ("res2", "res3", "res4", "res5")
 
 
 def paper(name: str) -> CfgNode:
-    return model_zoo.get_config(f"paper/{name}.yaml")
+    return model_zoo.get_config(RUNS[name].config_name("paper"))
 
 
 def mini(name: str) -> CfgNode:
-    return model_zoo.get_config(f"mini/{name}.yaml")
+    return model_zoo.get_config(RUNS[name].config_name("mini"))
 
 
 def flat(cfg: CfgNode) -> dict[str, object]:
@@ -113,9 +115,8 @@ def test_every_parameter_of_a_row_gets_a_gradient_that_is_not_zero(name):
     cfg = mini(name)
     # So that the batch has boxes for every level, see above.
     cfg.MODEL.FPN.CANONICAL_BOX_SIZE = 56
-    one_list = len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 1
-    sizes = [8, 16, 32, 64, 128]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [sizes] if one_list else [[size] for size in sizes]
+    halves = [[size / 2 for size in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = halves
     cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
     model = built(cfg)
     losses_of(model, proposals=name in FAST_RUNS).backward()
@@ -199,13 +200,16 @@ PUBLISHED_SETTINGS = {
 def test_settings_are_the_papers(name):
     cfg = paper(name)
     settings = flat(cfg)
-    assert {key: settings[key] for key in PUBLISHED_SETTINGS} == PUBLISHED_SETTINGS
     # Row (d) has a 3x3 on every level; elsewhere P5 is the 1x1 of C5 itself.
-    assert cfg.MODEL.FPN.COARSEST_OUTPUT_CONV is ("bottom_up" in name)
+    assert cfg.MODEL.FPN.COARSEST_OUTPUT_CONV is ("bottom_up" in name or "SSD" in name)
     schedule = (tuple(cfg.SOLVER.STEPS), cfg.SOLVER.MAX_ITER)
+    published = dict(PUBLISHED_SETTINGS)
+    if "SSD" in name:
+        published["MODEL.FPN.CANONICAL_LEVEL"] = 5
+    assert {key: settings[key] for key in published} == published
     if name == "table4_R_101_FPN":
         assert schedule == ((120_000,), 160_000)
-    elif name in FAST_RUNS:
+    elif name in (*FAST_RUNS, *JOINT):
         assert schedule == ((60_000,), 80_000)
     else:
         assert schedule == ((30_000,), 40_000)
@@ -271,8 +275,8 @@ def test_scales_differ_only_in_scale(name):
 
 @pytest.mark.parametrize("scale", ["mini", "paper"])
 def test_every_row_has_a_config_and_every_config_of_a_table_a_row(scale):
-    folder = {n.partition("/")[2].removesuffix(".yaml") for n in model_zoo.names() if scale in n}
-    tables = {name for name in folder if name.startswith("table")}
+    folder = {Path(n).stem for n in model_zoo.names() if scale in Path(n).parts}
+    tables = {name for name in folder if name.startswith(("table", "figure"))}
     # Rows that share the run of another row have a config that says so.
     twins = {"table3_c_FPN", "table5_R_50_not_shared"}
     assert tables == set(RUNS) | twins
@@ -293,6 +297,42 @@ def test_a_config_reads_from_the_run_that_the_table_names(name, scale):
     if run.weights_from:
         weights = f"output/{scale}/{run.weights_from}/seed0/model_final.pth"
         assert weights == cfg.MODEL.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("figure1_a_image_pyramid", {f"p{k}": {"res4"} for k in (2, 3, 4, 5, 6)}),
+        ("figure1_c_SSD", {"p4": {"res4"}, "p5": {"res5"}, "p6": {"res5"}, "p7": {"res5"}}),
+        ("figure1_c_bottom_up", {"p2": {"res2"}, "p5": {"res5"}, "p6": {"res5"}}),
+        ("figure1_d_FPN", {"p2": set(STAGES), "p5": {"res5"}}),
+    ],
+)
+def test_a_level_of_figure_1_depends_on_only_its_designs_stages(name, expected):
+    neck = built(mini(name)).backbone
+    assert {level: reads(neck, level) for level in expected} == expected
+
+
+@pytest.mark.parametrize("name", [*JOINT, "table2_c_FPN"])
+def test_designs_of_figure_1_have_all_five_scales_of_anchors(name):
+    cfg = paper(name)
+    sizes = [size for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES for size in level]
+    assert sizes == [32, 64, 128, 256, 512]
+    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+
+
+def test_the_single_map_of_figure_1_is_row_a_and_b_of_table_1_and_2():
+    for letter, stage in (("a", "C4"), ("b", "C5")):
+        single = paper(f"figure1_b_{stage}")
+        for table in (1, 2):
+            row = paper(f"table{table}_{letter}_{stage}")
+            for key in ("RESNETS", "BACKBONE"):
+                assert single.MODEL[key] == row.MODEL[key]
+            assert single.MODEL.ROI_HEADS.NAME == row.MODEL.ROI_HEADS.NAME
+        assert single.MODEL.ROI_BOX_HEAD == row.MODEL.ROI_BOX_HEAD
+        rpn = paper(f"table1_{letter}_{stage}").MODEL
+        assert single.MODEL.ANCHOR_GENERATOR == rpn.ANCHOR_GENERATOR
+        assert single.MODEL.RPN.CONV_DIMS == rpn.RPN.CONV_DIMS
 
 
 def test_heads_that_are_not_shared_are_each_their_own():
