@@ -146,4 +146,6 @@ def _resized(x: Tensor, scale: float, multiple: int) -> Tensor:
         x = F.pad(x, [0, right, 0, below])
     if scale == 1:
         return x
-    return F.interpolate(x, scale_factor=scale, mode="bilinear" if scale > 1 else "area")
+    if scale < 1:
+        return F.avg_pool2d(x, int(1 / scale))
+    return F.interpolate(x, scale_factor=scale, mode="bilinear")
