@@ -322,8 +322,10 @@ def _set_dtypes(model: nn.Module, note: _Note, *, dtype: torch.dtype) -> None:
     model.backbone.to(dtype).register_forward_pre_hook(partial(_cast_inputs, dtype=dtype))
     heads = getattr(model, "roi_heads", None)
     box_heads = getattr(heads, "box_head", None)
+    generator = getattr(model, "proposal_generator", None)
     whole = [
-        getattr(getattr(model, "proposal_generator", None), "rpn_head", None),
+        getattr(generator, "rpn_head", None),
+        *getattr(generator, "heads", ()),  # of SegmentProposals
         getattr(model, "head", None),
         getattr(heads, "res5", None),
         *(box_heads if isinstance(box_heads, nn.ModuleList) else [box_heads]),

@@ -195,5 +195,6 @@ def encoded_segments(proposals: Instances) -> Iterator[dict[str, Any]]:
     for masks, boxes in zip(
         proposals.proposal_masks.split(_PASTED_AT_ONCE), windows.split(_PASTED_AT_ONCE), strict=True
     ):
-        pasted = paste_masks_in_image(masks, boxes, (height, width)).to("cpu", torch.uint8)
-        yield from coco_mask.encode(np.asfortranarray(pasted.permute(1, 2, 0).numpy()))
+        pasted = paste_masks_in_image(masks, boxes, (height, width)).to(torch.uint8)
+        by_column = pasted.transpose(1, 2).contiguous().cpu().numpy()  # as COCO's encoding reads
+        yield from coco_mask.encode(by_column.transpose(2, 1, 0))

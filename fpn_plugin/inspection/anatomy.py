@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpn_plugin.modeling import image_channels
+from fpn_plugin.modeling import SegmentProposals, image_channels
 
 from .level_observer import box_pooling
 
@@ -122,7 +122,7 @@ def anatomy(
     heads = getattr(model, "roi_heads", None)
     rpn = getattr(model, "proposal_generator", None)
     if rois is None:
-        rois = rpn.post_nms_topk[False] if rpn is not None else _DEFAULT_ROIS
+        rois = rpn.post_nms_topk[False] if hasattr(rpn, "post_nms_topk") else _DEFAULT_ROIS
     if detections is None:
         detections = _most_detections(model)
     divisor = max(model.backbone.size_divisibility, 1)
@@ -200,7 +200,13 @@ def _parts(
         neck = [child for child in backbone.children() if child is not bottom_up]
         named = [("bottom-up", [bottom_up], below), ("neck", neck, whole - below)]
     rpn = getattr(model, "proposal_generator", None)
-    if rpn is not None:
+    if isinstance(rpn, SegmentProposals):
+        inputs = [maps[name] for name in rpn.in_features]
+        work = sum(_multiply_adds(head, level) for head in rpn.heads for level in inputs)
+        # Masks are computed for the proposals only.
+        work += rpn.topk_test * rpn.heads[0].mask.weight.numel()
+        named.append(("segment heads", [rpn], work))
+    elif rpn is not None:
         inputs = [maps[name] for name in rpn.in_features]
         named.append(("RPN", [rpn], _multiply_adds(rpn.rpn_head, inputs)))
     if hasattr(model, "head_in_features"):  # RetinaNet and its like

@@ -60,6 +60,7 @@ class SegmentHead(nn.Module):
 
     def masks(self, hidden: Tensor) -> Tensor:
         """Logits of masks ``(n, M, M)`` at cells of the hidden map, ``(n, width)``."""
+        hidden = hidden.to(self.mask.weight.dtype)  # an optimized copy's may differ
         logits = F.linear(hidden, self.mask.weight.flatten(1), self.mask.bias)
         return logits.view(-1, self.mask_size, self.mask_size)
 

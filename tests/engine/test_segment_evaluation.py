@@ -53,11 +53,13 @@ def bitmasks(record: dict) -> BitMasks:
     return BitMasks(torch.from_numpy(np.stack(drawn)).bool())
 
 
-def proposals_of(windows: torch.Tensor, masks: torch.Tensor, side: int = 256) -> Instances:
-    found = Instances((side, side))
+def proposals_of(
+    windows: torch.Tensor, masks: torch.Tensor, size: tuple[int, int] = (256, 256)
+) -> Instances:
+    found = Instances(size)
     found.objectness_logits = -torch.arange(len(masks)).float()
     found.proposal_masks = masks.float()
-    found.mask_windows = windows / side
+    found.mask_windows = windows / torch.tensor([*size[::-1], *size[::-1]])
     return found
 
 
@@ -191,14 +193,15 @@ def test_no_object_of_a_size_is_nan(few):
 
 
 def test_masks_are_pasted_into_their_windows():
-    windows = torch.tensor([[10.0, 20, 50, 60], [-20, -20, 20, 20], [240, 100, 280, 140]])
+    windows = torch.tensor([[10.0, 20, 50, 60], [-20, -20, 20, 20], [280, 100, 320, 140]])
     masks = torch.ones(3, 14, 14)
     masks[0, :, 7:] = 0  # the left half
-    drawn = np.stack([coco_mask.decode(e) for e in encoded_segments(proposals_of(windows, masks))])
-    expected = np.zeros((3, 256, 256), np.uint8)
+    found = encoded_segments(proposals_of(windows, masks, (200, 300)))
+    drawn = np.stack([coco_mask.decode(each) for each in found])
+    expected = np.zeros((3, 200, 300), np.uint8)
     expected[0, 20:60, 10:30] = 1
     expected[1, :20, :20] = 1
-    expected[2, 100:140, 240:] = 1
+    expected[2, 100:140, 280:] = 1
     # Corners of a pasted mask are round: a pixel of each is missing.
     assert not (drawn > expected).any()
     assert (np.abs(drawn.astype(int) - expected).sum(axis=(1, 2)) <= [8, 4, 8]).all()

@@ -73,6 +73,7 @@ def test_multiply_adds_and_parameters_by_hand(make_model):
         "mini/table1_d_bottom_up_unshared.yaml",
         "mini/table2_c_FPN.yaml",
         "mini/table3_a_C4.yaml",
+        "mini/table6_28x28.yaml",
         "mini/mask_rcnn_R_18_FPN.yaml",
         "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",

@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from fpn_plugin import SegmentProposals, UserError, model_zoo
+from fpn_plugin import SegmentProposals, UserError, model_zoo, optimize_for_inference
 from fpn_plugin.modeling.segment_proposals import boxes_of_masks, label_cells
 
 STRIDES = (4, 8, 16, 32, 64)  # P2 to P6
@@ -249,6 +249,25 @@ def test_proposals_are_the_best_cells_of_the_image_only():
     assert ours.image_size == (120, 180)
     assert torch.equal(ours.mask_windows, theirs.mask_windows)
     torch.testing.assert_close(ours.proposal_boxes.tensor, theirs.proposal_boxes.tensor * 2)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_an_optimized_copy_proposes_the_same(dtype, close):
+    model = build_model(config()).eval()
+    for head in model.proposal_generator.heads:
+        nn.init.constant_(head.mask.bias, 2.0)
+    given = [{"image": record([])["image"]}]
+    with torch.no_grad():
+        [[theirs], [ours]] = model(given), optimize_for_inference(model, dtype=dtype)(given)
+    ours, theirs = ours["proposals"], theirs["proposals"]
+    assert len(ours) == len(theirs) == 1000
+    torch.testing.assert_close(ours.objectness_logits, theirs.objectness_logits, rtol=0, atol=close)
+    # Cells with nearly the same score may change places.
+    same = (ours.mask_windows == theirs.mask_windows).all(dim=1)
+    assert same.sum() > (900 if dtype == torch.float32 else 5)
+    torch.testing.assert_close(
+        ours.proposal_masks[same], theirs.proposal_masks[same], rtol=0, atol=close
+    )
 
 
 def test_boxes_are_those_of_masks():
