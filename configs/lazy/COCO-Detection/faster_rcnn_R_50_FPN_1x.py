@@ -194,6 +194,7 @@ train = {
     "init_checkpoint": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
     "max_iter": 90000,
     "epochs": 0,
+    "reference_batch": 0,
     "best_metric": "",
     "patience": 0,
     "amp": {"enabled": False, "dtype": "float16"},
