@@ -544,6 +544,7 @@ def test_every_key_is_carried_over_or_refused():
         *(yacs_of("mini/table1_c_FPN.yaml", *bottom_up, network[0]) for network in NETWORKS),
         yacs_of("mini/table1_c_FPN.yaml", "MODEL.BACKBONE.NAME", "build_image_pyramid_backbone",
                 "MODEL.FPN.IN_FEATURES", ["res4"]),
+        yacs_of("mini/table6_5x5.yaml"),
     ]  # fmt: skip
     before = [[plain(make(cfg)) for make in MAKERS] for cfg in bases]
 

@@ -37,7 +37,7 @@ def test_a_twins_config_is_the_zoos_but_for_two_names_and_the_plugins_keys(name)
     assert ours.MODEL.FPN.pop("COARSEST_OUTPUT_CONV") is True
     for key in PLUGIN_KEYS - {"COARSEST_OUTPUT_CONV"}:
         ours.MODEL.FPN.pop(key)
-    for node in ("TIMM", "TORCHVISION"):
+    for node in ("TIMM", "TORCHVISION", "SEGMENT_PROPOSALS"):
         ours.MODEL.pop(node)
     ours.SOLVER.AMP.pop("DTYPE")
     for key in ("EPOCHS", "REFERENCE_BATCH", "BEST_METRIC", "PATIENCE"):
