@@ -144,7 +144,11 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--at-once", type=at_least(1, 1024), default=1, metavar="N", help="runs at a time"
     )
-    parser.add_argument("--device", help="MODEL.DEVICE of the runs; the config's by default")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="MODEL.DEVICE of the runs; the config's by default",
+    )
     parser.add_argument("--dry-run", action="store_true", help="fit, list what would run, stop")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="config options: KEY VALUE ..."
@@ -165,6 +169,8 @@ def compare_main(argv: Sequence[str] | None = None) -> None:
     """
     args = argument_parser().parse_args(argv)
     known = [*_DATA, *([_CELLS] if args.cells else [])]
+    if args.cells is not None and not Path(args.cells, "train.json").is_file():
+        raise UserError(f"--cells {args.cells!r} has no train.json")
     for name in args.data:
         if name == _CELLS and not args.cells:
             raise UserError("cells are compared, and --cells does not name their folder")

@@ -37,6 +37,7 @@ VALUES: dict[str, tuple[str, list[str]]] = {
     "--input": ("photo.png", ["none.png", "empty"]),
     "--run": ("run", ["none", "a=none", "photo.png", "images"]),
     "--trained": ("run", ["none", "photo.png", "images"]),
+    "--cells": ("cells", ["none", "photo.png", "images"]),
     "--data": ("mini_val", [*_NAMES, "none.json", "photo.png", "text.txt"]),
     "dataset": ("data.json", [*_NAMES, "none.json", "photo.png", "text.txt", "empty"]),
     "folder": ("images", ["none", "data.json"]),

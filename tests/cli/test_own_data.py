@@ -64,7 +64,7 @@ def masks(tmp_path_factory) -> str:
         x, y, w, h = each["bbox"]
         each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     (folder / "squares.json").write_text(json.dumps(content))
-    return named
+    return named.replace("squares=", "masks=")
 
 
 # The others are the bases of those with masks.
@@ -74,7 +74,7 @@ def test_a_config_for_own_data_trains(name, masks, tmp_path, capfd, monkeypatch)
     name = f"own_data/{name}_FPN.yaml"
     sizes = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     opts = ["MODEL.TORCHVISION.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", "False", *sizes]
-    opts += ["DATASETS.TRAIN", "('squares',)", "DATASETS.TEST", "('squares',)"]
+    opts += ["DATASETS.TRAIN", "('masks',)", "DATASETS.TEST", "('masks',)"]
     opts += ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     opts += ["DATALOADER.NUM_WORKERS", "0", "TEST.DETECTIONS_PER_IMAGE", "5"]
     opts += ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.EPOCHS", "1", "OUTPUT_DIR", str(tmp_path)]
