@@ -61,6 +61,7 @@ NOT_RUN = {
 SMALLER = {
     "--convert": "mended.json", "--cases": "2", "--pairs": "1", "--max-images": "1",
     "SOLVER.MAX_ITER": "1", "SOLVER.STEPS": "()", "INPUT.MIN_SIZE_TRAIN": "(64,)",
+    "--formats": "torchscript",
 }  # fmt: skip
 # What is added to a command, in front.
 MORE = {
