@@ -80,14 +80,8 @@ class ComparedRun(RunFolder):
         """
         outcome = self.outcome("bbox")
         found = {name: value for name, value in outcome.metrics.items() if "-" not in name}
-        cached = self.path / "recall.json"
-        if not cached.is_file():
-            cached.write_text(json.dumps(self._recall()))
-        return {
-            **found,
-            **json.loads(cached.read_text()),
-            "s/it": outcome.seconds_per_iteration,
-        }
+        recall = self.kept("recall.json", self._recall)
+        return {**found, **recall, "s/it": outcome.seconds_per_iteration}
 
     def _recall(self) -> dict[str, float]:
         [name] = self.config().DATASETS.TEST

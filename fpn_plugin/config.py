@@ -108,7 +108,7 @@ def add_fpn_config(cfg: CfgNode) -> None:
         # TEST.EVAL_PERIOD 0 evaluates ten times, and CHECKPOINT_PERIOD is the same. Only
         # fpn-plugin train reads it; FPNTrainer by itself trains for MAX_ITER.
         "EPOCHS": 0,
-        # Above 0: BASE_LR is for batches of so many images, and fpn-plugin train scales it to
+        # Above 0: BASE_LR is for batches of this many images, and fpn-plugin train scales it to
         # IMS_PER_BATCH, in proportion.
         "REFERENCE_BATCH": 0,
         # The metric, such as "bbox/AP", whose best evaluation is kept as model_best.pth; "": none.

@@ -167,7 +167,7 @@ class ResumeState(HookBase):
         if threads and self._threads not in (None, threads) and comm.is_main_process():
             logging.getLogger(__name__).warning(
                 "resumed with other threads than the run that was cut (%d, was %d): sums are "
-                "rounded otherwise. OMP_NUM_THREADS=%d gives the same bits",
+                "rounded differently. OMP_NUM_THREADS=%d gives the same bits",
                 self._threads,
                 threads,
                 threads,

@@ -21,11 +21,11 @@ def limit_threads() -> None:
     These are the CPUs of its affinity, or of its control group's quota if that is less, shared
     with the other processes of the run. OMP_NUM_THREADS stays if it is set.
 
-    Other programs do not change the number: with another number of threads sums are rounded
-    otherwise, so a run with the same seed, and a resumed run, would have other bits. A warning says
-    if other programs keep CPUs busy. A thread that waits for another keeps its own CPU busy, which
-    the other one may need: a training can be many times slower. With OMP_WAIT_POLICY=PASSIVE
-    waiting threads sleep, and the bits are the same. OpenMP reads it when torch is imported.
+    Other programs do not change the number: sums would be rounded differently, and a run with the
+    same seed, or a resumed run, would give other bits. A warning says if other programs keep CPUs
+    busy. A thread that waits for another keeps its own CPU busy, which the other one may need: a
+    training can be many times slower. With OMP_WAIT_POLICY=PASSIVE waiting threads sleep, and the
+    bits are the same. OpenMP reads it when torch is imported.
     """
     if os.environ.get("OMP_NUM_THREADS"):
         return

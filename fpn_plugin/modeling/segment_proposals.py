@@ -280,10 +280,6 @@ class SegmentProposals(nn.Module):
             start += values.shape[1]
         return torch.cat(masks)[torch.cat(places).argsort()]
 
-    def _inside(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
-        """Whether centres of cells are in an image of a height and width."""
-        return (cells[:, 0] < size[1]) & (cells[:, 1] < size[0])
-
     def _losses(
         self,
         images: ImageList,
@@ -298,7 +294,7 @@ class SegmentProposals(nn.Module):
             given = _masks_of(objects)
             boxes = given.get_bounding_boxes().tensor.to(windows.device)
             label, of = label_cells(centers, self.strides, self.sizes, boxes)
-            label = label.masked_fill(~self._inside(every_cell, size), -1)
+            label = label.masked_fill(~_inside(every_cell, size), -1)
             positive, negative = subsample_labels(
                 label, self.batch_size_per_image, self.positive_fraction, 0
             )
@@ -331,7 +327,7 @@ class SegmentProposals(nn.Module):
         windows, every_cell = self.windows(centers), torch.cat(centers)
         proposals = []
         for i, (height, width) in enumerate(images.image_sizes):
-            inside = self._inside(every_cell, (height, width))
+            inside = _inside(every_cell, (height, width))
             count = min(self.topk_test, int(inside.sum()))
             best, cells = scores[i].masked_fill(~inside, -math.inf).topk(count)
             found = Instances((height, width))
@@ -362,6 +358,11 @@ def boxes_of_masks(masks: Tensor, windows: Tensor) -> Tensor:
         corners.append((low + first * cell, low + torch.maximum(first, last) * cell))
     (x0, x1), (y0, y1) = corners
     return torch.stack([x0, y0, x1, y1], dim=1)
+
+
+def _inside(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether centres of cells are in an image of a height and width."""
+    return (cells[:, 0] < size[1]) & (cells[:, 1] < size[0])
 
 
 def _masks_of(objects: Instances) -> BitMasks | PolygonMasks:

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
-from fpn_plugin.engine import FPNTrainer, load_config
+from fpn_plugin.engine import FPNTrainer, StrictCheckpointer, load_config
 from fpn_plugin.errors import UserError, one_line
 from fpn_plugin.inspection.anatomy import anatomy
 from fpn_plugin.modeling import without_network_weights
@@ -48,7 +47,7 @@ def print_costs(run: str) -> None:
     """Prints the costs of a run's model as JSON; it is called in a new process."""
     cfg = load_config(str(Path(run, "config.yaml")), ["DATALOADER.NUM_WORKERS", "0"])
     model = FPNTrainer.build_model(without_network_weights(cfg)).eval()
-    DetectionCheckpointer(model).load(str(Path(run, "model_final.pth")))
+    StrictCheckpointer(model, complete=True).load(str(Path(run, "model_final.pth")))
     batch = next(iter(FPNTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
     with torch.no_grad():
         model(batch)

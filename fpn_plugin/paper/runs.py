@@ -26,6 +26,7 @@ import fpn_plugin
 from fpn_plugin.config import flat_keys, value_at
 from fpn_plugin.engine import load_config
 from fpn_plugin.errors import UserError
+from fpn_plugin.utils.atomic import written_whole
 from fpn_plugin.utils.metrics import loss_rows
 from fpn_plugin.utils.pickles import load_arrays
 
@@ -228,7 +229,7 @@ class RunFolder:
         speed = json.loads((self.path / "inference" / "speed.json").read_text())
         rows = loss_rows(self.path / "metrics.json")
         times = [row["time"] for row in rows if "time" in row]
-        groups = self._kept("groups.json", lambda: _by_group(self, results, task))
+        groups = self.kept("groups.json", lambda: _by_group(self, results, task))
         return Outcome(
             metrics=results[task],
             groups=groups,
@@ -236,14 +237,20 @@ class RunFolder:
             seconds_per_image=speed["median_seconds_per_call"],
             made_by=json.loads((self.path / _MADE_BY).read_text()),
             losses=losses_by_part(rows, self.config().SOLVER.MAX_ITER),
-            costs=self._kept("costs.json", lambda: costs(self.path)) if with_costs else {},
+            costs=self.kept("costs.json", lambda: costs(self.path)) if with_costs else {},
         )
 
-    def _kept(self, name: str, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Figures that are computed once, and then read from a file of the folder."""
+    def kept(self, name: str, figures: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Figures that are computed once, and then read from a file of the folder.
+
+        Args:
+            name: of the file.
+            figures: computes them.
+        """
         file = self.path / name
         if not file.is_file():
-            file.write_text(json.dumps(figures()))
+            with written_whole(str(file), "w") as written:
+                json.dump(figures(), written)
         return json.loads(file.read_text())
 
 
